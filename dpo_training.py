@@ -1,0 +1,37 @@
+"""Stage 3: direct preference optimisation. LoRA against the frozen SFT model (the paper's section 3.3).
+
+The reference is the model itself with its adapter off; its log-probabilities are computed once and cached beside the
+rows. Reads the experiment's `dpo.data` (question/response_chosen/response_rejected, conversations/chosen/rejected or
+prompt/chosen/rejected rows) and the model of stage 2; writes runs/<name>/dpo/adapter and runs/<name>/dpo/merged.
+
+    python dpo_training.py --config configs/demo.json
+"""
+
+from qilin_med.job import Job
+from qilin_med.training import run_stage, training_arguments
+
+
+def build_trainer(job: Job):
+    from trl import DPOConfig
+
+    from qilin_med.models import DTYPES, load_model, load_tokenizer, lora_config
+    from qilin_med.rows import open_rows
+    from qilin_med.trainers import PreferenceTrainer
+
+    settings = job.experiment.model
+    # Truncation is ours (token limits per question and answer), and so is dropout (the paper trains with 0.05).
+    arguments = training_arguments(
+        job, DPOConfig, beta=job.section.beta, precompute_ref_log_probs=True, max_length=None, disable_dropout=False
+    )
+    rows = open_rows(job.rows).dataset
+    return PreferenceTrainer(
+        model=load_model(job.parent, settings, DTYPES[settings.dtype]),
+        args=arguments,
+        train_dataset=rows,
+        processing_class=load_tokenizer(job.parent, settings.template),
+        peft_config=lora_config(job.section.lora),
+    )
+
+
+if __name__ == "__main__":
+    run_stage("dpo", build_trainer, __doc__)

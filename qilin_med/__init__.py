@@ -1,0 +1,1 @@
+"""Qilin-Med: turn a general language model into a medical one in three stages."""

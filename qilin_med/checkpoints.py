@@ -1,0 +1,196 @@
+"""What "complete" means on disk: seal, publish, verify, find the newest complete checkpoint.
+
+A folder counts only with its seal: a JSON file, written last, that lists size and sha256 of every other file. Folders
+are built under another name, fsynced, sealed, then renamed, so that a kill or a full disk at any moment leaves either
+the whole folder or none under its final name.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qilin_med.errors import UserError
+
+MANIFEST = "MANIFEST.json"  # seal of a published folder
+COMPLETE = "COMPLETE"  # seal of a training checkpoint
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def list_files(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """{relative path: {"size", "sha256"}} of every file below a folder."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in leave_out)
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        hashes = list(pool.map(sha256_of, paths))
+    return {
+        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": h}
+        for p, h in zip(paths, hashes, strict=True)
+    }
+
+
+def fingerprint_model(folder: Path) -> str:
+    """One sha256 for the model in a folder: weights, configuration and tokenizer, whoever wrote it."""
+    if (folder / MANIFEST).is_file():
+        return verify_folder(folder)["fingerprint"]
+    files = {name: entry for name, entry in list_files(folder).items() if name.endswith((".json", ".safetensors"))}
+    return digest(files)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader sees the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal_folder(folder: Path, seal: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Make a folder count: fsync all that lies in it, then write its seal. Returns what the seal says."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    files = list_files(folder, leave_out=(seal,))
+    contents = {**facts, "fingerprint": digest(files), "files": files}
+    write_json(folder / seal, contents)
+    return contents
+
+
+def publish_folder(temporary: Path, final: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Seal a folder built under a temporary name and rename it to its final one, which must be free."""
+    contents = seal_folder(temporary, MANIFEST, manifest)
+    temporary.rename(final)
+    _sync(final.parent)
+    return contents
+
+
+def verify_folder(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
+    """Check every file against the seal and return what it says; UserError names the first file that is wrong."""
+    try:
+        contents = json.loads((folder / seal).read_text(encoding="utf-8"))
+        files = contents["files"]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not complete ({seal} is missing); run the step that makes it again") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / seal}: damaged (not the JSON that was written)") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, though {seal} lists it; restore it or make the folder again")
+        if path.stat().st_size != expected["size"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, expected {expected['size']} (truncated or changed)")
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(sha256_of, (folder / name for name in files))
+        for (name, expected), found in zip(files.items(), hashes, strict=True):
+            if found != expected["sha256"]:
+                raise UserError(f"{folder / name}: contents changed since they were written (sha256 differs)")
+    return contents
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Move a file or folder out of the way under a name that tells why; nothing is deleted."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    target = path.with_name(f"{path.name}.{why}-{stamp}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.{why}-{stamp}-{number}")
+    path.rename(target)
+    return target
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, complete or not, oldest first."""
+    found = (p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit())
+    return sorted(found, key=step_of)
+
+
+def newest_complete(folder: Path, job: str) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a job (its fingerprint) that verifies.
+
+    Newer ones that are half-written, damaged or another run's are set aside, with a line for each that says why.
+    """
+    lines = []
+    for checkpoint in reversed(find_checkpoints(folder)):
+        why = "incomplete" if not (checkpoint / COMPLETE).exists() else "damaged"
+        try:
+            if verify_folder(checkpoint, COMPLETE)["job"] == job:
+                return checkpoint, lines
+            why, reason = "foreign", f"{checkpoint}: written by another run or stage"
+        except UserError as error:
+            reason = str(error)
+        lines.append(f"{reason}; set aside as {set_aside(checkpoint, why).name}")
+    return None, lines
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints. Call only after a newer one was sealed."""
+    complete = [c for c in find_checkpoints(folder) if (c / COMPLETE).is_file()]
+    for checkpoint in complete[:-keep]:
+        # Unsealed first, so that a kill in the middle of the deletion leaves nothing that looks complete.
+        (checkpoint / COMPLETE).unlink()
+        shutil.rmtree(checkpoint)
+
+
+_DISK_PROBLEMS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "no permission to write",
+    errno.EFBIG: "a file would be larger than the file system allows",
+}
+
+
+@contextmanager
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn a failed write below `folder` into one clear UserError; other errors pass unchanged.
+
+    Writers in native code (safetensors, torch, Arrow) report a full disk as errors of their own kind, so the disk
+    itself is asked as well.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        reason = _DISK_PROBLEMS.get(getattr(error, "errno", None) or 0)
+        if reason is None and (free < 2**20 or "No space left" in str(error)):
+            reason = _DISK_PROBLEMS[errno.ENOSPC]
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write below {folder}: {reason} ({free / 2**30:.2f} GiB free). What was complete before is"
+            " untouched; free or enlarge the disk (or set output_dir) and run the same command again"
+        ) from error

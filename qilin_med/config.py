@@ -1,0 +1,330 @@
+"""The experiment file: one JSON for all stages, validated into frozen objects before anything else happens.
+
+Numbers that the paper states (arXiv:2310.09089, section 4.1) have no defaults here: a file that leaves one out is
+refused, so no run is ever "the paper" by accident. Every key's meaning stands once, in the docstring below its field;
+`configs/README.md` is generated from them (`python -m qilin_med.config`).
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from qilin_med.errors import UserError
+
+StageName = Literal["pretraining", "sft", "dpo"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class DataSource(Section):
+    path: str
+    """A file, or a folder read recursively in name order. A folder that holds `train-*` files gives only those."""
+    text: str = "text"
+    """Name of the field that holds a document's text in .json and .jsonl files (pretraining only)."""
+
+
+def _source_from_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Source = Annotated[DataSource, BeforeValidator(_source_from_path)]
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder of the base model in Hugging Face layout (Baichuan-7B: converted by scripts/convert_baichuan.py)."""
+    template: Literal["qilin", "own"]
+    """Prompt format: "qilin" (Baichuan's reserved role marks) or "own" (the template in the model's tokenizer)."""
+    dtype: Literal["bfloat16", "float32"]
+    """Number format of training and of the merged checkpoints."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention code. Both keep packed documents apart."""
+
+
+class LaunchConfig(Section):
+    device: Literal["cuda", "cpu"]
+    """Where to train. "cuda" on a machine without a GPU is refused instead of running for weeks."""
+    processes: PositiveInt | Literal["auto"] = "auto"
+    """Ranks on this machine. "auto": one per visible GPU, or one on a CPU."""
+    threads_per_process: PositiveInt = 1
+    """CPU threads of each rank. More threads than cores in total slow a CPU run several times."""
+
+
+class LoraSettings(Section):
+    rank: PositiveInt
+    """Rank of the LoRA matrices."""
+    alpha: PositiveInt
+    """LoRA scaling numerator: updates are scaled by alpha / rank."""
+    dropout: Share
+    """Dropout on the input of the LoRA matrices."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: "all-linear" (every linear layer except the output head) or a list of names."""
+
+
+class StageConfig(Section):
+    data: Annotated[list[Source], Field(min_length=1)]
+    """Training files or folders, read in this order."""
+    parent: str | None = None
+    """Model folder to start from. null: the base model for pretraining, else the previous stage's merged folder."""
+    epochs: Annotated[float, Field(gt=0)]
+    """Passes over the rows."""
+    batch_size_per_device: PositiveInt
+    """Rows that one rank takes at once."""
+    global_batch_size: PositiveInt | None = None
+    """Rows per update over all ranks; must divide by ranks x batch_size_per_device (the quotient is the number of
+    gradient accumulation steps). null: ranks x batch_size_per_device."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    warmup_ratio: Share
+    """Share of the updates over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """AdamW weight decay."""
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    """Learning-rate course after the warm-up (the paper does not state it)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many updates; overrides epochs."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration file. null: plain PyTorch (DDP with several ranks)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    checkpoint_every: PositiveInt = 500
+    """Updates between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Complete checkpoints to keep; older ones go once a newer one is complete."""
+    report_to: list[str] = ["tensorboard"]
+    """Trackers beside metrics.jsonl, by their transformers names (tensorboard, wandb, swanlab, mlflow, ...)."""
+
+
+class PretrainingConfig(StageConfig):
+    block_size: Annotated[int, Field(ge=8)]
+    """Tokens of one row. Documents are joined, each ended by EOS, and cut into blocks; nothing is dropped."""
+    isolate_documents: bool = True
+    """true: documents in one block do not see each other. false: plain concatenation, as published scripts do."""
+
+
+class InstructionConfig(StageConfig):
+    max_source_length: Annotated[int, Field(ge=8)]
+    """Tokens of a question with its role marks; longer ones lose their end, never a mark."""
+    max_target_length: Annotated[int, Field(ge=8)]
+    """Tokens of an answer with its EOS; a longer answer is cut and then has no EOS."""
+    lora: LoraSettings
+    """Low-rank adapter (merged into the model at the end of the stage)."""
+
+
+class SftConfig(InstructionConfig):
+    packing: bool
+    """true: best-fit packing of whole conversations into one row, kept apart. false: batches of like length."""
+    packed_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens of a packed row. null: max_source_length + max_target_length."""
+
+
+class DpoConfig(InstructionConfig):
+    beta: Annotated[float, Field(gt=0)]
+    """Strength of the pull towards the SFT model in the DPO loss."""
+
+
+class EvaluationConfig(Section):
+    documents: dict[str, list[Source]] = {}
+    """Held-out text by name (for example medical, general): perplexity of every stage is measured on each."""
+    answers: list[Source] = []
+    """Held-out conversations: loss on the answers."""
+    preferences: list[Source] = []
+    """Held-out preference pairs: how often the chosen answer is the likelier one."""
+    batch_size: PositiveInt = 16
+    """Rows measured at once."""
+
+
+class Experiment(Section):
+    name: str
+    """Name of the run, shown in reports."""
+    seed: int
+    """Seed of every shuffle, dropout and adapter initialisation."""
+    output_dir: str
+    """Run folder: everything the run writes lies below it."""
+    model: ModelConfig
+    """Base model."""
+    launch: LaunchConfig
+    """Devices and ranks."""
+    pretraining: PretrainingConfig | None = None
+    """Stage 1, continued pre-training: all parameters, next token."""
+    sft: SftConfig | None = None
+    """Stage 2, supervised fine-tuning with LoRA."""
+    dpo: DpoConfig | None = None
+    """Stage 3, direct preference optimisation with LoRA against the frozen SFT model."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What the table of base and stages measures."""
+
+    @model_validator(mode="after")
+    def _has_a_stage(self) -> "Experiment":
+        if not any(getattr(self, stage) for stage in STAGES):
+            raise ValueError(f"no stage: expected at least one of the sections {', '.join(STAGES)}")
+        return self
+
+    def stage(self, name: StageName) -> StageConfig:
+        """The section of one stage; UserError if the file has none."""
+        section = getattr(self, name)
+        if section is None:
+            raise UserError(f"this experiment has no section '{name}': add it, or run a stage that it has")
+        return section
+
+    def stage_folder(self, name: StageName) -> Path:
+        return Path(self.output_dir) / name
+
+    def parent_folder(self, name: StageName) -> Path:
+        """Where a stage starts from: its `parent`, else the nearest earlier stage's merged folder, else the base."""
+        if parent := self.stage(name).parent:
+            return Path(parent)
+        earlier = [s for s in STAGES[: STAGES.index(name)] if getattr(self, s)]
+        return self.stage_folder(earlier[-1]) / "merged" if earlier else Path(self.model.path)
+
+
+def load_experiment(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment file, apply `key.path=value` overrides and validate.
+
+    A file may extend one other (`"extends": "other.json"`, relative to itself), one level deep: its keys replace the
+    other's, section by section. UserError names every unknown, missing or impossible key in one line.
+    """
+    raw = _read_extended(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Experiment.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise UserError(f"{path}: {problems}") from None
+
+
+def _read_extended(path: Path) -> dict[str, Any]:
+    raw = _read_json(path)
+    if "extends" not in raw:
+        return raw
+    base_path = path.parent / raw.pop("extends")
+    base = _read_json(base_path)
+    if "extends" in base:
+        raise UserError(f"{path} extends {base_path}, which extends another file: only one level is allowed")
+    return _merged(base, raw)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such experiment file (shipped ones lie in configs/)") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: expected a JSON text file in UTF-8, found {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        both_objects = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both_objects else value
+    return result
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}': expected key.path=value, for example sft.learning_rate=1e-5")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string, so that paths need no quotes
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = raw.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"override '{override}': '{section}' is a value, not a section")
+        raw = inner
+    raw[last] = value
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One pydantic problem in a user's words, with the nearest known key for an unknown one."""
+    # Unions add the tried type's name to the location; only names of the file are shown.
+    location = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
+    where = ".".join(location) or "the file"
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(location[:-1]))
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key '{where}': {hint}"
+    if problem["type"] == "missing":
+        return f"'{where}' is missing: it has no default, state it in the file"
+    found = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    shown = "" if isinstance(problem["input"], dict) else f", found {found}"
+    return f"'{where}': {problem['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _fields_at(location: list[str]) -> Iterator[str]:
+    """Names of the keys that the section at `location` has."""
+    section: type[BaseModel] = Experiment
+    for part in location:
+        field = section.model_fields.get(part)
+        candidates = [t for t in _classes_in(field.annotation) if issubclass(t, BaseModel)] if field else []
+        section = candidates[0] if candidates else section
+    yield from section.model_fields
+
+
+def _classes_in(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _classes_in(argument)
+
+
+def reference() -> str:
+    """configs/README.md: every key with its type, whether it is required, and its meaning."""
+    lines = [
+        "# Experiment files",
+        "",
+        "Generated by `python -m qilin_med.config > configs/README.md`; a test compares. Any key can be overridden on",
+        "the command line: `python supervised_finetuning.py --config configs/demo.json sft.epochs=2`.",
+        'A file may extend one other, one level deep: `"extends": "qilin_med_7b.json"`.',
+        "",
+        "| file | what for |",
+        "|---|---|",
+        "| `demo.json` | the whole pipeline on two CPU cores, in an invented medicine |",
+        "| `demo_base.json` | trains the demo's base model on general text (called by scripts/make_demo.py) |",
+        "| `qilin_med_7b.json` | the paper: Baichuan-7B on 8 x A100-80G, complete |",
+        "",
+    ]
+    sections = {
+        "(top level)": Experiment, "model": ModelConfig, "launch": LaunchConfig,
+        "every stage": StageConfig, "pretraining": PretrainingConfig, "sft and dpo": InstructionConfig,
+        "sft": SftConfig, "dpo": DpoConfig, "sft.lora, dpo.lora": LoraSettings, "evaluation": EvaluationConfig,
+        "an entry of data, documents, answers, preferences (or just its path)": DataSource,
+    }  # fmt: skip
+    for title, section in sections.items():
+        inherited = section.__mro__[1].model_fields if section.__mro__[1] is not Section else {}
+        lines += [f"## {title}", "", "| key | default | meaning |", "|---|---|---|"]
+        for name, field in section.model_fields.items():
+            if name in inherited:
+                continue
+            is_section = isinstance(field.default, BaseModel)
+            default = "required" if field.is_required() else "none" if is_section else json.dumps(field.default)
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"| `{name}` | {default} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,24 @@
+"""The one exception that users meet."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what was found, what was expected and what to do, in one line."""
+
+
+@contextmanager
+def user_errors_end_with_one_line() -> Iterator[None]:
+    """Turn a UserError into one line on stderr and exit code 2; anything else is our fault and keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of a pipe (`... | head`) left; the rest of the output has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,129 @@
+"""Held-out measures of a model folder: perplexity, answer loss, preference accuracy.
+
+Rows come from the same code as in training (template, limits, set-aside reasons), so a measure and a loss curve speak of
+the same thing.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qilin_med.batches import collate_packed, collate_preferences
+from qilin_med.checkpoints import MANIFEST, digest, fingerprint_model, write_json
+from qilin_med.config import STAGES, Experiment, Source, StageName
+from qilin_med.job import commit, versions
+from qilin_med.losses import sequence_log_probs, token_losses
+from qilin_med.models import DTYPES, forward_hidden, load_model, load_tokenizer, max_positions, output_head
+from qilin_med.rows import PreparedRows, prepare_rows
+
+
+def model_folders(experiment: Experiment) -> dict[str, Path]:
+    """Base and stages of an experiment by name, in order."""
+    stages = {name: experiment.stage_folder(name) / "merged" for name in STAGES if getattr(experiment, name)}
+    return {"base": Path(experiment.model.path), **stages}
+
+
+def evaluate_model(experiment: Experiment, folder: Path, result: Path) -> dict[str, Any]:
+    """Measure one model on everything the experiment's evaluation section names, and write the result file.
+
+    A result for the same model, rows and settings is not computed again.
+    """
+    tokenizer = load_tokenizer(folder, experiment.model.template)
+    rows = dict(_prepare_all(experiment, folder, tokenizer))
+    facts = {
+        "model": {"folder": str(folder), "fingerprint": fingerprint_model(folder)},
+        "template": digest(tokenizer.chat_template),
+        "rows": {name: prepared.folder.name for name, (_, prepared) in rows.items()},
+    }
+    if result.exists() and (old := json.loads(result.read_text(encoding="utf-8"))).items() >= facts.items():
+        return old
+    device = experiment.launch.device
+    model = load_model(folder, experiment.model, DTYPES[experiment.model.dtype]).to(device).eval()
+    measures = {}
+    for name, (measure, prepared) in rows.items():
+        measures[name] = measure(model, prepared, experiment.evaluation.batch_size)
+    contents = {**facts, "measures": measures, "versions": versions(), "commit": commit()}
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result, contents)
+    return contents
+
+
+def _prepare_all(
+    experiment: Experiment, folder: Path, tokenizer: Any
+) -> Iterator[tuple[str, tuple[Any, PreparedRows]]]:
+    """(name of the measure, (function, rows)) for every held-out set whose stage section gives the limits."""
+    settings = experiment.evaluation
+    wanted: list[tuple[str, StageName, list[Source], Any]] = [
+        *((f"perplexity {name}", "pretraining", data, perplexity) for name, data in settings.documents.items()),
+        ("answer loss", "sft", settings.answers, answer_loss),
+        ("preference accuracy", "dpo", settings.preferences, preference_accuracy),
+    ]
+    for name, stage, data, measure in wanted:
+        section = getattr(experiment, stage)
+        if data and section:
+            changes = {"data": data, "packing": False} if stage == "sft" else {"data": data}
+            section = section.model_copy(update=changes)
+            cache = Path(experiment.output_dir) / "cache"
+            yield name, (measure, prepare_rows(stage, section, tokenizer, max_positions(folder), cache))
+
+
+def perplexity(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> dict[str, float]:
+    """exp of the mean next-token loss over all tokens but each segment's first."""
+    mean, count = _mean_token_loss(model, rows, batch_size)
+    return {"value": math.exp(mean), "tokens": count}
+
+
+def answer_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> dict[str, float]:
+    """Mean loss (nats) over the tokens of the answers, given the question in the chat template."""
+    mean, count = _mean_token_loss(model, rows, batch_size)
+    return {"value": mean, "tokens": count}
+
+
+@torch.no_grad()
+def _mean_token_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> tuple[float, int]:
+    total, count = 0.0, 0
+    for batch in _batches(rows, batch_size, collate_packed, model):
+        hidden = forward_hidden(model, {key: batch[key] for key in ("input_ids", "position_ids")})
+        targets = batch["labels"][:, 1:]
+        scored = targets != -100
+        total += token_losses(hidden[:, :-1][scored], output_head(model), targets[scored], reduction="sum").item()
+        count += batch["items"]
+    return total / count, count
+
+
+@torch.no_grad()
+def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> dict[str, float]:
+    """Share of pairs whose chosen answer has the higher log-probability, with the binomial standard error."""
+    right, count = 0, 0
+    for batch in _batches(rows, batch_size, collate_preferences, model):
+        hidden = forward_hidden(model, {"input_ids": batch["input_ids"]})
+        chosen, rejected = sequence_log_probs(hidden, output_head(model), batch["labels"]).chunk(2)
+        right += int((chosen > rejected).sum())
+        count += len(chosen)
+    share = right / count
+    return {"value": share, "pairs": count, "standard_error": math.sqrt(share * (1 - share) / count)}
+
+
+def _batches(rows: PreparedRows, batch_size: int, collate: Any, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(rows.dataset), batch_size):
+        indices = range(start, min(start + batch_size, len(rows.dataset)))
+        batch = collate([{**rows.dataset[i], "index": i} for i in indices])
+        yield {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def read_results(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Result files of the experiment by model name, in order, as far as they are there."""
+    files = {name: result_file(experiment, name) for name in model_folders(experiment)}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
+
+
+def result_file(experiment: Experiment, name: str) -> Path:
+    return Path(experiment.output_dir) / "eval" / name / "heldout.json"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -1,0 +1,187 @@
+"""One stage of one experiment, resolved: everything its ranks need, and what makes two runs of it the same."""
+
+import importlib.metadata
+import json
+import math
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qilin_med.checkpoints import digest, write_json
+from qilin_med.config import Experiment, StageConfig, StageName
+from qilin_med.errors import UserError
+
+# Keys that change how a run is watched or stored, never what it computes: free to change between start and resume.
+_HARMLESS_KEYS = {"report_to", "checkpoint_every", "keep_checkpoints", "data", "parent"}
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage with its parent verified and its rows prepared."""
+
+    experiment: Experiment
+    stage: StageName
+    parent: Path  # model folder
+    parent_fingerprint: str
+    rows: Path  # folder of prepared rows
+    row_count: int
+    ranks: int
+
+    @property
+    def section(self) -> StageConfig:
+        return self.experiment.stage(self.stage)
+
+    @property
+    def folder(self) -> Path:
+        return self.experiment.stage_folder(self.stage)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    @property
+    def rows_per_update(self) -> int:
+        return self.section.global_batch_size or self.section.batch_size_per_device * self.ranks
+
+    @property
+    def accumulation(self) -> int:
+        return self.rows_per_update // (self.section.batch_size_per_device * self.ranks)
+
+    @property
+    def updates(self) -> int:
+        if self.section.max_steps:
+            return self.section.max_steps
+        return math.ceil(self.section.epochs * math.ceil(self.row_count / self.rows_per_update))
+
+    @property
+    def warmup_updates(self) -> int:
+        return math.ceil(self.section.warmup_ratio * self.updates)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result. Two jobs with equal identities end with the same weights."""
+        section = {k: v for k, v in self.section.model_dump(mode="json").items() if k not in _HARMLESS_KEYS}
+        model = {k: v for k, v in self.experiment.model.model_dump(mode="json").items() if k != "path"}
+        return {
+            "seed": self.experiment.seed,
+            "model": model,
+            self.stage: section,
+            "deepspeed": _read_text(self.section.deepspeed),
+            "ranks": self.ranks,
+            "device": self.experiment.launch.device,
+            "parent fingerprint": self.parent_fingerprint,
+            "rows": self.rows.name,
+        }
+
+    def fingerprint(self) -> str:
+        return digest(self.identity())
+
+    def save(self, path: Path) -> None:
+        values = {**asdict(self), "experiment": self.experiment.model_dump(mode="json"), "identity": self.identity()}
+        write_json(path, {**values, "parent": str(self.parent), "rows": str(self.rows)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Job":
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values.pop("identity")
+        experiment = Experiment.model_validate_json(json.dumps(values.pop("experiment")))
+        parent, rows = Path(values.pop("parent")), Path(values.pop("rows"))
+        return cls(experiment=experiment, parent=parent, rows=rows, **values)
+
+
+def _read_text(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return digest(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed configuration {path} cannot be read: {error}") from None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for every leaf that differs between two identities."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
+    return flat
+
+
+def count_ranks(experiment: Experiment, gpus: int) -> int:
+    """Ranks on this machine; UserError where the device asked for is not there."""
+    launch = experiment.launch
+    if launch.device == "cpu":
+        return 1 if launch.processes == "auto" else launch.processes
+    if gpus == 0:
+        raise UserError(
+            "launch.device is 'cuda' but no GPU is visible here; run on a GPU machine (nvidia-smi shows its GPUs), or"
+            " choose a CPU experiment such as configs/demo.json"
+        )
+    ranks = gpus if launch.processes == "auto" else launch.processes
+    if ranks > gpus:
+        raise UserError(f"launch.processes is {ranks} but {gpus} GPUs are visible; lower it or set it to 'auto'")
+    return ranks
+
+
+def check_batch(experiment: Experiment, stage: StageName, ranks: int) -> None:
+    """UserError unless the rows of an update divide evenly among ranks and batches."""
+    section = experiment.stage(stage)
+    together = ranks * section.batch_size_per_device
+    if section.global_batch_size and section.global_batch_size % together:
+        raise UserError(
+            f"{stage}.global_batch_size is {section.global_batch_size}, which does not divide by {ranks} ranks x"
+            f" {stage}.batch_size_per_device {section.batch_size_per_device} = {together}; make it a multiple of {together}"
+        )
+
+
+def check_rows(job: Job) -> None:
+    together = job.ranks * job.section.batch_size_per_device
+    if job.row_count < together:
+        raise UserError(
+            f"{job.stage}: {job.row_count} rows are too few for one batch on each rank ({job.ranks} x"
+            f" {job.section.batch_size_per_device} = {together}); lower batch_size_per_device or add data"
+        )
+
+
+def check_disk(job: Job, parameters: int, trainable: int) -> None:
+    """UserError if the checkpoints and the merged model will not fit on the output disk."""
+    weight_bytes = 2 if job.experiment.model.dtype == "bfloat16" else 4
+    saved = trainable if trainable < parameters else parameters
+    checkpoint = saved * (weight_bytes + 12)  # weights, and in fp32 a master copy and two Adam moments
+    # One more checkpoint than kept: the oldest goes only when the newest is complete.
+    needed = checkpoint * (job.section.keep_checkpoints + 1) + parameters * weight_bytes
+    existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{job.folder}: {needed / 2**30:.1f} GiB needed for {job.section.keep_checkpoints} + 1 checkpoints and the"
+            f" merged model, {free / 2**30:.1f} GiB free; free the disk, lower {job.stage}.keep_checkpoints or set output_dir"
+        )
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def commit() -> str | None:
+    """The commit of this code, with "-dirty" if files differ from it; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()

@@ -1,0 +1,45 @@
+"""The formulas: one pure function each. Logits over the whole vocabulary never exist for more than one chunk."""
+
+import torch
+import torch.nn.functional as F
+
+_LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32: 262 positions of a 64k vocabulary
+
+
+def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Next-token negative log-likelihoods, in chunks of positions.
+
+    hidden: [N, H] last hidden states; head: the output layer [V, H]; targets: [N] token ids.
+    reduction "sum" -> [], "none" -> [N]. In fp32 this equals cross_entropy(head(hidden), targets).
+    """
+    if targets.numel() == 0:  # a batch of fillers: no loss, but every rank must reach the backward pass
+        zero = hidden.sum() * 0.0 + head.weight.sum() * 0.0
+        return zero if reduction == "sum" else zero.expand(0)
+    chunk = max(64, _LOGITS_PER_CHUNK // head.weight.shape[0])
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk)
+    return F.linear_cross_entropy(
+        hidden.to(head.weight.dtype), head.weight, targets,
+        linear_bias=head.bias, reduction=reduction, options=options,
+    )  # fmt: skip
+
+
+def sequence_log_probs(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+    """log p(answer | prompt) of each sequence: [B]. hidden: [B, T, H]; labels: [B, T], unshifted, -100 elsewhere."""
+    targets = labels[:, 1:]
+    scored = targets != -100
+    losses = token_losses(hidden[:, :-1][scored], head, targets[scored], reduction="none").float()
+    rows = scored.nonzero()[:, 0]
+    return -torch.zeros(len(labels), dtype=torch.float32, device=hidden.device).index_add(0, rows, losses)
+
+
+def preference_losses(
+    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """DPO (Rafailov et al. 2023, eq. 7; the paper's section 3.3). All arguments [B] sequence log-probabilities.
+
+    Returns losses [B], and the rewards of chosen and rejected [B], beta * log(p / p_ref). With policy = reference every
+    loss is ln 2 and every reward 0.
+    """
+    chosen_rewards = beta * (chosen - ref_chosen)
+    rejected_rewards = beta * (rejected - ref_rejected)
+    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards.detach(), rejected_rewards.detach()

@@ -1,0 +1,49 @@
+"""What data can be: every raw format ends at one of these records, or is set aside with the reason."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+RAW_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Running text for continued pre-training. `id` is "path:line" (line formats) or "path#index" (JSON arrays)."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """An optional system text, then questions and answers in turn; the last message is an answer."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt (an optional system text, whole earlier turns, the last question) and two answers to it."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A row that cannot be used. `raw` is its original text, shortened to `RAW_CHARACTERS`."""
+
+    id: str
+    reason: str
+    raw: str

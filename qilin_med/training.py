@@ -1,0 +1,381 @@
+"""The shape that all stages share: verify the parent, prepare rows, train on the ranks, merge, publish.
+
+A stage script calls `run_stage` with the one thing that is its own, a function from a Job to a trainer. The first
+process prepares and publishes; the ranks that it launches only train and write checkpoints. Every step can be killed and
+the same command run again.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qilin_med.checkpoints import (
+    MANIFEST,
+    disk_errors_explained,
+    fingerprint_model,
+    newest_complete,
+    publish_folder,
+    set_aside,
+    step_of,
+    verify_folder,
+    write_json,
+)
+from qilin_med.config import Experiment, StageName, load_experiment
+from qilin_med.errors import UserError, user_errors_end_with_one_line
+from qilin_med.job import Job, check_batch, check_disk, check_rows, commit, count_ranks, differences, versions
+from qilin_med.launch import RanksFailed, die_with_launcher, is_rank, launch_ranks, leave_message
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",  # every model is a local folder; nothing is looked up or reported anywhere
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "DS_ACCELERATOR": "cpu",  # for the first process, which only prepares and merges
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def quiet_libraries() -> None:
+    """Libraries' notes on optional parts that this pipeline does not use only hide what matters.
+
+    Call before they are imported.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in ("bitsandbytes", "DeepSpeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", description: str) -> None:
+    """The main function of a stage script."""
+    quiet_libraries()
+    if is_rank():
+        _run_rank(build_trainer, Path(sys.argv[-1]))
+        return
+    arguments = _parse_arguments(description)
+    with user_errors_end_with_one_line():
+        experiment = load_experiment(arguments.config, arguments.overrides)
+        _run_whole_stage(experiment, stage, dry_run=arguments.dry_run, restart=arguments.restart)
+
+
+def _parse_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="experiment file, for example configs/demo.json")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--restart", action="store_true", help="move what this stage made before aside and start anew")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the experiment file")
+    # Overrides may stand on either side of the flags.
+    return parser.parse_intermixed_args()
+
+
+def _run_whole_stage(experiment: Experiment, stage: StageName, dry_run: bool, restart: bool) -> None:
+    experiment.stage(stage)
+    folder = experiment.stage_folder(stage)
+    with disk_errors_explained(folder), _only_run_in(folder):
+        if restart and not dry_run and folder.exists():
+            say(f"moved what was there to {set_aside(folder, 'before')}")
+        job = _prepare_job(experiment, stage, dry_run)
+        parameters, trainable = _count_parameters(job)
+        if not dry_run:
+            check_disk(job, parameters, trainable)
+            _refuse_other_settings(job)
+            if _is_finished(job):
+                return
+        _describe(job, parameters, trainable, whole=dry_run)
+        if dry_run:
+            return
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(Path(experiment.output_dir) / "config.json", experiment.model_dump(mode="json"))
+        job.save(job.folder / "job.json")
+        _publish(job, _train(job))
+
+
+@contextmanager
+def _only_run_in(folder: Path) -> Iterator[None]:
+    """UserError if another process is at work on this stage of this run."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training there now; wait for it, or end it first") from None
+        yield
+
+
+def _prepare_job(experiment: Experiment, stage: StageName, dry_run: bool) -> Job:
+    """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything."""
+    from qilin_med.models import check_model_folder, load_tokenizer, max_positions
+
+    ranks = _count_ranks(experiment, dry_run)
+    check_batch(experiment, stage, ranks)
+    parent = experiment.parent_folder(stage)
+    _explain_missing_parent(experiment, stage, parent)
+    check_model_folder(parent)
+    parent_fingerprint = fingerprint_model(parent)
+
+    from qilin_med.rows import prepare_rows
+
+    tokenizer = load_tokenizer(parent, experiment.model.template)
+    cache = Path(experiment.output_dir) / "cache"
+    rows = prepare_rows(stage, experiment.stage(stage), tokenizer, max_positions(parent), cache)
+    job = Job(experiment, stage, parent, parent_fingerprint, rows.folder, len(rows.dataset), ranks)
+    check_rows(job)
+    return job
+
+
+def _count_ranks(experiment: Experiment, dry_run: bool) -> int:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if dry_run and experiment.launch.device == "cuda" and gpus == 0:
+        processes = experiment.launch.processes
+        say(f"no GPU here: steps are counted for {1 if processes == 'auto' else processes} rank(s)")
+        return 1 if processes == "auto" else processes
+    ranks = count_ranks(experiment, gpus)
+    wants_bf16 = experiment.model.dtype == "bfloat16" and experiment.launch.device == "cuda"
+    if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"model.dtype is bfloat16, which {name} cannot compute; set model.dtype=float32")
+    return ranks
+
+
+def _explain_missing_parent(experiment: Experiment, stage: StageName, parent: Path) -> None:
+    if parent.exists():
+        return
+    if parent == Path(experiment.model.path):
+        raise UserError(f"model.path: {parent} does not exist; README.md tells how to get and convert the base model")
+    raise UserError(f"{stage} starts from {parent}, which does not exist; run the stage that makes it first")
+
+
+def _count_parameters(job: Job) -> tuple[int, int]:
+    from qilin_med.models import count_parameters
+
+    return count_parameters(job.parent, getattr(job.section, "lora", None))
+
+
+def _refuse_other_settings(job: Job) -> None:
+    """UserError if this folder was begun with other settings, data or parent: a good run is never overwritten."""
+    path = job.folder / "job.json"
+    if not path.exists():
+        return
+    changed = differences(json.loads(path.read_text(encoding="utf-8"))["identity"], job.identity())
+    if changed:
+        raise UserError(
+            f"{job.folder} was made with other settings ({'; '.join(changed)}). Use the old ones, set another output_dir,"
+            " or add --restart to move the old folder aside"
+        )
+
+
+def _is_finished(job: Job) -> bool:
+    if not job.merged.exists():
+        return False
+    try:
+        manifest = verify_folder(job.merged)
+    except UserError as error:
+        say(f"{error}. Set aside as {set_aside(job.merged, 'damaged').name}; publishing again")
+        return False
+    say(f"{job.stage}: already finished ({manifest['updates']} updates, {manifest['created']}): {job.merged}")
+    return True
+
+
+def _train(job: Job) -> Path:
+    """Train up to the last update, from the newest complete checkpoint on; returns the final checkpoint."""
+    checkpoint, lines = newest_complete(job.checkpoints, job.fingerprint())
+    for line in lines:
+        say(line)
+    if checkpoint is None or step_of(checkpoint) < job.updates:
+        say(f"continuing from {checkpoint.name}" if checkpoint else "starting")
+        checkpoint = _launch(job, checkpoint)
+    if step_of(checkpoint) < job.updates:
+        print(f"stopped at step {step_of(checkpoint)} of {job.updates}; run the same command to continue", flush=True)
+        sys.exit(130)
+    return checkpoint
+
+
+def _launch(job: Job, checkpoint: Path | None) -> Path:
+    failure = None
+    quiet = {**_QUIET, "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": job.experiment.launch.device}
+    command = [sys.executable, sys.argv[0], *(["--resume", str(checkpoint)] if checkpoint else [])]
+    try:
+        launch_ranks(
+            [*command, "--job", str(job.folder / "job.json")],
+            job.ranks,
+            job.experiment.launch.threads_per_process,
+            quiet | {"TENSORBOARD_LOGGING_DIR": str(job.folder / "tensorboard")},
+        )
+    except RanksFailed as error:
+        failure = error
+    newest, lines = newest_complete(job.checkpoints, job.fingerprint())
+    for line in lines:
+        say(line)
+    done = newest is not None and step_of(newest) == job.updates
+    if failure and not done:
+        last = newest or "none"
+        raise UserError(
+            f"{job.stage} did not finish: {failure}. Last complete checkpoint: {last}. The messages above tell more;"
+            " run the same command to continue"
+        )
+    if newest is None:
+        raise UserError(f"{job.stage} was stopped before its first checkpoint; run the same command to start again")
+    return newest
+
+
+def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None:
+    """Train as one of the ranks: from the start, or from the checkpoint named by --resume."""
+    die_with_launcher()
+    job = Job.load(job_file)
+    resume = sys.argv[sys.argv.index("--resume") + 1] if "--resume" in sys.argv else None
+    from transformers import PrinterCallback, set_seed
+
+    from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, end_rank
+
+    try:
+        trainer = build_trainer(job)
+        trainer.remove_callback(PrinterCallback)
+        for callback in (MetricsFile(job.folder / "metrics.jsonl"), Progress(), CheckpointSealer(job)):
+            trainer.add_callback(callback)
+        trainer.add_callback(Guard(job, trainer))
+        set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
+        trainer.train(resume_from_checkpoint=resume)
+    except UserError as error:
+        leave_message(error)
+        os._exit(2)
+    end_rank()
+
+
+def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, **extra: Any) -> "TrainingArguments":
+    """The library's arguments for a job; `kind` is TrainingArguments or a subclass of it."""
+    from transformers import TrainingArguments
+
+    section, on_cpu = job.section, job.experiment.launch.device == "cpu"
+    return (kind or TrainingArguments)(
+        output_dir=str(job.checkpoints),
+        seed=job.experiment.seed,
+        max_steps=job.updates,
+        per_device_train_batch_size=section.batch_size_per_device,
+        gradient_accumulation_steps=job.accumulation,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.scheduler,
+        warmup_steps=job.warmup_updates,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        bf16=job.experiment.model.dtype == "bfloat16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        activation_checkpointing=section.activation_checkpointing,
+        # Re-entrant checkpointing needs inputs with gradients, which a frozen embedding under LoRA does not give.
+        activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
+        deepspeed=section.deepspeed,
+        logging_steps=1,  # a resumed run must log the same numbers, so no averages over several updates
+        logging_nan_inf_filter=False,  # Guard stops the run instead
+        save_strategy="steps",
+        save_steps=section.checkpoint_every,
+        report_to=section.report_to,
+        disable_tqdm=True,  # Progress shows more
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        **extra,
+    )
+
+
+def _publish(job: Job, checkpoint: Path) -> None:
+    """Merge the final checkpoint and hand it over: the folder appears under its name only when it is whole."""
+    from qilin_med.models import DTYPES, load_model, load_tokenizer, merge_adapter, save_whole_model
+
+    say("merging and publishing")
+    settings = job.experiment.model
+    if getattr(job.section, "lora", None):
+        _publish_adapter(job, checkpoint)
+        model = merge_adapter(job.parent, checkpoint)
+    else:
+        model = load_model(checkpoint, settings, DTYPES[settings.dtype])
+    temporary = _empty_folder(job.folder / ".merged.part")
+    save_whole_model(model, load_tokenizer(job.parent, settings.template), temporary, settings.dtype)
+    publish_folder(temporary, job.merged, _manifest(job))
+    say(f"{job.stage}: finished, {job.merged}")
+
+
+def _publish_adapter(job: Job, checkpoint: Path) -> None:
+    final = job.folder / "adapter"
+    if final.exists():
+        return
+    temporary = _empty_folder(job.folder / ".adapter.part")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy2(checkpoint / name, temporary / name)
+    publish_folder(temporary, final, {"stage": job.stage, "job": job.fingerprint()})
+
+
+def _empty_folder(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def _manifest(job: Job) -> dict[str, Any]:
+    """How the merged folder was made: enough to trace every number measured on it."""
+    from qilin_med.callbacks import read_metrics
+
+    rows = json.loads((job.rows / MANIFEST).read_text(encoding="utf-8"))
+    metrics = read_metrics(job.folder / "metrics.jsonl")
+    return {
+        "stage": job.stage,
+        "created": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "experiment": job.experiment.model_dump(mode="json"),
+        "job": job.fingerprint(),
+        "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
+        "data": {"fingerprint": rows["fingerprint"], "counts": rows["counts"]},
+        "ranks": job.ranks,
+        "updates": job.updates,
+        "final_metrics": metrics[-1] if metrics else None,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def _describe(job: Job, parameters: int, trainable: int, whole: bool) -> None:
+    """The summary before a run; `whole` adds every resolved setting and file (for a dry run)."""
+    counts = json.loads((job.rows / MANIFEST).read_text(encoding="utf-8"))["counts"]
+    if whole:
+        print(json.dumps(job.experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
+        for file in counts["files"]:
+            print(
+                f"file: {file['path']}: {file['records']} records, {file['used']} used, {file['set_aside']} set aside"
+            )
+    section, passes = job.section, job.updates / math.ceil(job.row_count / job.rows_per_update)
+    lines = {
+        "stage": f"{job.stage} of {job.experiment.name}",
+        "starts from": str(job.parent),
+        "data": f"{counts['records']:,} records in {len(counts['files'])} files, {counts['used']:,} used",
+        "rows": f"{counts['rows']:,}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained on",
+        "updates": f"{job.updates:,} of {job.rows_per_update} rows ({job.ranks} ranks x {section.batch_size_per_device} x"
+        f" {job.accumulation} accumulated), {passes:.2f} epochs, {counts['tokens'] * passes:,.0f} tokens",
+        "parameters": f"{parameters:,}, {trainable:,} trainable ({trainable / parameters:.2%})",
+        "writes to": str(job.folder),
+    }
+    if counts["set_aside"]:
+        reasons = "; ".join(f"{number} {reason}" for reason, number in counts["set_aside"].items())
+        lines["set aside"] = f"{reasons} (see {job.rows}/set_aside.jsonl)"
+    cut = {name: counts.get(name, 0) for name in ("cut_sources", "cut_targets", "continued", "dropped_turns")}
+    if any(cut.values()):
+        lines["cut"] = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in cut.items() if number)
+    for name, value in lines.items():
+        print(f"{name + ':':13}{value}", flush=True)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

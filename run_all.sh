@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole pipeline on a fresh machine: setup, demo data and base model, three stages, evaluation, report.
+#   bash run_all.sh                                      the demo, minutes on two CPU cores
+#   CONFIG=configs/qilin_med_7b.json bash run_all.sh     the paper, with data/processed and models/baichuan-7b in place
+# Run it again after any interruption: finished steps are skipped, an interrupted one continues.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+export CONFIG=${CONFIG:-configs/demo.json}
+
+bash scripts/setup.sh                                                          # 2 min the first time
+if [ "$CONFIG" = configs/demo.json ]; then .venv/bin/python scripts/make_demo.py; fi
+bash run_pt.sh "$@"
+bash run_sft.sh "$@"
+bash run_dpo.sh "$@"
+.venv/bin/python scripts/evaluate.py --config "$CONFIG" "$@"
+.venv/bin/python scripts/report.py --config "$CONFIG" "$@"

@@ -1,0 +1,35 @@
+"""Convert Baichuan-7B as published into a native Llama folder: python scripts/convert_baichuan.py SRC DST"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert Baichuan-7B as published into a native Llama folder.")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="published folder: config.json, weights, tokenizer.model"
+    )
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist yet")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from qilin_med.errors import user_errors_end_with_one_line
+
+    with user_errors_end_with_one_line():
+        from qilin_med.baichuan import convert_baichuan
+        from qilin_med.template import QILIN_TEMPLATE
+
+        made = convert_baichuan(
+            arguments.source, arguments.target, QILIN_TEMPLATE, report=lambda line: print(line, flush=True)
+        )
+        parameters, shards = f"{made['parameters']:,} parameters ({made['dtype']})", f"{made['shards']} shard(s)"
+        print(f"done: {parameters} in {shards}, with tokenizer and chat template, in {made['target']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Stage 2: supervised fine-tuning. LoRA on instructions and dialogues, loss on the answers only (section 3.2).
+
+Reads the experiment's `sft.data` (ChiMed, ShareGPT, messages or instruction/input/output rows) and the model of stage 1;
+writes runs/<name>/sft/adapter and runs/<name>/sft/merged, a complete model folder.
+
+    python supervised_finetuning.py --config configs/demo.json
+"""
+
+from qilin_med.job import Job
+from qilin_med.training import run_stage, training_arguments
+
+
+def build_trainer(job: Job):
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from qilin_med.models import DTYPES, load_model, lora_config
+    from qilin_med.rows import open_rows
+    from qilin_med.trainers import LanguageModelTrainer
+
+    arguments = training_arguments(job)
+    rows = open_rows(job.rows).dataset
+    settings = job.experiment.model
+    set_seed(job.experiment.seed)  # the adapter starts random, the same on every rank
+    model = get_peft_model(load_model(job.parent, settings, DTYPES[settings.dtype]), lora_config(job.section.lora))
+    lengths = None if job.section.packing else [sum(n) for n in rows["lengths"]]
+    return LanguageModelTrainer(model=model, args=arguments, train_dataset=rows, lengths=lengths)
+
+
+if __name__ == "__main__":
+    run_stage("sft", build_trainer, __doc__)

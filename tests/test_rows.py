@@ -1,0 +1,211 @@
+import json
+
+import numpy as np
+import pytest
+
+from qilin_med.config import DpoConfig, LoraSettings, PretrainingConfig, SftConfig
+from qilin_med.corpus.sources import read_chats
+from qilin_med.errors import UserError
+from qilin_med.rows import cut_into_blocks, open_rows, pack, prepare_rows
+from qilin_med.template import IGNORED, ChatTemplate
+
+COMMON = {"epochs": 1, "batch_size_per_device": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0}
+LORA = LoraSettings(rank=8, alpha=32, dropout=0.0)
+
+
+def pretraining(path, block_size=16, **more) -> PretrainingConfig:
+    return PretrainingConfig(data=[str(path)], block_size=block_size, **more, **COMMON)
+
+
+def sft(path, packing=False, source=32, target=32, **more) -> SftConfig:
+    limits = {"max_source_length": source, "max_target_length": target}
+    return SftConfig(data=[str(path)], packing=packing, lora=LORA, **limits, **more, **COMMON)
+
+
+def dpo(path, source=32, target=32) -> DpoConfig:
+    limits = {"max_source_length": source, "max_target_length": target}
+    return DpoConfig(data=[str(path)], beta=0.1, lora=LORA, **limits, **COMMON)
+
+
+def flat(column) -> list[int]:
+    return [token for row in column for token in row]
+
+
+@pytest.fixture
+def plain(small_tokenizer):
+    return lambda text: small_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+@pytest.fixture
+def chats(write_lines):
+    """120 chats of many lengths, one without an answer, one with a role mark, one of many turns, one broken line."""
+    rows = [{"instruction": "头痛" * (n % 11 + 1), "output": "休息" * (n * 7 % 13 + 1)} for n in range(120)]
+    long = [{"from": ("input", "output")[n % 2], "value": "发热三天" * 3} for n in range(12)]
+    bad = [{"instruction": "a"}, {"instruction": "<reserved_102>", "output": "b"}, '{"instruction']
+    return write_lines(*rows, {"conversations": long}, *bad)
+
+
+# --------------------------------------------------------------------------------------------------- pretraining
+
+
+def test_blocks_by_hand():
+    documents = [("a", [1, 2, 3, 4, 5, 0]), ("b", [6, 0]), ("c", [7, 8, 9, 0])]
+    assert list(cut_into_blocks(documents, 5, isolate=True)) == [
+        {"ids": ["a"], "input_ids": [1, 2, 3, 4, 5], "lengths": [5]},
+        {"ids": ["a", "b", "c"], "input_ids": [0, 6, 0, 7, 8], "lengths": [1, 2, 2]},
+        {"ids": ["c"], "input_ids": [9, 0], "lengths": [2]},
+    ]
+    assert [row["lengths"] for row in cut_into_blocks(documents, 5, isolate=False)] == [[5], [5], [2]]
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_blocks_hold_every_token_of_every_document_in_order(small_tokenizer, plain, write_lines, tmp_path, isolate):
+    texts = [f"第{n}位患者血压偏高，" * (n % 9 + 1) + "</s>" for n in range(1500)]
+    path = write_lines(*({"text": text} for text in texts))
+    section = pretraining(path, block_size=64, isolate_documents=isolate)
+    rows = prepare_rows("pretraining", section, small_tokenizer, 64, tmp_path / "cache")
+    expected = [token for text in texts for token in [*plain(text), small_tokenizer.eos_token_id]]
+    assert flat(rows.dataset["input_ids"]) == expected
+    assert [len(ids) for ids in rows.dataset["input_ids"][:-1]] == [64] * (len(rows.dataset) - 1)
+    assert all(sum(row["lengths"]) == len(row["input_ids"]) for row in rows.dataset)
+    segments = len(flat(rows.dataset["lengths"]))
+    assert (segments == len(rows.dataset)) != isolate
+    counts = rows.counts
+    assert (counts["records"], counts["used"], counts["tokens"]) == (1500, 1500, len(expected))
+    assert counts["trained_tokens"] == len(expected) - segments and counts["rows"] == len(rows.dataset)
+
+
+def test_every_row_tells_which_documents_it_holds(small_tokenizer, write_lines, tmp_path):
+    path = write_lines("发热", "头痛" * 40, "胃痛", name="text.txt")
+    rows = prepare_rows("pretraining", pretraining(path), small_tokenizer, None, tmp_path / "cache").dataset
+    assert rows[0]["ids"] == [f"{path}:1", f"{path}:2"] and rows[-1]["ids"] == [f"{path}:2", f"{path}:3"]
+    assert all(len(row["ids"]) == len(row["lengths"]) for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- sft
+
+
+def test_unpacked_rows_are_the_encoded_chats_in_order(small_tokenizer, chats, tmp_path):
+    section = sft(chats)
+    rows = prepare_rows("sft", section, small_tokenizer, 64, tmp_path / "cache")
+    template = ChatTemplate(small_tokenizer)
+    good = [record for record in read_chats(section.data) if not hasattr(record, "reason")]
+    expected = [row for encoded in template.encode_chats(good, 32, 32) if isinstance(encoded, list) for row in encoded]
+    assert rows.dataset["input_ids"] == [row.input_ids for row in expected]
+    assert rows.dataset["labels"] == [row.labels for row in expected]
+    assert rows.dataset["lengths"] == [[len(row.input_ids)] for row in expected]
+    assert str(rows.dataset.features["labels"]) == "List(Value('int32'))"
+
+
+def test_packed_rows_hold_every_chat_whole(small_tokenizer, chats, tmp_path):
+    loose = prepare_rows("sft", sft(chats), small_tokenizer, None, tmp_path / "cache")
+    packed = prepare_rows("sft", sft(chats, packing=True, packed_length=96), small_tokenizer, None, tmp_path / "cache")
+
+    def pieces(rows):
+        for row in rows.dataset:
+            ends = np.cumsum(row["lengths"])
+            assert ends[-1] == len(row["input_ids"]) == len(row["labels"]) <= 96
+            spans = zip([0, *ends], ends, row["ids"], strict=False)
+            yield from ((id_, row["input_ids"][start:end], row["labels"][start:end]) for start, end, id_ in spans)
+
+    assert sorted(pieces(packed)) == sorted(pieces(loose))
+    total = sum(map(sum, loose.dataset["lengths"]))
+    assert packed.counts["tokens"] == loose.counts["tokens"] == total
+    assert packed.counts["fill"] == total / (96 * len(packed.dataset)) > 0.9
+    assert not (packed.folder / "encoded.arrow").exists()
+
+
+def test_best_fit_decreasing_by_hand():
+    assert pack([3, 7, 2, 5, 4, 3], 8) == [[1], [3, 0], [4, 5], [2]]
+    assert pack([8, 1, 7], 8) == [[0], [2, 1]]
+    assert pack([], 8) == []
+
+
+def test_counts_add_up(small_tokenizer, chats, tmp_path):
+    rows = prepare_rows("sft", sft(chats), small_tokenizer, None, tmp_path / "cache")
+    counts = rows.counts
+    assert counts["set_aside"] == {
+        "no answer": 1, "contains a role mark": 1, "broken JSON: Unterminated string starting at": 1
+    }  # fmt: skip
+    assert (counts["records"], counts["used"]) == (124, 121)
+    [file] = counts["files"]
+    assert (file["records"], file["used"], file["set_aside"]) == (124, 121, 3)
+    assert counts["continued"] == counts["rows"] - 121 > 0
+    assert counts["trained_tokens"] == sum(label != IGNORED for label in flat(rows.dataset["labels"]))
+    notes = [json.loads(line) for line in (rows.folder / "set_aside.jsonl").read_text().splitlines()]
+    assert sorted(note["id"] for note in notes) == [f"{chats}:{number}" for number in (122, 123, 124)]
+    assert all(note["raw"] for note in notes)
+
+
+# ----------------------------------------------------------------------------------------------------------- dpo
+
+
+def test_preferences_lie_in_order_of_length(small_tokenizer, write_lines, plain, tmp_path):
+    texts = [("头痛" * (n * 7 % 11 + 1), "休息" * (n * 5 % 7 + 1), "不知道") for n in range(60)]
+    names = ("question", "response_chosen", "response_rejected")
+    path = write_lines(
+        *(dict(zip(names, text, strict=True)) for text in texts),
+        {"question": "a", "response_chosen": "休息" * 50, "response_rejected": "休息" * 51},
+    )
+    rows = prepare_rows("dpo", dpo(path), small_tokenizer, None, tmp_path / "cache")
+    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows.dataset]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] == rows.counts["longest"]
+    for row in rows.dataset:
+        _, chosen, rejected = texts[int(row["ids"][0].rpartition(":")[2]) - 1]
+        assert row["chosen_ids"] == [*plain(chosen), small_tokenizer.eos_token_id]
+        assert row["rejected_ids"] == [*plain(rejected), small_tokenizer.eos_token_id]
+    assert rows.counts["set_aside"] == {"chosen and rejected are the same after cutting": 1}
+    assert (rows.counts["records"], rows.counts["used"], rows.counts["rows"]) == (61, 60, 60)
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+def test_whole_rows_are_used_again_and_damaged_ones_made_again(small_tokenizer, chats, tmp_path, capsys):
+    first = prepare_rows("sft", sft(chats), small_tokenizer, None, tmp_path / "cache")
+    made = (first.folder / "rows.arrow").stat().st_mtime_ns
+    again = prepare_rows("sft", sft(chats), small_tokenizer, None, tmp_path / "cache")
+    assert again.folder == first.folder and (first.folder / "rows.arrow").stat().st_mtime_ns == made
+    assert again.counts == first.counts == open_rows(first.folder).counts
+    expected = (first.folder / "rows.arrow").read_bytes()
+    (first.folder / "rows.arrow").write_bytes(expected[:-8] + b"damaged!")
+    assert capsys.readouterr().err == ""
+    repaired = prepare_rows("sft", sft(chats), small_tokenizer, None, tmp_path / "cache")
+    assert "damaged" in capsys.readouterr().err
+    assert (repaired.folder / "rows.arrow").read_bytes() == expected
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.folder.name]
+
+
+def test_rows_are_made_again_exactly_when_something_that_matters_changes(small_tokenizer, chats, write_lines, tmp_path):
+    def folder(section, stage="sft"):
+        return prepare_rows(stage, section, small_tokenizer, None, tmp_path / "cache").folder.name
+
+    same = {folder(sft(chats)), folder(sft(chats).model_copy(update={"learning_rate": 5.0}))}
+    copy = chats.rename(chats.with_name("renamed.jsonl"))
+    assert len(same | {folder(sft(copy))}) == 1
+    changed = {folder(sft(copy, target=31)), folder(sft(copy, packing=True)), folder(sft(copy, True, packed_length=80))}
+    twice = sft(copy).model_copy(update={"data": sft(copy).data * 2})
+    edited = write_lines({"instruction": "发热", "output": "休息"}, name="edited.jsonl")
+    assert len(same | changed | {folder(twice), folder(sft(edited))}) == 6
+
+
+def test_a_failed_run_leaves_nothing_behind(small_tokenizer, write_lines, tmp_path):
+    path = write_lines({"instruction": "a"}, {"instruction": "b"}, {"ask": "c"})
+    with pytest.raises(
+        UserError, match=r"no usable record among 3 in .*data\.jsonl: 2 x no answer; 1 x unknown layout"
+    ):
+        prepare_rows("sft", sft(path), small_tokenizer, None, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_impossible_lengths_are_refused(small_tokenizer, chats, tmp_path):
+    with pytest.raises(UserError, match=r"sft\.packed_length is 63, but one conversation may have 64 tokens"):
+        prepare_rows("sft", sft(chats, packing=True, packed_length=63), small_tokenizer, None, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"57 tokens in sequence, the model has 16 positions: lower sft's max_source_"):
+        prepare_rows("sft", sft(chats), small_tokenizer, 16, tmp_path / "cache")
+    text = chats.with_name("text.txt")
+    text.write_text("发热" * 100, encoding="utf-8")
+    with pytest.raises(
+        UserError, match="24 tokens in sequence, the model has 16 positions: lower pretraining's block_"
+    ):
+        prepare_rows("pretraining", pretraining(text, block_size=24), small_tokenizer, 16, tmp_path / "cache")
