@@ -155,7 +155,8 @@ def _describe_inputs(
     is_text = stage == "pretraining"
     return {
         "row_format": ROW_FORMAT,
-        "data": [[checksum, source.text if is_text else None] for _, source, checksum in files],
+        # The suffix decides how a file is read; its name and place do not matter.
+        "data": [[checksum, file.suffix, source.text if is_text else None] for file, source, checksum in files],
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "eos": tokenizer.eos_token_id,
         "template": None if is_text else tokenizer.chat_template,

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -187,6 +188,15 @@ def test_rows_are_made_again_exactly_when_something_that_matters_changes(small_t
     twice = sft(copy).model_copy(update={"data": sft(copy).data * 2})
     edited = write_lines({"instruction": "发热", "output": "休息"}, name="edited.jsonl")
     assert len(same | changed | {folder(twice), folder(sft(edited))}) == 6
+
+
+def test_another_tokenizer_or_template_makes_other_rows(small_tokenizer, chats, tmp_path):
+    other, template = copy.deepcopy(small_tokenizer), copy.deepcopy(small_tokenizer)
+    other.add_tokens("头痛")
+    template.chat_template = template.chat_template.replace("% for", "%- for", 1)
+    tokenizers = (small_tokenizer, copy.deepcopy(small_tokenizer), other, template)
+    names = [prepare_rows("sft", sft(chats), each, None, tmp_path / "cache").folder.name for each in tokenizers]
+    assert names[0] == names[1] and len(set(names)) == 3
 
 
 def test_a_failed_run_leaves_nothing_behind(small_tokenizer, write_lines, tmp_path):

@@ -17,7 +17,7 @@ TEXTS = [
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -120,6 +120,16 @@ def test_an_answer_has_its_eos_exactly_if_it_is_whole(template, plain, marks):
         trained = [label for label in row.labels if label != IGNORED]
         assert trained == [*answer, marks[2]] if limit > len(answer) else trained == answer[:limit]
         assert row.cut_targets == (limit <= len(answer))
+
+
+def test_an_end_of_several_tokens_is_kept_whole_or_left_out(chatml_tokenizer):
+    ending = CHATML.replace("<|im_end|>{% endgeneration %}", "<|im_end|><|im_end|>{% endgeneration %}")
+    tokenizer = with_template(chatml_tokenizer, ending)
+    answer = tokenizer(TEXTS[1]).input_ids
+    for limit in range(len(answer) - 1, len(answer) + 4):
+        [row] = ChatTemplate(tokenizer).encode_chat(chat("头痛", TEXTS[1]), 64, limit)
+        trained = [label for label in row.labels if label != IGNORED]
+        assert trained == answer[:limit] + [tokenizer.eos_token_id] * 2 * (limit >= len(answer) + 2)
 
 
 def test_a_long_chat_continues_in_further_rows_and_loses_no_turn(template, plain, marks):

@@ -1,7 +1,10 @@
 """The fast tokenizer gives SentencePiece's own ids and texts."""
 
 import csv
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -212,10 +215,17 @@ def test_settings_survive_saving(pair):
     assert tokenizer.decode(tokenizer("don 't , .").input_ids) == "don 't , ."
 
 
-def test_same_file_each_time(trained, tmp_path):
-    for name in ("one", "two"):
-        fast_tokenizer_from_sentencepiece(trained).save_pretrained(tmp_path / name)
-    assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "two/tokenizer.json").read_bytes()
+def test_same_file_in_every_process(trained, tmp_path):
+    """The fingerprint of a model folder holds its tokenizer, so no set's order may show in the file."""
+    code = (
+        "import sys; from pathlib import Path; from qilin_med.tokenizer import fast_tokenizer_from_sentencepiece as make;"
+        " make(Path(sys.argv[1])).save_pretrained(sys.argv[2])"
+    )
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code, trained, tmp_path / seed]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
+    assert (tmp_path / "1/tokenizer.json").read_bytes() == (tmp_path / "2/tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("rule", ["identity", "nfkc", "nmt_nfkc"])

@@ -1,0 +1,376 @@
+"""The three stages as a user runs them: whole, killed, resumed, split, refused.
+
+Every run here is the real script in its own processes, two ranks under ZeRO-2 unless a test says otherwise.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qilin_med import training
+from qilin_med.checkpoints import COMPLETE, MANIFEST, find_checkpoints, verify_folder
+from qilin_med.config import load_experiment
+from qilin_med.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"pretraining": "pretraining.py", "sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}
+WORDS = ["发热", "头痛", "咳嗽", "乏力", "血压", "饮食", "休息", "药", "医生", "复查"]
+
+
+def sentence(source: random.Random, words: int) -> str:
+    return "".join(source.choice(WORDS) for _ in range(words)) + "。"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, small_tokenizer) -> Path:
+    """A folder with a tiny base model, data for three stages and an experiment file."""
+    folder, source = tmp_path_factory.mktemp("world"), random.Random(0)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(small_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    ).save_pretrained(folder / "base")  # fmt: skip
+    small_tokenizer.save_pretrained(folder / "base")
+    texts = [sentence(source, source.randint(3, 30)) for _ in range(120)]
+    (folder / "cpt.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    chats = [
+        {"conversations": [{"from": "input", "value": sentence(source, 4)}, {"from": "output", "value": answer}]}
+        for answer in texts[:85]
+    ]
+    pairs = [
+        {"question": sentence(source, 4), "response_chosen": good, "response_rejected": sentence(source, 2)}
+        for good in texts[:85]
+    ]
+    for name, rows in (("sft", chats), ("dpo", pairs)):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    common = {
+        "epochs": 1, "batch_size_per_device": 4, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.01,
+        "checkpoint_every": 3, "deepspeed": "configs/deepspeed/zero2.json", "report_to": [],
+    }  # fmt: skip
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
+    instruct = common | {"max_source_length": 24, "max_target_length": 40, "lora": lora}
+    experiment = {
+        "name": "test", "seed": 5, "output_dir": str(folder / "run"),
+        "model": {"path": str(folder / "base"), "template": "qilin", "dtype": "float32"},
+        "launch": {"device": "cpu", "processes": 2},
+        "pretraining": common | {"data": [str(folder / "cpt.txt")], "block_size": 32},
+        "sft": instruct | {"data": [str(folder / "sft.jsonl")], "packing": False},
+        "dpo": instruct | {"data": [str(folder / "dpo.jsonl")], "beta": 0.1},
+    }  # fmt: skip
+    (folder / "c.json").write_text(json.dumps(experiment), encoding="utf-8")
+    return folder
+
+
+def start(world: Path, stage: str, *arguments: str, environment: dict | None = None) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / SCRIPTS[stage]), "--config", str(world / "c.json"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, **pipes)
+
+
+def run(world: Path, stage: str, *arguments: str, code: int = 0, environment: dict | None = None) -> str:
+    process = start(world, stage, *arguments, environment=environment)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="session")
+def finished(world) -> Path:
+    """The run folder after all three stages, uninterrupted."""
+    for stage in SCRIPTS:
+        run(world, stage)
+    return world / "run"
+
+
+def test_each_stage_hands_over_a_complete_folder(finished):
+    for stage in SCRIPTS:
+        manifest = verify_folder(finished / stage / "merged")
+        assert manifest["stage"] == stage
+        assert manifest["parent"]["fingerprint"]
+        AutoModelForCausalLM.from_pretrained(finished / stage / "merged")
+        tokenizer = AutoTokenizer.from_pretrained(finished / stage / "merged")
+        assert "generation" in tokenizer.chat_template
+    parents = [verify_folder(finished / stage / "merged")["parent"]["fingerprint"] for stage in ("sft", "dpo")]
+    made = [verify_folder(finished / stage / "merged")["fingerprint"] for stage in ("pretraining", "sft")]
+    assert parents == made
+
+
+def test_training_lowers_the_loss_and_dpo_starts_at_ln_2(finished):
+    for stage in SCRIPTS:
+        course = losses(finished / stage)
+        assert course[-1] < course[0]
+    first = metrics(finished / "dpo")[0]
+    assert math.isclose(first["loss"], math.log(2), abs_tol=1e-6)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+    assert metrics(finished / "dpo")[-1]["rewards/accuracy"] > 0.5
+
+
+def test_merged_equals_parent_with_adapter(finished):
+    from peft import PeftModel
+
+    ids = torch.arange(4, 40).unsqueeze(0)
+    for stage, parent in (("sft", "pretraining"), ("dpo", "sft")):
+        base = AutoModelForCausalLM.from_pretrained(finished / parent / "merged")
+        adapted = PeftModel.from_pretrained(base, finished / stage / "adapter").eval()
+        merged = AutoModelForCausalLM.from_pretrained(finished / stage / "merged").eval()
+        with torch.no_grad():
+            adapter_logits, merged_logits = adapted(ids).logits, merged(ids).logits
+            with adapted.disable_adapter():
+                parent_logits = adapted(ids).logits
+        torch.testing.assert_close(merged_logits, adapter_logits, rtol=0, atol=1e-4)
+        assert (merged_logits - parent_logits).abs().max() > 1e-2
+
+
+def test_cached_reference_equals_a_frozen_copy(world, finished):
+    """The log-probabilities cached beside the rows, against the SFT model's own, computed without any of our code."""
+    from datasets import Dataset
+
+    job = json.loads((finished / "dpo" / "job.json").read_text())
+    rows = Dataset.from_file(str(next(Path(job["rows"]).glob("*.arrow")))) if False else None
+    from qilin_med.rows import open_rows
+
+    rows = open_rows(Path(job["rows"])).dataset
+    caches = [
+        path
+        for path in Path(job["rows"]).rglob("*.arrow")
+        if "ref_chosen_logps" in Dataset.from_file(str(path)).features
+    ]
+    assert len(caches) == 1
+    cached = Dataset.from_file(str(caches[0]))
+    model = AutoModelForCausalLM.from_pretrained(finished / "sft" / "merged").eval()
+    for index in range(0, len(rows), 9):
+        row = rows[index]
+        for side in ("chosen", "rejected"):
+            answer = row[f"{side}_ids"]
+            ids = torch.tensor([row["prompt_ids"] + answer])
+            with torch.no_grad():
+                log_probs = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
+            by_hand = log_probs[-len(answer) :].gather(1, torch.tensor(answer).unsqueeze(1)).sum().item()
+            assert math.isclose(cached[index][f"ref_{side}_logps"], by_hand, abs_tol=1e-3)
+
+
+def test_running_again_is_safe(world, finished):
+    before = (finished / "sft" / "merged" / "model.safetensors").stat().st_mtime_ns
+    assert "already finished" in run(world, "sft")
+    refused = run(world, "sft", "sft.lora.alpha=16", code=2)
+    assert "sft.lora.alpha: 8 -> 16" in refused and "--restart" in refused
+    assert "Traceback" not in refused
+    assert (finished / "sft" / "merged" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def kill_when(process: subprocess.Popen, condition, number: int = signal.SIGKILL) -> bool:
+    """Send a signal to the launcher as soon as the condition holds; False if the process ended before."""
+    while process.poll() is None:
+        if condition():
+            process.send_signal(number)
+            process.communicate(timeout=120)
+            return True
+        time.sleep(0.0005)
+    process.communicate()
+    return False
+
+
+def half_written_checkpoint(folder: Path) -> bool:
+    return any(not (path / COMPLETE).exists() for path in find_checkpoints(folder / "checkpoints"))
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_killed_anywhere_ends_like_an_uninterrupted_run(world, finished, stage, tmp_path):
+    parent = {"sft": "pretraining", "dpo": "sft"}.get(stage)
+    arguments = [f"output_dir={tmp_path}/run"]
+    if parent:
+        arguments.append(f"{stage}.parent={finished / parent / 'merged'}")
+    folder = tmp_path / "run" / stage
+    step = random.SystemRandom().randint(1, 8)
+
+    def steps() -> int:
+        path = folder / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    print(f"killed at step {step}")  # pytest shows it if the test fails
+    assert kill_when(start(world, stage, *arguments), lambda: steps() >= step)
+    assert not (folder / "merged").exists()
+    kill_when(start(world, stage, *arguments), lambda: half_written_checkpoint(folder))
+    assert kill_when(start(world, stage, *arguments), lambda: (folder / ".merged.part").exists())
+    assert not (folder / "merged").exists()
+    run(world, stage, *arguments)
+    assert losses(folder) == losses(finished / stage)  # bitwise: fp32 on a CPU
+    ours, theirs = (load_file(path / stage / "merged" / "model.safetensors") for path in (tmp_path / "run", finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    verify_folder(folder / "merged")
+
+
+def test_sigterm_saves_a_checkpoint_first(world, finished, tmp_path):
+    arguments = [f"output_dir={tmp_path}/run", "pretraining.checkpoint_every=1000"]
+    folder = tmp_path / "run" / "pretraining"
+    process = start(world, "pretraining", *arguments)
+    kill_when(process, lambda: (folder / "metrics.jsonl").exists(), signal.SIGTERM)
+    assert process.returncode == 130
+    (checkpoint,) = find_checkpoints(folder / "checkpoints")
+    verify_folder(checkpoint, COMPLETE)
+    assert "continuing from" in run(world, "pretraining", *arguments)
+    assert losses(folder) == losses(finished / "pretraining")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_ranks_and_accumulation_do_not_change_the_training(world, finished, stage, tmp_path):
+    courses = []
+    for ranks, batch in ((1, 8), (1, 1), (2, 4)):
+        name = f"{ranks}x{batch}"
+        parent = {"sft": "pretraining", "dpo": "sft"}[stage]
+        run(
+            world, stage, f"output_dir={tmp_path}/{name}", f"{stage}.parent={finished / parent / 'merged'}",
+            f"launch.processes={ranks}", f"{stage}.batch_size_per_device={batch}", f"{stage}.global_batch_size=8",
+            f"{stage}.deepspeed=null", f"{stage}.lora.dropout=0", f"{stage}.max_steps=12",
+        )  # fmt: skip
+        courses.append(torch.tensor(losses(tmp_path / name / stage)))
+    # 85 rows: the eleventh update is filled up, the twelfth is in the second epoch
+    torch.testing.assert_close(courses[1], courses[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(courses[2], courses[0], rtol=0, atol=2e-5)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_parent_is_named_and_refused(world, finished, tmp_path):
+    import shutil
+
+    parent = shutil.copytree(finished / "pretraining" / "merged", tmp_path / "merged")
+    flip_a_byte(parent / "model.safetensors")
+    arguments = (f"output_dir={tmp_path}/run", f"sft.parent={parent}")
+    assert "merged/model.safetensors: contents changed" in run(world, "sft", *arguments, code=2)
+    os.truncate(parent / "model.safetensors", 1000)
+    assert "1000 bytes, expected" in run(world, "sft", *arguments, code=2)
+    (parent / MANIFEST).unlink()
+    (parent / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in run(world, "sft", *arguments, code=2)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_set_aside(world, finished, tmp_path):
+    import shutil
+
+    arguments = [f"output_dir={tmp_path}/run"]
+    folder = tmp_path / "run" / "pretraining"
+    assert kill_when(
+        start(world, "pretraining", *arguments), lambda: (folder / "checkpoints/checkpoint-6" / COMPLETE).exists()
+    )
+    flip_a_byte(next((folder / "checkpoints" / "checkpoint-6").glob("global_step*/*rank_1*optim*")))
+    shutil.copytree(finished / "sft" / "checkpoints" / "checkpoint-9", folder / "checkpoints" / "checkpoint-8")
+    output = run(world, "pretraining", *arguments)
+    assert "checkpoint-8: written by another run or stage" in output
+    assert "contents changed" in output and "continuing from checkpoint-3" in output
+    assert losses(folder) == losses(finished / "pretraining")
+    names = {path.name.split("-2")[0] for path in (folder / "checkpoints").iterdir()}
+    assert {"checkpoint-6.damaged", "checkpoint-8.foreign"} <= names
+
+
+def test_a_full_disk_destroys_nothing(world, finished, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        arguments = [f"output_dir={disk}/run"]
+        folder = disk / "run" / "pretraining"
+        process = start(world, "pretraining", *arguments)
+        while not (folder / "checkpoints" / "checkpoint-3" / COMPLETE).exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.001)
+        with pytest.raises(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(2**12))
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2 and "the disk is full" in output, output
+        assert "Traceback" not in output
+        (disk / "filler").unlink()
+        assert "continuing from checkpoint-" in run(world, "pretraining", *arguments)
+        assert losses(folder) == losses(finished / "pretraining")
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_nan_stops_with_step_rows_and_last_good_checkpoint(world, finished, tmp_path):
+    output = run(
+        world, "sft", f"output_dir={tmp_path}/run", f"sft.parent={finished / 'pretraining' / 'merged'}",
+        "sft.learning_rate=1e38", "sft.warmup_ratio=0.5", "sft.checkpoint_every=1", code=2,
+    )  # fmt: skip
+    assert "became" in output and "at step" in output and "sft.jsonl:" in output and "checkpoint-" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "sft" / "merged").exists()
+
+
+def test_a_port_in_use_is_named(world, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        output = run(world, "pretraining", f"output_dir={tmp_path}/run", code=2, environment={"MASTER_PORT": port})
+    assert f"MASTER_PORT={port} cannot be used" in output
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "words"),
+    [
+        ("pretraining", "model.path=nowhere", "nowhere does not exist"),
+        ("pretraining", "launch.device=cuda", "no GPU is visible"),
+        ("pretraining", "pretraining.batch_size_per_device=500", "too few for one batch on each rank"),
+        ("pretraining", "pretraining.global_batch_size=9", "does not divide"),
+        ("pretraining", "pretraining.data=nothing.txt", "array"),
+        ("sft", 'sft.data=["nothing.jsonl"]', "nothing.jsonl"),
+        ("sft", "sft.parent={run}/sft/checkpoints/checkpoint-9", "not a whole model"),
+        ("sft", "sft.parent={run}/nowhere", "does not exist"),
+        ("sft", "sft.deepspeed=nowhere.json", "nowhere.json"),
+        ("sft", 'sft.lora.target_modules=["nothing"]', "target_modules"),
+        ("sft", "sft.max_target_length=200", "128"),
+    ],
+)
+def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, override, words):
+    if torch.cuda.is_available() and "cuda" in override:
+        pytest.skip("there is a GPU here")
+    overrides = [
+        f"output_dir={tmp_path}/run",
+        f"sft.parent={finished}/pretraining/merged",
+        override.format(run=finished),
+    ]
+    with pytest.raises(UserError) as error:
+        experiment = load_experiment(world / "c.json", overrides)
+        job = training._prepare_job(experiment, stage, dry_run=False)
+        training._count_parameters(job)
+        job.identity()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_dry_run_tells_all_and_does_nothing(world, tmp_path):
+    output = run(world, "pretraining", f"output_dir={tmp_path}/run", "--dry-run")
+    for words in ('"learning_rate": 0.01', "cpt.txt: 120 records", "updates:", "trainable (100.00%)", "tokens"):
+        assert words in output
+    assert not (tmp_path / "run" / "pretraining").exists()
