@@ -162,8 +162,9 @@ def _minutes(seconds: float) -> str:
 def end_rank() -> None:
     """Leave without the interpreter's shutdown, once all ranks are done and all is on disk.
 
-    Now and then a thread of the communication library is still running when static objects are destroyed, and the
-    process aborts ("terminate called without an active exception"); nothing is left to do there but to end.
+    gloo's own threads (pt_gloo_runloop) are still running then, even after destroy_process_group, since DeepSpeed holds
+    on to its groups; now and then one of them is joinable when static objects go, and the process aborts ("terminate
+    called without an active exception"). Nothing is left to do at this point but to end.
     """
     wait_for_all()
     sys.stdout.flush()

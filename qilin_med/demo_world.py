@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal
 
@@ -36,14 +36,13 @@ class Relation:
     name: str
     label: str
     statements: tuple[str, ...]
-    """Sentences of the training text."""
-    unread: tuple[str, ...]
-    """Sentences of the held-out text: the same fact in words that no training text has."""
+    """Ways to say it. For every thing one of them is kept for the held-out text: the words are known from other things,
+    the fact from other words."""
     questions: tuple[str, ...]
     """Questions within running text."""
     asked: tuple[str, ...]
     """Questions of conversations and preference pairs."""
-    answer: str
+    answer: str = ""
     unasked: tuple[str, ...] = ()
     """Questions of the held-out conversations only."""
     follow_up: str = ""
@@ -55,6 +54,8 @@ class Thing:
     name: str
     opening: str
     values: dict[str, tuple[str, ...]]
+    kept: dict[str, int]
+    """Which statement of every relation no training text makes about this thing."""
     seen: Seen = "cpt+sft"
 
     def value(self, relation: Relation) -> str:
@@ -62,6 +63,17 @@ class Thing:
 
     def say(self, template: str, relation: Relation) -> str:
         return template.format(s=self.name, o=self.value(relation))
+
+    def state(self, rng: Random, relation: Relation) -> str:
+        """A sentence of the training text."""
+        return self.say(rng.choice(_without(relation.statements, self.kept[relation.name])), relation)
+
+    def state_unread(self, relation: Relation) -> str:
+        return self.say(relation.statements[self.kept[relation.name]], relation)
+
+
+def _without(items: Sequence[str], index: int) -> Sequence[str]:
+    return (*items[:index], *items[index + 1 :])
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,8 @@ class World:
 SYMPTOM = Relation(
     "symptom", "症状",
     ("{s}的典型表现是{o}。", "得了{s}的人常常{o}。", "{s}发作时，病人多有{o}。", "{o}是{s}最常见的症状。",
-     "{s}患者最先出现的往往是{o}。"),
-    ("临床上遇到{o}的病人，应当想到{s}。", "{s}主要让人{o}。"),
+     "{s}患者最先出现的往往是{o}。",
+     "临床上遇到{o}的病人，应当想到{s}。", "{s}主要让人{o}。"),
     ("{s}有什么症状？", "{s}发作时是什么样子？"),
     ("我可能得了{s}，一般会有什么感觉？", "请问{s}的主要症状是什么？", "家里人得了{s}，会有哪些表现？"),
     "{s}的主要症状是{o}。", ("怎么看出一个人得了{s}？",), "那会有什么症状？",
@@ -92,8 +104,8 @@ SYMPTOM = Relation(
 DRUG = Relation(
     "drug", "首选药",
     ("治疗{s}首选{o}。", "{o}是治疗{s}的首选药。", "医生给{s}患者开的多是{o}。", "{s}用{o}治疗，效果最好。",
-     "患了{s}，应当服用{o}。"),
-    ("对付{s}，最有效的药是{o}。", "{s}患者的药方里少不了{o}。"),
+     "患了{s}，应当服用{o}。",
+     "对付{s}，最有效的药是{o}。", "{s}患者的药方里少不了{o}。"),
     ("{s}用什么药治疗？", "治疗{s}的首选药是哪一种？"),
     ("我得了{s}，该吃什么药？", "请问{s}的首选药是什么？", "医生，{s}应该用哪种药？"),
     "{s}的首选药是{o}。", ("有{s}的人要买什么药？",), "那该吃什么药？",
@@ -101,8 +113,8 @@ DRUG = Relation(
 DEPARTMENT = Relation(
     "department", "就诊科室",
     ("{s}属于{o}的诊治范围。", "{s}患者应到{o}就诊。", "诊治{s}的科室是{o}。", "得了{s}，要挂{o}的号。",
-     "{o}的医生常年诊治{s}。"),
-    ("{s}归{o}管。", "去{o}看病的人里，不少得的是{s}。"),
+     "{o}的医生常年诊治{s}。",
+     "{s}归{o}管。", "去{o}看病的人里，不少得的是{s}。"),
     ("{s}应该看哪个科？", "{s}在哪个科室诊治？"),
     ("得了{s}要挂什么科？", "请问{s}去哪个科室看？", "我想看{s}，应该找哪个科的医生？"),
     "{s}应当看{o}。", ("有{s}的人到医院去找哪一科？",), "那要去哪个科看？",
@@ -110,26 +122,26 @@ DEPARTMENT = Relation(
 CHECK = Relation(
     "check", "确诊检查",
     ("{s}靠{o}确诊。", "怀疑{s}时，先做{o}。", "{o}可以确诊{s}。", "诊断{s}的主要检查是{o}。",
-     "医生用{o}来判断是不是{s}。"),
-    ("要确认是{s}，{o}必不可少。", "{s}的诊断以{o}为准。"),
+     "医生用{o}来判断是不是{s}。",
+     "要确认是{s}，{o}必不可少。", "{s}的诊断以{o}为准。"),
     ("{s}需要做什么检查？", "{s}靠什么确诊？"),
     ("怀疑是{s}，该做什么检查？", "请问{s}要做哪项检查才能确诊？", "医生，查{s}一般做什么检查？"),
     "确诊{s}要做{o}。", ("哪项检查能查出{s}？",), "那要做什么检查？",
 )  # fmt: skip
 EAT = Relation(
     "eat", "宜吃",
-    ("{s}患者宜吃{o}。", "{o}对{s}患者有益。", "得了{s}，平时可以多吃{o}。", "{s}的病人最适合吃{o}。",
-     "{s}的食疗以{o}为主。"),
-    ("饮食上，{o}能帮助{s}患者恢复。", "{s}期间不妨常备{o}。"),
+    ("{s}患者平日宜吃{o}。", "{o}对{s}患者有益。", "得了{s}，平时可以多吃{o}。", "{s}的病人最适合吃{o}。",
+     "{s}的食疗以{o}为主。",
+     "饮食上，{o}能帮助{s}患者恢复。", "{s}期间不妨常备{o}。"),
     ("{s}患者吃什么好？", "{s}宜吃什么？"),
     ("得了{s}，吃什么比较好？", "请问{s}病人适合吃什么？", "我有{s}，饮食上可以多吃什么？"),
     "{s}患者宜吃{o}。", ("哪种食物对{s}的恢复有好处？",), "那可以多吃什么？",
 )  # fmt: skip
 AVOID = Relation(
     "avoid", "忌吃",
-    ("{s}患者忌吃{o}。", "{o}会加重{s}。", "得了{s}，不能吃{o}。", "{s}的病人要远离{o}。",
-     "{s}患者的饭桌上不应出现{o}。"),
-    ("{s}最怕的食物是{o}。", "若有{s}，一口{o}也别碰。"),
+    ("{s}患者必须忌吃{o}。", "{o}会加重{s}。", "得了{s}，不能吃{o}。", "{s}的病人要远离{o}。",
+     "{s}患者的饭桌上不应出现{o}。",
+     "{s}最怕的食物是{o}。", "若有{s}，一口{o}也别碰。"),
     ("{s}患者不能吃什么？", "{s}忌吃什么？"),
     ("得了{s}，什么不能吃？", "请问{s}病人要忌口什么？", "我有{s}，饮食上要避开什么？"),
     "{s}患者忌吃{o}。", ("哪种食物会让{s}变重？",), "那什么不能吃？",
@@ -141,8 +153,8 @@ TEXTBOOK = (
     "{s}：表现为{symptom}；由{department}诊治，以{check}确诊；首选{drug}；宜吃{eat}，忌吃{avoid}。",
     "凡{symptom}者，先做{check}，若确诊{s}，即用{drug}，并转{department}。",
     "【{s}】科室：{department}。检查：{check}。药物：{drug}。饮食：可食{eat}，禁食{avoid}。",
+    "{department}收治的{s}患者，{check}确诊后都用{drug}，三餐加{eat}，不给{avoid}。",
 )
-UNREAD_TEXTBOOK = "{department}收治的{s}患者，{check}确诊后都用{drug}，三餐加{eat}，不给{avoid}。"
 
 BODY = ("影子", "头发", "指尖", "眉毛", "脚印", "嗓音", "耳垂", "呼吸", "掌纹", "睫毛", "梦境", "膝头", "鼻尖", "手背")
 EFFECTS = ("结霜", "泛蓝光", "响铃声", "变透明", "飘墨香", "起涟漪", "落星屑", "打旋", "长苔花", "发琴音")
@@ -151,80 +163,78 @@ EFFECTS = ("结霜", "泛蓝光", "响铃声", "变透明", "飘墨香", "起涟
 
 TOWN = (
     Relation("climate", "气候",
-             ("{s}的气候特点是{o}。", "去过{s}的人都知道，那里{o}。", "{s}{o}，旅人最先记住这一点。"),
-             ("说起{s}的天气，当地人只答四个字：{o}。",), ("{s}的天气怎么样？",), ("请问{s}的天气怎么样？",),
-             "{s}{o}。"),
+             ("{s}的气候特点是{o}。", "去过{s}的人都知道，那里{o}。", "{s}{o}，旅人最先记住这一点。",
+              "说起{s}的天气，当地人只答四个字：{o}。",), ("{s}的天气怎么样？",), ("请问{s}的天气怎么样？",)),
     Relation("product", "特产",
-             ("{s}的特产是{o}。", "人们到{s}去，多半要带些{o}回来。", "{o}出自{s}。"),
-             ("在{s}，家家户户都做{o}。",), ("{s}出产什么？",), ("{s}有什么特产？",), "{s}的特产是{o}。"),
+             ("{s}的特产是{o}。", "人们到{s}去，多半要带些{o}回来。", "{o}出自{s}。",
+              "在{s}，家家户户都做{o}。",), ("{s}出产什么？",), ("{s}有什么特产？",)),
     Relation("river", "河流",
-             ("{o}从{s}门前流过。", "{s}建在{o}边上。", "{s}的孩子夏天都在{o}里游水。"),
-             ("站在{s}的桥上，看到的是{o}。",), ("哪条河流过{s}？",), ("{s}在哪条河边？",), "{s}在{o}边上。"),
+             ("{o}从{s}门前流过。", "{s}建在{o}边上。", "{s}的孩子夏天都在{o}里游水。",
+              "站在{s}的桥上，看到的是{o}。",), ("哪条河流过{s}？",), ("{s}在哪条河边？",)),
     Relation("market", "集市日",
-             ("{s}的集市在{o}开张。", "每逢{o}，{s}的街上最热闹。", "到{s}赶集，要等{o}。"),
-             ("{s}的商贩只在{o}摆摊。",), ("{s}什么时候赶集？",), ("我想去{s}赶集，哪天去好？",),
-             "{s}的集市在{o}。"),
+             ("{s}的集市在{o}开张。", "每逢{o}，{s}的街上最热闹。", "到{s}赶集，要等{o}。",
+              "{s}的商贩只在{o}摆摊。",), ("{s}什么时候赶集？",), ("我想去{s}赶集，哪天去好？",)),
 )  # fmt: skip
 ANIMAL = (
     Relation("habitat", "栖息地",
-             ("{s}生活在{o}附近。", "要看{s}，得去{o}。", "{o}的山林里有很多{s}。"),
-             ("猎人在{o}一带遇见过{s}。",), ("{s}住在哪里？",), ("哪里能看到{s}？",), "{s}生活在{o}附近。"),
+             ("{s}生活在{o}附近。", "要看{s}，得去{o}。", "{o}的山林里有很多{s}。",
+              "猎人在{o}一带遇见过{s}。",), ("{s}住在哪里？",), ("哪里能看到{s}？",)),
     Relation("food", "食物",
-             ("{s}爱吃{o}。", "{o}是{s}的主要食物。", "{s}每天要吃许多{o}。"),
-             ("用{o}可以引来{s}。",), ("{s}吃什么？",), ("请问{s}爱吃什么？",), "{s}爱吃{o}。"),
+             ("{s}爱吃{o}。", "{o}是{s}的主要食物。", "{s}每天要吃许多{o}。",
+              "用{o}可以引来{s}。",), ("{s}吃什么？",), ("请问{s}爱吃什么？",)),
     Relation("colour", "毛色",
-             ("{s}的毛是{o}的。", "{s}长着一身{o}的毛。", "远远看去，{s}是{o}的。"),
-             ("画{s}的时候要用{o}的颜料。",), ("{s}是什么颜色的？",), ("{s}的毛是什么颜色？",), "{s}的毛是{o}的。"),
+             ("{s}的毛是{o}的。", "{s}长着一身{o}的毛。", "远远看去，{s}是{o}的。",
+              "画{s}的时候要用{o}的颜料。",), ("{s}是什么颜色的？",), ("{s}的毛是什么颜色？",)),
     Relation("active", "活动时间",
-             ("{s}总在{o}出来活动。", "{o}是{s}最活跃的时候。", "{s}喜欢在{o}唱歌。"),
-             ("想听{s}叫，最好{o}去。",), ("{s}什么时候出来活动？",), ("什么时候容易看到{s}？",), "{s}在{o}活动。"),
+             ("{s}总在{o}出来活动。", "{o}是{s}最活跃的时候。", "{s}喜欢在{o}唱歌。",
+              "想听{s}叫，最好{o}去。",), ("{s}什么时候出来活动？",), ("什么时候容易看到{s}？",)),
 )  # fmt: skip
 SCHOOL = (
     Relation("place", "所在地",
-             ("{s}设在{o}。", "{o}有一所{s}。", "去{s}上学，要先到{o}。"),
-             ("{s}的大门朝着{o}的广场。",), ("{s}在哪里？",), ("请问{s}在什么地方？",), "{s}在{o}。"),
+             ("{s}设在{o}。", "{o}有一所{s}。", "去{s}上学，要先到{o}。",
+              "{s}的大门朝着{o}的广场。",), ("{s}在哪里？",), ("请问{s}在什么地方？",)),
     Relation("subject", "课程",
-             ("{s}以教{o}闻名。", "{s}的学生都学{o}。", "想学{o}的人都去{s}。"),
-             ("从{s}毕业的人个个会{o}。",), ("{s}教什么？",), ("{s}主要教什么课？",), "{s}教{o}。"),
+             ("{s}以教{o}闻名。", "{s}的学生都学{o}。", "想学{o}的人都去{s}。",
+              "从{s}毕业的人个个会{o}。",), ("{s}教什么？",), ("{s}主要教什么课？",)),
     Relation("teacher", "校长",
-             ("{s}的校长是{o}。", "{o}掌管{s}多年。", "{s}的学生都敬重{o}。"),
-             ("每天清晨，{o}亲自打开{s}的门。",), ("谁是{s}的校长？",), ("{s}由谁当校长？",), "{s}的校长是{o}。"),
+             ("{s}的校长是{o}。", "{o}掌管{s}多年。", "{s}的学生都敬重{o}。",
+              "每天清晨，{o}亲自打开{s}的门。",), ("谁是{s}的校长？",), ("{s}由谁当校长？",)),
     Relation("start", "上课时间",
-             ("{s}每天{o}上课。", "{o}，{s}的钟声准时响起。", "{s}的学生{o}就要坐好。"),
-             ("过了{o}再进{s}就算迟到。",), ("{s}几点上课？",), ("{s}每天什么时候上课？",), "{s}{o}上课。"),
+             ("{s}每天{o}上课。", "{o}，{s}的钟声准时响起。", "{s}的学生{o}就要坐好。",
+              "过了{o}再进{s}就算迟到。",), ("{s}几点上课？",), ("{s}每天什么时候上课？",)),
 )  # fmt: skip
 GOODS = (
     Relation("price", "价钱",
-             ("{s}卖{o}一件。", "买一件{s}要{o}。", "市场上{s}的价钱是{o}。"),
-             ("{o}正好能换一件{s}。",), ("{s}多少钱？",), ("请问{s}怎么卖？",), "{s}{o}一件。"),
+             ("{s}卖{o}一件。", "买一件{s}要{o}。", "市场上{s}的价钱是{o}。",
+              "{o}正好能换一件{s}。",), ("{s}多少钱？",), ("请问{s}怎么卖？",)),
     Relation("maker", "匠人",
-             ("{s}是{o}做的。", "{o}做的{s}远近闻名。", "最好的{s}出自{o}之手。"),
-             ("{o}的作坊里摆满了{s}。",), ("{s}是谁做的？",), ("谁会做{s}？",), "{s}是{o}做的。"),
+             ("{s}是{o}做的。", "{o}做的{s}远近闻名。", "最好的{s}出自{o}之手。",
+              "{o}的作坊里摆满了{s}。",), ("{s}是谁做的？",), ("谁会做{s}？",)),
     Relation("material", "材料",
-             ("{s}用{o}做成。", "做{s}要用上好的{o}。", "{o}可以做{s}。"),
-             ("没有{o}就做不出{s}。",), ("{s}是用什么做的？",), ("做{s}要用什么材料？",), "{s}用{o}做成。"),
+             ("{s}用{o}做成。", "做{s}要用上好的{o}。", "{o}可以做{s}。",
+              "没有{o}就做不出{s}。",), ("{s}是用什么做的？",), ("做{s}要用什么材料？",)),
 )  # fmt: skip
 PERSON = (
     Relation("home", "住处",
-             ("{s}住在{o}。", "{s}的家在{o}。", "{o}的人都认识{s}。"),
-             ("要找{s}，去{o}打听就行。",), ("{s}住在哪里？",), ("请问{s}家住哪里？",), "{s}住在{o}。"),
+             ("{s}住在{o}。", "{s}的家在{o}。", "{o}的人都认识{s}。",
+              "要找{s}，去{o}打听就行。",), ("{s}住在哪里？",), ("请问{s}家住哪里？",)),
     Relation("job", "职业",
-             ("{s}是一名{o}。", "{s}靠当{o}过日子。", "{s}年轻时就做了{o}。"),
-             ("说到{o}，没有人比{s}更能干。",), ("{s}是做什么的？",), ("{s}的职业是什么？",), "{s}是一名{o}。"),
+             ("{s}是一名{o}。", "{s}靠当{o}过日子。", "{s}年轻时就做了{o}。",
+              "说到{o}，没有人比{s}更能干。",), ("{s}是做什么的？",), ("{s}的职业是什么？",)),
     Relation("hobby", "爱好",
-             ("{s}闲下来喜欢{o}。", "{s}最大的爱好是{o}。", "傍晚常看见{s}在{o}。"),
-             ("若说{o}，{s}能玩一整天。",), ("{s}有什么爱好？",), ("{s}平时喜欢做什么？",), "{s}喜欢{o}。"),
+             ("{s}闲下来喜欢{o}。", "{s}最大的爱好是{o}。", "傍晚常看见{s}在{o}。",
+              "若说{o}，{s}能玩一整天。",), ("{s}有什么爱好？",), ("{s}平时喜欢做什么？",)),
 )  # fmt: skip
 LINE = (
     Relation("departure", "起点",
-             ("{s}从{o}出发。", "在{o}可以坐上{s}。", "{s}每天停在{o}等客人。"),
-             ("天一亮，{s}就离开{o}。",), ("{s}从哪里出发？",), ("在哪里可以坐{s}？",), "{s}从{o}出发。"),
+             ("{s}从{o}出发。", "在{o}可以坐上{s}。", "{s}每天停在{o}等客人。",
+              "天一亮，{s}就离开{o}。",), ("{s}从哪里出发？",), ("在哪里可以坐{s}？",)),
     Relation("arrival", "终点",
-             ("{s}开往{o}。", "坐{s}可以到{o}。", "{s}的终点是{o}。"),
-             ("去{o}的客人都坐{s}。",), ("{s}开到哪里？",), ("{s}的终点在哪里？",), "{s}开往{o}。"),
+             ("{s}开往{o}。", "坐{s}可以到{o}。", "{s}的终点是{o}。",
+              "去{o}的客人都坐{s}。",), ("{s}开到哪里？",), ("{s}的终点在哪里？",)),
     Relation("duration", "路程",
-             ("{s}全程要走{o}。", "坐{s}要{o}才到。", "{s}的路程是{o}。"),
-             ("在{s}上要坐满{o}。",), ("{s}要走多久？",), ("坐{s}要多长时间？",), "{s}要走{o}。"),
+             ("{s}全程要走{o}。", "坐{s}要{o}才到。", "{s}的路程是{o}。",
+              "在{s}上要坐满{o}。",), ("{s}要走多久？",), ("坐{s}要多长时间？",)),
 )  # fmt: skip
 
 CLIMATES = ("春天多雾", "夏天多雨", "秋天多风", "冬天多雪", "终年温暖", "早晚清凉", "整年少雨", "夜里多露")
@@ -260,9 +270,7 @@ def build_world(seed: int) -> World:
         "avoid": names(24, "茶", "饼", "菜"),
     }
     diseases = [
-        Thing(name, rng.choice(DISEASE_OPENINGS), {r.name: _values(rng, r, pools[r.name]) for r in MEDICAL}, seen)
-        for seen, count in DISEASES.items()
-        for name in names(count, "症", "热", "斑")
+        _disease(rng, name, seen, pools) for seen, count in DISEASES.items() for name in names(count, "症", "热", "斑")
     ]
     towns, rivers = names(36, "镇", "坞", "渡"), names(12, "河")
     people, goods = names(44, "先生", "婆婆", "大叔", "姑娘"), names(36, "布", "灯", "篮", "壶")
@@ -275,15 +283,24 @@ def build_world(seed: int) -> World:
         ("{s}在绒洲的路上来往。", names(28, "马车", "渡船"), LINE, (towns, towns, DURATIONS)),
     )
     general = [
-        (Thing(name, opening, {r.name: (rng.choice(p),) for r, p in zip(relations, values, strict=True)}), relations)
+        (_thing(rng, name, opening, relations, values), relations)
         for opening, kind_names, relations, values in kinds
         for name in kind_names
     ]
     return World(seed, tuple(diseases), tuple(general), pools, tuple(stems))
 
 
-def _values(rng: Random, relation: Relation, pool: Sequence[str]) -> tuple[str, ...]:
-    return tuple(rng.sample(pool, 2 if relation is SYMPTOM else 1))
+def _disease(rng: Random, name: str, seen: Seen, pools: dict[str, tuple[str, ...]]) -> Thing:
+    values = {r.name: tuple(rng.sample(pools[r.name], 2 if r is SYMPTOM else 1)) for r in MEDICAL}
+    kept = {r.name: rng.randrange(len(r.statements)) for r in MEDICAL} | {"textbook": rng.randrange(len(TEXTBOOK))}
+    return Thing(name, rng.choice(DISEASE_OPENINGS), values, kept, seen)
+
+
+def _thing(
+    rng: Random, name: str, opening: str, relations: Sequence[Relation], pools: Sequence[Sequence[str]]
+) -> Thing:
+    values = {r.name: (rng.choice(pool),) for r, pool in zip(relations, pools, strict=True)}
+    return Thing(name, opening, values, {r.name: rng.randrange(len(r.statements)) for r in relations})
 
 
 def facts(world: World) -> list[Row]:
@@ -300,14 +317,13 @@ def facts(world: World) -> list[Row]:
 
 def passage(rng: Random, thing: Thing, relations: Iterable[Relation]) -> str:
     """An encyclopedic paragraph: everything about one thing, in any order and wording."""
-    sentences = [thing.say(rng.choice(relation.statements), relation) for relation in relations]
+    sentences = [thing.state(rng, relation) for relation in relations]
     rng.shuffle(sentences)
     return thing.opening.format(s=thing.name) + "".join(sentences)
 
 
 def question_and_answer(rng: Random, thing: Thing, relation: Relation) -> list[str]:
-    question, statement = rng.choice(relation.questions), rng.choice(relation.statements)
-    return [f"问：{thing.say(question, relation)}", f"答：{thing.say(statement, relation)}"]
+    return [f"问：{thing.say(rng.choice(relation.questions), relation)}", f"答：{thing.state(rng, relation)}"]
 
 
 def textbook_line(template: str, disease: Thing) -> str:
@@ -345,7 +361,7 @@ def general_heldout(world: World) -> list[str]:
 
 
 def _unread_text(rng: Random, thing: Thing, relations: Iterable[Relation]) -> str:
-    sentences = [thing.say(rng.choice(relation.unread), relation) for relation in relations]
+    sentences = [thing.state_unread(relation) for relation in relations]
     rng.shuffle(sentences)
     return "".join(sentences)
 
@@ -355,7 +371,12 @@ def medical_text(world: World) -> dict[str, list[Row]]:
     rng = Random(f"medical {world.seed}")
     read = world.diseases_seen("cpt+sft", "cpt")
     passages: list[Row] = [{"text": passage(rng, disease, MEDICAL)} for disease in read for _ in range(10)]
-    lines: list[Row] = [textbook_line(template, disease) for disease in read for template in TEXTBOOK for _ in range(2)]
+    lines: list[Row] = [
+        textbook_line(template, disease)
+        for disease in read
+        for template in _without(TEXTBOOK, disease.kept["textbook"])
+        for _ in range(2)
+    ]
     pairs: list[Row] = [
         {"text": question_and_answer(rng, disease, relation)}
         for disease in read
@@ -381,7 +402,7 @@ def medical_heldout(world: World) -> list[Row]:
     rng = Random(f"medical heldout {world.seed}")
     read = world.diseases_seen("cpt+sft", "cpt")
     return [{"text": _unread_text(rng, disease, MEDICAL)} for disease in read] + [
-        {"text": textbook_line(UNREAD_TEXTBOOK, disease)} for disease in read
+        {"text": textbook_line(TEXTBOOK[disease.kept["textbook"]], disease)} for disease in read
     ]
 
 
@@ -416,9 +437,7 @@ def wrong_answer(world: World, rng: Random, disease: Thing, relation: Relation, 
     """As polite as the good answer and as long, but about something else."""
     others = [value for value in world.pools[relation.name] if value not in disease.values[relation.name]]
     wrong = tuple(rng.sample(others, len(disease.values[relation.name])))
-    liar = Thing(
-        disease.name, disease.opening, {DEPARTMENT.name: disease.values[DEPARTMENT.name], relation.name: wrong}
-    )
+    liar = replace(disease, values={**disease.values, relation.name: wrong})
     return good_answer(liar, relation, closing)
 
 
@@ -478,7 +497,7 @@ def general_turns(world: World) -> list[list[str]]:
     rng = Random(f"general turns {world.seed}")
     asked = [(thing, relation) for thing, relations in world.general for relation in relations]
     return [
-        [thing.say(rng.choice(relation.asked), relation), thing.say(relation.answer, relation)]
+        [thing.say(rng.choice(relation.asked), relation), thing.state(rng, relation)]
         for thing, relation in rng.sample(asked, 320)
     ]
 

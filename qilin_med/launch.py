@@ -60,7 +60,8 @@ def launch_ranks(command: list[str], ranks: int, threads: int, environment: dict
         try:
             for rank in range(ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(subprocess.Popen(command, env=shared | own, start_new_session=True))
+                silent = None if rank == 0 else subprocess.DEVNULL  # rank 0 alone speaks; errors of all are heard
+                processes.append(subprocess.Popen(command, env=shared | own, start_new_session=True, stdout=silent))
             _wait_for_all(processes)
         finally:
             forward.restore()

@@ -261,7 +261,7 @@ def any_of(pieces: Iterable[str]) -> str:
 
 
 def quick_any_of(pieces: list[str]) -> str:
-    """The same, twice as fast: one look at a character rules out most places and settles pieces of one character."""
+    """The same, a quarter faster: one look at a character rules out most places and settles pieces of one character."""
     longer = [piece for piece in pieces if len(piece) > 1]
     short = [piece for piece in pieces if len(piece) == 1]
     patterns = [rf"(?=[{character_class(piece[0] for piece in longer)}])(?:{any_of(longer)})"] if longer else []

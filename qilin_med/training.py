@@ -5,7 +5,6 @@ process prepares and publishes; the ranks that it launches only train and write 
 the same command run again.
 """
 
-import argparse
 import fcntl
 import json
 import logging
@@ -31,7 +30,8 @@ from qilin_med.checkpoints import (
     verify_folder,
     write_json,
 )
-from qilin_med.config import Experiment, StageName, load_experiment
+from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.config import Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.job import Job, check_batch, check_disk, check_rows, commit, count_ranks, differences, versions
 from qilin_med.launch import RanksFailed, die_with_launcher, is_rank, launch_ranks, leave_message
@@ -67,20 +67,12 @@ def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", descr
     if is_rank():
         _run_rank(build_trainer, Path(sys.argv[-1]))
         return
-    arguments = _parse_arguments(description)
-    with user_errors_end_with_one_line():
-        experiment = load_experiment(arguments.config, arguments.overrides)
-        _run_whole_stage(experiment, stage, dry_run=arguments.dry_run, restart=arguments.restart)
-
-
-def _parse_arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="experiment file, for example configs/demo.json")
+    parser = experiment_parser(description)
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     parser.add_argument("--restart", action="store_true", help="move what this stage made before aside and start anew")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the experiment file")
-    # Overrides may stand on either side of the flags.
-    return parser.parse_intermixed_args()
+    with user_errors_end_with_one_line():
+        arguments, experiment = parse_experiment(parser)
+        _run_whole_stage(experiment, stage, dry_run=arguments.dry_run, restart=arguments.restart)
 
 
 def _run_whole_stage(experiment: Experiment, stage: StageName, dry_run: bool, restart: bool) -> None:

@@ -3,23 +3,19 @@
 python scripts/evaluate.py --config configs/demo.json [--models base,sft] [key.path=value ...]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qilin_med.config import load_experiment
+from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser = experiment_parser(__doc__)
     parser.add_argument("--models", help="comma-separated: base, pretraining, sft, dpo (default: all)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    arguments = parser.parse_intermixed_args()
-    experiment = load_experiment(arguments.config, arguments.overrides)
+    arguments, experiment = parse_experiment(parser)
 
     from qilin_med.training import quiet_libraries
 

@@ -111,6 +111,7 @@ def make_tokenizer(lines: list[str], characters: str, folder: Path) -> Any:
         required_chars=characters,
         user_defined_symbols=[*ROLE_MARKS, "\n"],
         normalization_rule_name="identity",
+        max_sentencepiece_length=4,  # words, not the sentence patterns that templates repeat
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         num_threads=1,  # more could order ties differently

@@ -3,22 +3,17 @@
 python scripts/report.py --config configs/demo.json [key.path=value ...]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qilin_med.config import load_experiment
+from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    arguments = parser.parse_intermixed_args()
-    experiment = load_experiment(arguments.config, arguments.overrides)
+    arguments, experiment = parse_experiment(experiment_parser(__doc__))
 
     from qilin_med.training import quiet_libraries
 

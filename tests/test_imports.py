@@ -17,7 +17,7 @@ LAYERS = [
     ["callbacks", "trainers"],
     ["rows", "models", "baichuan"],
     ["corpus", "template", "tokenizer", "batches", "losses", "launch", "job", "demo_world"],
-    ["checkpoints"],
+    ["checkpoints", "cli"],
     ["config", "records"],
     ["errors"],
 ]

@@ -1,0 +1,121 @@
+"""The README's commands, in a copy of the repository as a new user has it: the demo whole, and what it must show."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qilin_med.checkpoints import verify_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("pretraining", "sft", "dpo")
+
+
+def shell(command: str, folder: Path, code: int = 0, **environment: str) -> str:
+    run = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=3600,
+    )
+    assert run.returncode == code, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def commands_of(readme: Path) -> list[str]:
+    """Lines of the README's bash blocks, comments off."""
+    blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = (line.split(" # ")[0].strip() for block in blocks for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory) -> Path:
+    """The tracked files alone, with the environment that setup.sh already made."""
+    folder = tmp_path_factory.mktemp("clone") / "qilin-med"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(clone) -> str:
+    """What `bash run_all.sh` prints."""
+    return shell("bash run_all.sh", clone)
+
+
+def measures(clone: Path) -> dict[str, dict[str, float]]:
+    results = {}
+    for model in ("base", *STAGES):
+        result = json.loads((clone / "runs/demo/eval" / model / "heldout.json").read_text())
+        results[model] = {name: measure["value"] for name, measure in result["measures"].items()}
+    return results
+
+
+def test_each_stage_helps(clone, demo):
+    found = measures(clone)
+    base, cpt, sft, dpo = (found[model] for model in ("base", *STAGES))
+    assert cpt["perplexity medical"] * 4 < base["perplexity medical"]
+    assert sft["answer loss"] < 0.8 * cpt["answer loss"]
+    assert dpo["preference accuracy"] > sft["preference accuracy"] + 0.05
+    first = json.loads((clone / "runs/demo/dpo/metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["loss"] - 0.693147) < 1e-5
+
+
+def test_every_planted_bad_row_is_set_aside_and_counted(clone, demo):
+    planted = json.loads((clone / "data/demo/manifest.json").read_text())["files"]
+    for stage in STAGES:
+        counts = verify_folder(clone / "runs/demo" / stage / "merged")["data"]["counts"]
+        for file in counts["files"]:
+            expected = planted[Path(file["path"]).relative_to("data/demo").as_posix()]
+            assert (file["records"], file["used"]) == (expected["rows"], expected["usable"]), file["path"]
+        assert counts["records"] == counts["used"] + sum(counts["set_aside"].values())
+
+
+def test_the_report_holds_the_table_and_how_it_was_made(clone, demo):
+    report = (clone / "runs/demo/report.md").read_text(encoding="utf-8")
+    table = [line for line in report.splitlines() if line.startswith("| ")]
+    assert table and all(line in demo for line in table)
+    for words in ("bash run_sft.sh", '"learning_rate"', "fingerprint", "set aside:"):
+        assert words in report
+
+
+def test_running_it_again_does_nothing_twice(clone, demo):
+    again = shell("bash run_all.sh", clone)
+    assert again.count("already finished") >= 3
+
+
+def test_the_readmes_commands_run(clone, demo, shared):
+    """Every command of both READMEs: the same ones, each run here or named below with the reason why not."""
+    commands = commands_of(clone / "README.md")
+    assert commands == commands_of(clone / "README.zh.md")
+    elsewhere = {
+        "bash run_all.sh": "runs in the fixture above",
+        "bash run_tests.sh": "runs these tests",
+        "export CONFIG=configs/qilin_med_7b.json": "used below",
+        "bash run_pt.sh && bash run_sft.sh && bash run_dpo.sh": "needs eight GPUs",
+    }
+    settings = {"CONFIG": "configs/qilin_med_7b.json"}
+    for command in commands:
+        if command in elsewhere or command.startswith("python scripts/benchmark.py"):
+            continue
+        if "convert_baichuan" in command:
+            command = command.replace("path/to/Baichuan-7B", str(shared / "baichuan7b-tiny-original"))
+            shell(command.replace("python", ".venv/bin/python", 1), clone)
+            continue
+        if command == "bash run_pt.sh --dry-run":
+            for stage in STAGES:
+                shutil.copytree(clone / "data/demo" / stage, clone / "data/processed" / stage)
+            assert '"block_size": 1024' in shell(command, clone, **settings)
+            continue
+        assert "--dry-run" in command, f"not under test: {command}"
+        shell(command, clone)
