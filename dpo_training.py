@@ -15,7 +15,7 @@ def build_trainer(job: Job):
     from trl import DPOConfig
 
     from qilin_med.models import DTYPES, load_model, load_tokenizer, lora_config
-    from qilin_med.rows import open_rows
+    from qilin_med.rows import open_rows, row_lengths
     from qilin_med.trainers import PreferenceTrainer
 
     settings = job.experiment.model
@@ -28,6 +28,7 @@ def build_trainer(job: Job):
         model=load_model(job.parent, settings, DTYPES[settings.dtype]),
         args=arguments,
         train_dataset=rows,
+        lengths=row_lengths(rows),
         processing_class=load_tokenizer(job.parent, settings.template),
         peft_config=lora_config(job.section.lora),
     )

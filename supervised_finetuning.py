@@ -15,7 +15,7 @@ def build_trainer(job: Job):
     from transformers import set_seed
 
     from qilin_med.models import DTYPES, load_model, lora_config
-    from qilin_med.rows import open_rows
+    from qilin_med.rows import open_rows, row_lengths
     from qilin_med.trainers import LanguageModelTrainer
 
     arguments = training_arguments(job)
@@ -23,7 +23,7 @@ def build_trainer(job: Job):
     settings = job.experiment.model
     set_seed(job.experiment.seed)  # the adapter starts random, the same on every rank
     model = get_peft_model(load_model(job.parent, settings, DTYPES[settings.dtype]), lora_config(job.section.lora))
-    lengths = None if job.section.packing else [sum(n) for n in rows["lengths"]]
+    lengths = None if job.section.packing else row_lengths(rows)
     return LanguageModelTrainer(model=model, args=arguments, train_dataset=rows, lengths=lengths)
 
 

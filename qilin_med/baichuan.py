@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from qilin_med.checkpoints import disk_errors_explained, publish_folder
 from qilin_med.errors import UserError
 from qilin_med.tokenizer import fast_tokenizer_from_sentencepiece
 
@@ -209,12 +210,13 @@ def check_weights(weights: Weights, config: LlamaConfig, source: Path) -> None:
 
 @contextmanager
 def folder_in_the_making(target: Path) -> Iterator[Path]:
-    """A sibling under another name that becomes `target` at the end, or vanishes where the work fails."""
+    """A sibling under another name that is sealed and becomes `target` at the end, or vanishes where the work fails."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp keeps others out
-        folder.rename(target)
+        with disk_errors_explained(target):
+            yield folder
+            folder.chmod(0o755)  # mkdtemp keeps others out
+            publish_folder(folder, target, {"stage": "base"})
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -5,7 +5,7 @@ and accumulation steps, so 1 x 8, 8 x 1 and 2 ranks x 4 train on the same update
 with empty rows (index -1) that carry no loss: nothing is dropped, nothing repeated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,8 @@ class UpdateSampler(Sampler[int]):
     random order. Without, rows are merely shuffled.
     """
 
-    def __init__(self, rows: int, rows_per_update: int, seed: int, lengths: Sequence[int] | None = None) -> None:
-        self.rows, self.rows_per_update, self.seed, self.epoch = rows, rows_per_update, seed, 0
-        self.lengths = None if lengths is None else np.asarray(lengths)
+    def __init__(self, rows: int, rows_per_update: int, seed: int, lengths: np.ndarray | None = None) -> None:
+        self.rows, self.rows_per_update, self.seed, self.epoch, self.lengths = rows, rows_per_update, seed, 0, lengths
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qilin_med.checkpoints import MANIFEST, digest, publish_folder, sha256_of, verify_folder
 from qilin_med.config import DataSource, DpoConfig, PretrainingConfig, SftConfig, StageConfig, StageName
@@ -127,6 +128,17 @@ def open_rows(folder: Path) -> PreparedRows:
 
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return PreparedRows(folder, Dataset.from_file(str(folder / ROWS)), manifest["counts"])
+
+
+def row_lengths(dataset: "Dataset") -> np.ndarray:
+    """Tokens of each row (of a preference: the prompt with its longer answer), read from list offsets alone."""
+
+    def tokens(column: str) -> np.ndarray:
+        return pc.list_value_length(dataset.data.column(column)).to_numpy()
+
+    if "input_ids" in dataset.column_names:
+        return tokens("input_ids")
+    return tokens("prompt_ids") + np.maximum(tokens("chosen_ids"), tokens("rejected_ids"))
 
 
 # --------------------------------------------------------------------------------------------------------- cache

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -22,7 +23,7 @@ class RowTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, lengths: list[int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lengths: np.ndarray | None = None, **kwargs: Any) -> None:
         self.row_lengths = lengths
         self.update_metrics: dict[str, torch.Tensor] = {}
         self.seen_rows: list[torch.Tensor] = []

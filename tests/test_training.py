@@ -236,21 +236,25 @@ def test_sigterm_saves_a_checkpoint_first(world, finished, tmp_path):
     assert losses(folder) == losses(finished / "pretraining")
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", SCRIPTS)
 def test_ranks_and_accumulation_do_not_change_the_training(world, finished, stage, tmp_path):
     courses = []
+    own = {
+        "pretraining": [],
+        "sft": [f"sft.parent={finished}/pretraining/merged", "sft.lora.dropout=0"],
+        "dpo": [f"dpo.parent={finished}/sft/merged", "dpo.lora.dropout=0"],
+    }
     for ranks, batch in ((1, 8), (1, 1), (2, 4)):
         name = f"{ranks}x{batch}"
-        parent = {"sft": "pretraining", "dpo": "sft"}[stage]
         run(
-            world, stage, f"output_dir={tmp_path}/{name}", f"{stage}.parent={finished / parent / 'merged'}",
+            world, stage, f"output_dir={tmp_path}/{name}", *own[stage], f"{stage}.deepspeed=null",
             f"launch.processes={ranks}", f"{stage}.batch_size_per_device={batch}", f"{stage}.global_batch_size=8",
-            f"{stage}.deepspeed=null", f"{stage}.lora.dropout=0", f"{stage}.max_steps=12",
+            f"{stage}.max_steps=12",
         )  # fmt: skip
         courses.append(torch.tensor(losses(tmp_path / name / stage)))
-    # 85 rows: the eleventh update is filled up, the twelfth is in the second epoch
-    torch.testing.assert_close(courses[1], courses[0], rtol=0, atol=2e-5)
-    torch.testing.assert_close(courses[2], courses[0], rtol=0, atol=2e-5)
+    # 85 chats and pairs: the eleventh update is filled up with empty rows, the twelfth is in the second epoch
+    torch.testing.assert_close(courses[1], courses[0], rtol=0, atol=5e-5)
+    torch.testing.assert_close(courses[2], courses[0], rtol=0, atol=5e-5)
 
 
 def flip_a_byte(path: Path) -> None:
