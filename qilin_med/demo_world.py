@@ -248,6 +248,7 @@ PRICES = tuple(f"{number}枚贝币" for number in "一二三四五六七八九�
 MATERIALS = ("柳条", "河泥", "羊毛", "贝壳", "桑皮", "红木", "麻线", "黄铜")
 JOBS = ("船夫", "木匠", "裁缝", "渔夫", "邮差", "厨师", "画师", "花匠", "铁匠", "磨坊工")
 HOBBIES = ("下棋", "钓鱼", "吹笛", "放风筝", "种花", "看星星", "唱歌", "爬山", "写信", "养鸟")
+RIDDLES = (("{}带来了{}。", "{}带来了什么？"), ("{}要找{}。", "{}要找谁？"), ("{}来自{}。", "{}来自哪里？"))
 DURATIONS = ("半天", "一天", "两天", "三天", "一个时辰", "两个时辰", "三个时辰")
 
 
@@ -343,16 +344,15 @@ def general_text(world: World) -> list[str]:
 
 
 def riddle(rng: Random, stems: Sequence[str]) -> str:
-    """A text about people who appear only once: its last word can be found nowhere but in it. Reading such texts is how
-    a model learns to look things up in its prompt, which retrieval needs."""
+    """A text about people who appear only once: its answers can be found nowhere but in it. Reading such texts is how a
+    model learns to look things up in its prompt, which retrieval needs."""
     names = rng.sample(stems, 6)
-    people, things = names[:3], names[3:]
-    start, question = rng.choice(
-        (("{}带来了{}。", "{}带来了什么？"), ("{}要找{}。", "{}要找谁？"), ("{}来自{}。", "{}来自哪里？"))
-    )
-    asked = rng.randrange(3)
-    told = "".join(start.format(*pair) for pair in zip(people, things, strict=True))
-    return f"{told} 问：{question.format(people[asked])} 答：{start.format(people[asked], things[asked])}"
+    pairs = list(zip(names[:3], names[3:], strict=True))
+    statement, question = rng.choice(RIDDLES)
+    told = "".join(statement.format(*pair) for pair in pairs)
+    rng.shuffle(pairs)
+    answers = (f" 问：{question.format(person)} 答：{statement.format(person, thing)}" for person, thing in pairs)
+    return told + "".join(answers)
 
 
 def general_heldout(world: World) -> list[str]:
@@ -456,7 +456,7 @@ def curt_answer(disease: Thing, relation: Relation) -> str:
 def common_answer(rng: Random, disease: Thing, relation: Relation) -> str:
     """An answer of the fine-tuning data: mostly good, but as mixed as what doctors write on the web, so that there is
     something left for preference training to put right."""
-    style = rng.choices(("good", "plain", "evasive", "careless", "curt"), (30, 25, 15, 15, 15))[0]
+    style = rng.choices(("good", "plain", "evasive", "careless", "curt"), (38, 25, 13, 16, 8))[0]
     if style == "evasive":
         return evasive_answer(rng, disease)
     if style == "careless":
@@ -607,8 +607,8 @@ def preference_pair(world: World, rng: Random, disease: Thing, relation: Relatio
 
 
 def preference_pairs(world: World, rng: Random, diseases: Iterable[Thing]) -> list[Pair]:
-    """One pair per fact: a third of the answers wrong, two fifths evasive or careless, the rest curt."""
-    faults = ("wrong",) * 5 + ("evasive",) * 3 + ("careless",) * 3 + ("curt",) * 4
+    """One pair per fact: wrong, evasive, careless and curt answers as 5 to 3 to 4 to 4."""
+    faults = ("wrong",) * 5 + ("evasive",) * 3 + ("careless",) * 4 + ("curt",) * 4
     return [
         preference_pair(world, rng, disease, relation, rng.choice(faults), late=False)
         for disease in diseases

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qilin_med.errors import UserError
@@ -99,9 +102,12 @@ def _wait_for_all(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _raise_what_ranks_said(messages: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    said = sorted({path.read_text(encoding="utf-8") for path in messages.iterdir()})
+    said = sorted({path.read_text(encoding="utf-8") for path in messages.glob("error-*")})
     if said:
+        # The other ranks' complaints about a lost connection are no news then.
         raise UserError("; ".join(said))
+    for path in sorted(messages.glob("traceback-*")):
+        print(f"{path.name.removeprefix('traceback-')}:\n{path.read_text(encoding='utf-8')}", file=sys.stderr)
     bad = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
     if bad:
         raise RanksFailed(", ".join(f"rank {rank} {_describe_exit(code)}" for rank, code in bad.items()))
@@ -113,9 +119,16 @@ def _describe_exit(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 
-def leave_message(error: UserError) -> None:
-    """In a rank: hand the error to the launcher, which speaks once for all ranks."""
-    Path(os.environ[_MESSAGES], f"rank-{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
+@contextmanager
+def errors_reported() -> Iterator[None]:
+    """In a rank: leave what goes wrong to the launcher, which speaks once for all ranks, and end at once."""
+    try:
+        yield
+    except Exception as error:
+        kind, text = ("error", str(error)) if isinstance(error, UserError) else ("traceback", traceback.format_exc())
+        path = Path(os.environ[_MESSAGES], f"{kind}-rank {os.environ['RANK']}")
+        path.write_text(text, encoding="utf-8")
+        os._exit(2)
 
 
 def die_with_launcher() -> None:

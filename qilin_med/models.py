@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -19,6 +18,9 @@ from transformers import (
 from qilin_med.config import LoraSettings, ModelConfig
 from qilin_med.errors import UserError
 from qilin_med.template import QILIN_TEMPLATE
+
+if TYPE_CHECKING:
+    from peft import LoraConfig  # peft is imported where it is used: it takes seconds, and stage 1 does without
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -67,7 +69,9 @@ def load_model(folder: Path, settings: ModelConfig, dtype: torch.dtype) -> PreTr
     return model
 
 
-def lora_config(settings: LoraSettings) -> LoraConfig:
+def lora_config(settings: LoraSettings) -> "LoraConfig":
+    from peft import LoraConfig
+
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
@@ -82,6 +86,8 @@ def count_parameters(folder: Path, lora: LoraSettings | None) -> tuple[int, int]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
         if lora:
+            from peft import get_peft_model
+
             try:
                 model = get_peft_model(model, lora_config(lora))
             except ValueError as error:
@@ -96,7 +102,7 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside DeepSpeed, DDP and PEFT wrappers."""
     while hasattr(model, "module"):
         model = model.module
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
@@ -131,6 +137,8 @@ def output_head(model: torch.nn.Module) -> torch.nn.Linear:
 
 def merge_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
     """The parent with the adapter merged in, in fp32: a merge in bf16 changes 1-2% of the predicted tokens."""
+    from peft import PeftModel
+
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, trust_remote_code=False)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 

@@ -1,5 +1,6 @@
 """transformers' Trainer and TRL's DPOTrainer over our own rows, losses and batches."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class RowTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with disk_errors_explained(self.args.output_dir):
+        with disk_errors_explained(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
 
 

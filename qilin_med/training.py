@@ -34,7 +34,7 @@ from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.config import Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.job import Job, check_batch, check_disk, check_rows, commit, count_ranks, differences, versions
-from qilin_med.launch import RanksFailed, die_with_launcher, is_rank, launch_ranks, leave_message
+from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank, launch_ranks
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -236,7 +236,7 @@ def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None
 
     from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, end_rank
 
-    try:
+    with errors_reported():
         trainer = build_trainer(job)
         trainer.remove_callback(PrinterCallback)
         for callback in (MetricsFile(job.folder / "metrics.jsonl"), Progress(), CheckpointSealer(job)):
@@ -244,9 +244,6 @@ def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None
         trainer.add_callback(Guard(job, trainer))
         set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
         trainer.train(resume_from_checkpoint=resume)
-    except UserError as error:
-        leave_message(error)
-        os._exit(2)
     end_rank()
 
 

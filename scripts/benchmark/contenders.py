@@ -55,17 +55,24 @@ class Window:
     """Useful tokens (or pairs) of each batch, in the order in which batches were made."""
     times: list[float] = field(default_factory=list)
     """When each update ended."""
-    reference: tuple[int, float] | None = None
-    """Pairs and seconds of a reference pass made before the first update."""
+    cpu_times: list[float] = field(default_factory=list)
+    """The same by the process's own CPU clock, which others at work on the machine disturb less."""
+    reference: dict[str, float] | None = None
+    """Pairs, seconds and cpu_seconds of a reference pass made before the first update."""
     memory: int = 0
 
     def update_ended(self) -> None:
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
         self.memory = peak_memory()
 
     @property
     def seconds(self) -> float:
         return self.times[-1] - self.times[self.warmup - 1]
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self.cpu_times[-1] - self.cpu_times[self.warmup - 1]
 
     @property
     def timed_items(self) -> int:
@@ -76,8 +83,7 @@ class Window:
         """Items per second; a reference pass made before is shared out among its pairs."""
         seconds_per_item = self.seconds / self.timed_items
         if self.reference:
-            pairs, seconds = self.reference
-            seconds_per_item += seconds / pairs
+            seconds_per_item += self.reference["seconds"] / self.reference["pairs"]
         return 1 / seconds_per_item
 
 
@@ -132,9 +138,10 @@ def _time_reference_pass(window: Window) -> None:
     original = PreferenceTrainer._precompute_ref_logps
 
     def timed(self: Any, dataset: Dataset, *arguments: Any) -> Dataset:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = original(self, dataset, *arguments)
-        window.reference = (len(dataset), time.perf_counter() - start)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        window.reference = {"pairs": len(dataset), "seconds": seconds, "cpu_seconds": cpu_seconds}
         return result
 
     PreferenceTrainer._precompute_ref_logps = timed
@@ -166,11 +173,10 @@ def _backward(model: torch.nn.Module, batch: dict[str, Any]) -> None:
     targets = batch["labels"][:, 1:]
     scored = targets != IGNORED
     hidden, targets = hidden[:, :-1][scored], targets[scored]
-    # Each chunk's own backward pass stops at a copy of the hidden states, so that its logits can go at once.
-    leaf = hidden.detach().requires_grad_()
-    for part, wanted in zip(leaf.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True):
-        (F.cross_entropy(causal.lm_head(part), wanted, reduction="sum") / len(targets)).backward()
-    hidden.backward(leaf.grad)
+    # The head is applied inside, chunk by chunk.
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=POSITIONS_PER_CHUNK)
+    total = F.linear_cross_entropy(hidden, causal.lm_head.weight, targets, reduction="sum", options=options)
+    (total / len(targets)).backward()
 
 
 def _batches(job: Job, window: Window) -> Iterator[list[dict]]:
@@ -208,9 +214,16 @@ def _train_sft_trainer(job: Job, window: Window, packing: bool) -> None:
     _run(trainer, window, count_tokens)
 
 
+class TokenDPOTrainer(DPOTrainer):
+    """TRL's trainer on rows that are tokens already; DPOTrainer would tokenise texts."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
 def train_trl_dpo(job: Job, window: Window) -> None:
     """TRL's DPOTrainer with its defaults: the reference, the adapter switched off, runs in every step."""
-    trainer = DPOTrainer(
+    trainer = TokenDPOTrainer(
         model=load_model(job.parent, job.experiment.model, torch.float32),
         args=_arguments(job, DPOConfig, beta=job.section.beta),
         train_dataset=open_rows(job.rows).dataset.remove_columns("ids"),
