@@ -22,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 from qilin_med import demo_world  # noqa: E402
 from qilin_med.checkpoints import MANIFEST, digest, publish_folder, set_aside, verify_folder  # noqa: E402
 from qilin_med.errors import UserError, user_errors_end_with_one_line  # noqa: E402
+from qilin_med.training import quiet_libraries  # noqa: E402
 
 DATA, UNTRAINED = Path("data/demo"), Path("models/demo-init")
 VOCABULARY = 1280
@@ -45,6 +46,8 @@ def main() -> None:
     )
     parser.add_argument("--no-training", action="store_true", help="stop before the base model is trained")
     options, for_training = parser.parse_known_args()
+    quiet_libraries()
+    sys.stdout.reconfigure(line_buffering=True)  # in order with what the training below prints, also in a pipe
     files = demo_world.build_files(options.seed)
     write_data(files)
     write_untrained_model(files, options.seed)

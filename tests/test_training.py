@@ -367,7 +367,11 @@ def test_a_port_in_use_is_named(world, tmp_path):
         ("sft", "sft.parent={run}/nowhere", "does not exist"),
         ("sft", "sft.deepspeed=nowhere.json", "nowhere.json"),
         ("sft", 'sft.lora.target_modules=["nothing"]', "target_modules"),
-        ("sft", "sft.max_target_length=200", "128"),
+        (
+            "pretraining",
+            "pretraining.block_size=200 pretraining.isolate_documents=false",
+            "the model has 128 positions",
+        ),
     ],
 )
 def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, override, words):
@@ -376,7 +380,7 @@ def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, ov
     overrides = [
         f"output_dir={tmp_path}/run",
         f"sft.parent={finished}/pretraining/merged",
-        override.format(run=finished),
+        *override.format(run=finished).split(" "),
     ]
     with pytest.raises(UserError) as error:
         experiment = load_experiment(world / "c.json", overrides)

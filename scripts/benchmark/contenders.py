@@ -48,7 +48,7 @@ def _memory(name: str) -> int:
 
 @dataclass
 class Window:
-    """Times updates: the clock runs from the end of the last warm-up update to the end of the last one of all."""
+    """Times updates: the clocks run from the end of the last warm-up update to the end of the last one of all."""
 
     warmup: int
     items: list[int] = field(default_factory=list)
@@ -78,12 +78,11 @@ class Window:
     def timed_items(self) -> int:
         return sum(self.items[self.warmup : len(self.times)])
 
-    @property
-    def rate(self) -> float:
-        """Items per second; a reference pass made before is shared out among its pairs."""
-        seconds_per_item = self.seconds / self.timed_items
+    def rate(self, clock: str) -> float:
+        """Items per second of "seconds" or "cpu_seconds"; a reference pass is shared out among its pairs."""
+        seconds_per_item = getattr(self, clock) / self.timed_items
         if self.reference:
-            seconds_per_item += self.reference["seconds"] / self.reference["pairs"]
+            seconds_per_item += self.reference[clock] / self.reference["pairs"]
         return 1 / seconds_per_item
 
 

@@ -32,7 +32,7 @@ def main() -> None:
         set_seed(job.experiment.seed)
         CONTENDERS[job.stage][contender](replace(job, rows=rows), window)
     measured = {
-        "rate": window.rate,
+        "rates": {"wall": window.rate("seconds"), "cpu": window.rate("cpu_seconds")},
         "updates": len(window.times) - window.warmup,
         "items": window.timed_items,
         "seconds": window.seconds,
