@@ -8,7 +8,7 @@ prompt/chosen/rejected rows) and the model of stage 2; writes runs/<name>/dpo/ad
 """
 
 from qilin_med.job import Job
-from qilin_med.training import run_stage, training_arguments
+from qilin_med.training import run_stage, say, training_arguments
 
 
 def build_trainer(job: Job):
@@ -24,6 +24,7 @@ def build_trainer(job: Job):
         job, DPOConfig, beta=job.section.beta, precompute_ref_log_probs=True, max_length=None, disable_dropout=False
     )
     rows = open_rows(job.rows).dataset
+    say("reference log-probabilities: computed once, cached beside the rows")
     return PreferenceTrainer(
         model=load_model(job.parent, settings, DTYPES[settings.dtype]),
         args=arguments,

@@ -125,7 +125,8 @@ class Progress(TrainerCallback):
         self.last_line = self.start
         if self.speaks and self.on_terminal:
             layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=layout, dynamic_ncols=True)
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.bar = tqdm(**steps, bar_format=layout, dynamic_ncols=True, disable=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if not self.speaks or "loss" not in logs:

@@ -15,6 +15,9 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Ten
     if targets.numel() == 0:  # a batch of fillers: no loss, but every rank must reach the backward pass
         zero = hidden.sum() * 0.0 + head.weight.sum() * 0.0
         return zero if reduction == "sum" else zero.expand(0)
+    if reduction == "sum" and head.weight.dtype != torch.float32:
+        # The library rounds a sum to the weights' dtype, in bf16 by up to 0.4%; single losses average their rounding out.
+        return token_losses(hidden, head, targets, "none").float().sum()
     chunk = max(64, _LOGITS_PER_CHUNK // head.weight.shape[0])
     options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk)
     return F.linear_cross_entropy(

@@ -45,7 +45,9 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "true",
     "DS_ACCELERATOR": "cpu",  # for the first process, which only prepares and merges
     "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # Progress draws the only bar
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
 }
 
 

@@ -27,6 +27,14 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_sums_in_bf16_are_not_rounded_to_bf16():
+    head, hidden, targets = head_and_hidden(positions=3000)
+    exact = token_losses(hidden, head, targets, "sum").item()
+    in_bf16 = token_losses(hidden.bfloat16(), head.bfloat16(), targets, "sum")
+    assert in_bf16.dtype == torch.float32
+    assert math.isclose(in_bf16.item(), exact, rel_tol=5e-4)  # the spacing of bf16 numbers there is 4e-3 of them
+
+
 def test_no_targets_give_zero_and_still_a_backward_pass():
     head, hidden, _ = head_and_hidden(positions=1)
     nothing = hidden[:0]
