@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-IGNORED = -100
+from qilin_med.template import IGNORED
+
 PAD_ID = 0  # any id will do: padding is never seen and never a target
 FILLER = -1
 _LIKE_LENGTH_UPDATES = 50  # updates sorted by length together: like lengths in a batch, yet random over the epoch

@@ -113,6 +113,11 @@ def verify_folder(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
     return contents
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a published folder's seal says, without verifying the files again."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
 def set_aside(path: Path, why: str) -> Path:
     """Move a file or folder out of the way under a name that tells why; nothing is deleted."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qilin_med.batches import collate_packed, collate_preferences
-from qilin_med.checkpoints import MANIFEST, digest, fingerprint_model, write_json
+from qilin_med.checkpoints import digest, fingerprint_model, write_json
 from qilin_med.config import STAGES, Experiment, Source, StageName
 from qilin_med.job import commit, versions
 from qilin_med.losses import sequence_log_probs, token_losses
@@ -123,7 +123,3 @@ def read_results(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 def result_file(experiment: Experiment, name: str) -> Path:
     return Path(experiment.output_dir) / "eval" / name / "heldout.json"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qilin_med.checkpoints import MANIFEST, digest, publish_folder, sha256_of, verify_folder
+from qilin_med.checkpoints import digest, publish_folder, read_manifest, sha256_of, verify_folder
 from qilin_med.config import DataSource, DpoConfig, PretrainingConfig, SftConfig, StageConfig, StageName
 from qilin_med.corpus.sources import find_files, read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
@@ -126,7 +126,7 @@ def open_rows(folder: Path) -> PreparedRows:
     """Map the rows of a folder that `prepare_rows` gave; cheap, does not verify again."""
     from datasets import Dataset
 
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     return PreparedRows(folder, Dataset.from_file(str(folder / ROWS)), manifest["counts"])
 
 

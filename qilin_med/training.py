@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qilin_med.checkpoints import (
-    MANIFEST,
     disk_errors_explained,
     fingerprint_model,
     newest_complete,
     publish_folder,
+    read_manifest,
     set_aside,
     step_of,
     verify_folder,
@@ -321,7 +321,7 @@ def _manifest(job: Job) -> dict[str, Any]:
     """How the merged folder was made: enough to trace every number measured on it."""
     from qilin_med.callbacks import read_metrics
 
-    rows = json.loads((job.rows / MANIFEST).read_text(encoding="utf-8"))
+    rows = read_manifest(job.rows)
     metrics = read_metrics(job.folder / "metrics.jsonl")
     return {
         "stage": job.stage,
@@ -340,7 +340,7 @@ def _manifest(job: Job) -> dict[str, Any]:
 
 def _describe(job: Job, parameters: int, trainable: int, whole: bool) -> None:
     """The summary before a run; `whole` adds every resolved setting and file (for a dry run)."""
-    counts = json.loads((job.rows / MANIFEST).read_text(encoding="utf-8"))["counts"]
+    counts = read_manifest(job.rows)["counts"]
     if whole:
         print(json.dumps(job.experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
         for file in counts["files"]:
