@@ -82,9 +82,9 @@ def seal_folder(folder: Path, seal: str, facts: dict[str, Any]) -> dict[str, Any
     return contents
 
 
-def publish_folder(temporary: Path, final: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def publish_folder(temporary: Path, final: Path, manifest: dict[str, Any], seal: str = MANIFEST) -> dict[str, Any]:
     """Seal a folder built under a temporary name and rename it to its final one, which must be free."""
-    contents = seal_folder(temporary, MANIFEST, manifest)
+    contents = seal_folder(temporary, seal, manifest)
     temporary.rename(final)
     _sync(final.parent)
     return contents
@@ -113,9 +113,9 @@ def verify_folder(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
     return contents
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
     """What a published folder's seal says, without verifying the files again."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return json.loads((folder / seal).read_text(encoding="utf-8"))
 
 
 def set_aside(path: Path, why: str) -> Path:

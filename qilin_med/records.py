@@ -41,6 +41,20 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """An exam question: a stem, lettered options, the letters of the right ones ("A", "BD"; "" if not told)."""
+
+    id: str
+    stem: str
+    options: tuple[tuple[str, str], ...]
+    """(letter, text), in the order given."""
+    answer: str
+    explanation: str = ""
+    facets: tuple[tuple[str, str], ...] = ()
+    """(name, value) of what else the file tells, for example ("Clinical Department", "儿科")."""
+
+
+@dataclass(frozen=True, slots=True)
 class SetAside:
     """A row that cannot be used. `raw` is its original text, shortened to `RAW_CHARACTERS`."""
 

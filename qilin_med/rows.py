@@ -17,7 +17,7 @@ import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 
 from qilin_med.checkpoints import digest, publish_folder, read_manifest, sha256_of, verify_folder
 from qilin_med.config import DataSource, DpoConfig, PretrainingConfig, SftConfig, StageConfig, StageName
+from qilin_med.corpus.shards import chunks
 from qilin_med.corpus.sources import find_files, read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
 from qilin_med.records import RAW_CHARACTERS, Document, SetAside
@@ -456,7 +457,7 @@ def _encoded_preferences(
 def _write_table(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> None:
     """Write rows as an Arrow stream, chunk by chunk."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in _chunks(rows):
+        for chunk in chunks(rows, CHUNK_ROWS):
             columns = [pa.array([row[name] for row in chunk], schema.field(name).type) for name in schema.names]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
@@ -467,19 +468,13 @@ def _write_joined(folder: Path, schema: pa.Schema, groups: list[list[int]]) -> N
 
     encoded = Dataset.from_file(str(folder / ENCODED)).with_format("arrow")
     with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in _chunks(groups):
+        for chunk in chunks(groups, CHUNK_ROWS):
             table = encoded[list(chain.from_iterable(chunk))]
             borders = np.cumsum([0, *map(len, chunk)])
             columns = [_joined(table.column(name).combine_chunks(), borders) for name in schema.names]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     del encoded
     (folder / ENCODED).unlink()
-
-
-def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    items = iter(items)
-    while chunk := list(islice(items, CHUNK_ROWS)):
-        yield chunk
 
 
 def _joined(lists: pa.ListArray, borders: np.ndarray) -> pa.ListArray:

@@ -5,16 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from qilin_med.config import load_experiment, reference
+from qilin_med.config import load_experiment
+from qilin_med.corpus.card import PAPER as PAPER_TABLES
+from qilin_med.corpus.settings import load_corpus_settings
 from qilin_med.errors import UserError
 from qilin_med.job import check_batch, count_ranks
+from qilin_med.reference import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "configs" / "qilin_med_7b.json"
 
 
 def experiments() -> list[Path]:
-    return sorted((ROOT / "configs").glob("*.json"))
+    return sorted(path for path in (ROOT / "configs").glob("*.json") if "chimed" not in path.name)
 
 
 @pytest.mark.parametrize("path", experiments(), ids=lambda path: path.name)
@@ -24,6 +27,13 @@ def test_every_shipped_experiment_loads(path):
         section = getattr(experiment, stage)
         if section and section.deepspeed:
             json.loads((ROOT / section.deepspeed).read_text())
+
+
+def test_shipped_corpus_files_load_and_chimed_has_every_data_set_of_the_paper():
+    chimed = load_corpus_settings(ROOT / "configs" / "chimed.json")
+    named = {stage: {s.name for s in chimed.sources if s.stage == stage} for stage in PAPER_TABLES}
+    assert named == {stage: set(table) for stage, table in PAPER_TABLES.items()}
+    load_corpus_settings(ROOT / "configs" / "demo_chimed.json")
 
 
 def test_the_papers_file_states_the_papers_table():
@@ -119,4 +129,4 @@ def test_impossible_combinations():
 
 
 def test_the_reference_of_keys_is_current():
-    assert (ROOT / "configs" / "README.md").read_text() == reference(), "python -m qilin_med.config > configs/README.md"
+    assert (ROOT / "configs" / "README.md").read_text() == reference(), "python -m qilin_med.reference > configs/README.md"

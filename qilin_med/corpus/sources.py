@@ -1,30 +1,26 @@
 """Files on disk -> records. Every row becomes a record or is set aside with a reason; none vanishes."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qilin_med.config import DataSource
+from qilin_med.corpus.files import LONE_SURROGATE, UnusableRow, existing, open_parts, set_aside, with_content
+from qilin_med.corpus.tables import is_json, parquet_rows
 from qilin_med.errors import UserError
-from qilin_med.records import RAW_CHARACTERS, Chat, Document, Message, Preference, Role, SetAside
+from qilin_med.records import Chat, Document, Message, Preference, Role, SetAside
 
-SUFFIXES = (".txt", ".jsonl", ".json")
-EXPECTED_FILES = "expected .txt (one sample a line), .jsonl or .json files"
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+EXPECTED_FILES = "expected .txt (one sample a line), .jsonl, .json or .parquet files"
 ROLES: dict[str, Role] = {
     "system": "system",
     **dict.fromkeys(("user", "human", "input"), "user"),
     **dict.fromkeys(("assistant", "gpt", "output"), "assistant"),
 }
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Record = TypeVar("Record", Document, Chat, Preference)
 Row = dict[str, Any]
-
-
-class UnusableRow(ValueError):
-    """Carries the reason for which a row is set aside."""
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -40,16 +36,13 @@ def find_files(sources: list[DataSource]) -> list[tuple[Path, DataSource]]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path}: no such data file or folder; {EXPECTED_FILES}")
-    files = _walk(path) if path.is_dir() else [path]
+    files = _walk(path) if existing(path, EXPECTED_FILES).is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no usable file in this folder; {EXPECTED_FILES}")
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
             raise UserError(f"{file}: unknown kind of file '{file.suffix}'; {EXPECTED_FILES}")
-        if file.stat().st_size == 0:
-            raise UserError(f"{file}: the file is empty; fill it or take it out of the data")
+        with_content(file)
     return files
 
 
@@ -70,15 +63,15 @@ def _is_data(file: Path) -> bool:
 
 
 def read_documents(sources: list[DataSource]) -> Iterator[Document | SetAside]:
-    """Documents: the lines of .txt files; in JSON the field `source.text`, a string or a list of strings (joined by
+    """Documents: the lines of .txt files; elsewhere the field `source.text`, a string or a list of strings (joined by
     newlines). Text is kept as it stands. UserError: a file is not UTF-8, or a whole-file .json does not parse."""
     for file, source in find_files(sources):
         if file.suffix.lower() == ".txt":
             for number, line in _lines(file):
-                yield _record(f"{file}:{number}", line, lambda id_, line: Document(id_, _checked_text(line)))
+                yield _record(f"{file}:{number}", line, lambda id_, line: Document(id_, checked_text(line)))
         else:
             field = source.text
-            yield from _json_records(file, lambda id_, row, field=field: Document(id_, _document_text(row, field)))
+            yield from _row_records(file, lambda id_, row, field=field: Document(id_, document_text(row, field)))
 
 
 def read_chats(sources: list[DataSource]) -> Iterator[Chat | SetAside]:
@@ -89,39 +82,42 @@ def read_chats(sources: list[DataSource]) -> Iterator[Chat | SetAside]:
     a turn off would be a silent loss. UserError as in `read_documents`.
     """
     for file, _ in find_files(sources):
-        yield from _json_records(file, lambda id_, row: Chat(id_, _checked_chat(_chat_messages(row))))
+        yield from _row_records(file, lambda id_, row: Chat(id_, checked_chat(chat_messages(row))))
 
 
 def read_preferences(sources: list[DataSource]) -> Iterator[Preference | SetAside]:
     """Pairs of answers in the layouts question/response_chosen/response_rejected, conversations/chosen/rejected and
     prompt/chosen/rejected. Contents are stripped of surrounding white space. UserError as in `read_documents`."""
     for file, _ in find_files(sources):
-        yield from _json_records(file, _preference)
+        yield from _row_records(file, read_preference)
 
 
-def _json_records(file: Path, parse: Callable[[str, Row], Record]) -> Iterator[Record | SetAside]:
-    if file.suffix.lower() == ".txt":
-        raise UserError(f"{file}: a .txt file holds only documents (pretraining); expected .jsonl or .json files here")
-    if file.suffix.lower() == ".jsonl" or _holds_lines(file):
-        rows = ((f"{file}:{number}", line) for number, line in _lines(file))
-        parse_raw: Callable[[str, Any], Record] = lambda id_, line: parse(id_, _parsed(line))  # noqa: E731
+def _row_records(file: Path, parse: Callable[[str, Row], Record]) -> Iterator[Record | SetAside]:
+    suffix = file.suffix.lower()
+    if suffix == ".txt":
+        raise UserError(
+            f"{file}: a .txt file holds only documents (pretraining); expected .jsonl, .json or .parquet files here"
+        )
+    if suffix == ".jsonl" or (suffix == ".json" and _holds_lines(file)):
+        for number, line in _lines(file):
+            yield _record(f"{file}:{number}", line, lambda id_, line: parse(id_, _parsed(line)))
     else:
-        rows = ((f"{file}#{index}", row) for index, row in enumerate(_whole_file(file)))
-        parse_raw = lambda id_, row: parse(id_, _object(row))  # noqa: E731
-    for id_, raw in rows:
-        yield _record(id_, raw, parse_raw)
+        for index, row in _indexed_rows(file):
+            yield _record(f"{file}#{index}", row, lambda id_, row: parse(id_, _object(row)))
+
+
+def _indexed_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    if file.suffix.lower() == ".parquet":
+        [part] = open_parts(file, SUFFIXES)
+        return parquet_rows(part)
+    return enumerate(_whole_file(file))
 
 
 def _record(id_: str, raw: Any, parse: Callable[[str, Any], Record]) -> Record | SetAside:
     try:
         return parse(id_, raw)
     except UnusableRow as error:
-        text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False)
-        return SetAside(id_, str(error), _without_surrogates(text[:RAW_CHARACTERS]))
-
-
-def _without_surrogates(text: str) -> str:
-    return LONE_SURROGATE.sub("\ufffd", text)
+        return set_aside(id_, str(error), raw)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -153,20 +149,13 @@ def _holds_lines(file: Path) -> bool:
     _, first = next(_lines(file), (0, ""))
     if first.lstrip().startswith("["):
         return False
-    if _is_object(first):
+    if is_json(first, dict):
         return True
     try:
         _whole_file(file)
     except UserError:
-        return any(_is_object(line) for _, line in _lines(file))
+        return any(is_json(line, dict) for _, line in _lines(file))
     return False
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _whole_file(file: Path) -> list[Any]:
@@ -202,7 +191,7 @@ def _object(value: Any) -> Row:
 # ----------------------------------------------------------------------------------------------------- documents
 
 
-def _document_text(row: Row, field: str) -> str:
+def document_text(row: Row, field: str) -> str:
     value = row.get(field)
     if value is None:
         raise UnusableRow(f"no field '{field}'")
@@ -210,10 +199,10 @@ def _document_text(row: Row, field: str) -> str:
         value = "\n".join(value)
     if not isinstance(value, str):
         raise UnusableRow(f"wrong type: '{field}' is {_kind(value)}, expected text")
-    return _checked_text(value)
+    return checked_text(value)
 
 
-def _checked_text(text: str) -> str:
+def checked_text(text: str) -> str:
     if not text.strip():
         raise UnusableRow("empty text")
     if LONE_SURROGATE.search(text):
@@ -224,13 +213,13 @@ def _checked_text(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------- chats
 
 
-def _chat_messages(row: Row) -> list[Message]:
+def chat_messages(row: Row) -> list[Message]:
     if "conversations" in row:
         return _system(row) + _messages(row["conversations"], "conversations")
     if "messages" in row:
         return _system(row) + _messages(row["messages"], "messages")
     if "instruction" in row:
-        return _system(row) + _history(row) + _instruction(row)
+        return _system(row) + history_messages(row) + _instruction(row)
     raise _unknown_layout(row, "conversations, messages or instruction/input/output")
 
 
@@ -248,10 +237,10 @@ def _message(entry: Any, field: str) -> Message:
     name, content = (entry.get(key) for key in keys)
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise UnusableRow(f"unknown role {json.dumps(name, ensure_ascii=False)}"[:80])
-    return Message(ROLES[name.lower()], _content(content, keys[1]))
+    return Message(ROLES[name.lower()], plain_text(content, keys[1]))
 
 
-def _content(value: Any, field: str) -> str:
+def plain_text(value: Any, field: str) -> str:
     """Text without surrounding white space; lists of one text (Huatuo-26M) are taken as that text, null as none."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -265,30 +254,30 @@ def _content(value: Any, field: str) -> str:
 
 
 def _system(row: Row) -> list[Message]:
-    text = _content(row.get("system"), "system")
+    text = plain_text(row.get("system"), "system")
     return [Message("system", text)] if text else []
 
 
-def _history(row: Row) -> list[Message]:
+def history_messages(row: Row) -> list[Message]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise UnusableRow("wrong type: 'history', expected a list of [question, answer]")
     return [
-        Message(role, _content(text, "history"))
+        Message(role, plain_text(text, "history"))
         for turn in history
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
 
 
 def _instruction(row: Row) -> list[Message]:
-    parts = [_content(row["instruction"], "instruction"), _content(row.get("input"), "input")]
+    parts = [plain_text(row["instruction"], "instruction"), plain_text(row.get("input"), "input")]
     question = Message("user", "\n".join(part for part in parts if part))
     if row.get("output") is None:
         raise UnusableRow("no answer")
-    return [question, Message("assistant", _content(row["output"], "output"))]
+    return [question, Message("assistant", plain_text(row["output"], "output"))]
 
 
-def _checked_chat(messages: list[Message]) -> tuple[Message, ...]:
+def checked_chat(messages: list[Message]) -> tuple[Message, ...]:
     messages = _without_empty_system(messages)
     roles = [message.role for message in messages]
     if "assistant" not in roles:
@@ -319,16 +308,16 @@ def _check_contents(messages: list[Message]) -> None:
 # --------------------------------------------------------------------------------------------------- preferences
 
 
-def _preference(id_: str, row: Row) -> Preference:
-    prompt, chosen, rejected = _checked_pair(*_preference_parts(row))
+def read_preference(id_: str, row: Row) -> Preference:
+    prompt, chosen, rejected = checked_pair(*preference_parts(row))
     return Preference(id_, tuple(prompt), chosen, rejected)
 
 
-def _preference_parts(row: Row) -> tuple[list[Message], str, str]:
+def preference_parts(row: Row) -> tuple[list[Message], str, str]:
     if {"question", "response_chosen", "response_rejected"} <= row.keys():
-        question = Message("user", _content(row["question"], "question"))
-        answers = (_content(row[field], field) for field in ("response_chosen", "response_rejected"))
-        return _system(row) + _history(row) + [question], *answers
+        question = Message("user", plain_text(row["question"], "question"))
+        answers = (plain_text(row[field], field) for field in ("response_chosen", "response_rejected"))
+        return _system(row) + history_messages(row) + [question], *answers
     if not {"chosen", "rejected"} <= row.keys() or not row.keys() & {"conversations", "prompt"}:
         raise _unknown_layout(
             row, "question/response_chosen/response_rejected, conversations/chosen/rejected or prompt/chosen/rejected"
@@ -338,7 +327,7 @@ def _preference_parts(row: Row) -> tuple[list[Message], str, str]:
     elif isinstance(row["prompt"], list):
         prompt = _messages(row["prompt"], "prompt")
     else:
-        prompt = [*_history(row), Message("user", _content(row["prompt"], "prompt"))]
+        prompt = [*history_messages(row), Message("user", plain_text(row["prompt"], "prompt"))]
     return _with_answers(_system(row) + prompt, row)
 
 
@@ -357,14 +346,14 @@ def _answer(value: Any, field: str) -> tuple[list[Message], str]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value or isinstance(value[0], str):
-        return [], _content(value, field)
+        return [], plain_text(value, field)
     *before, answer = _messages(value, field)
     if answer.role != "assistant":
         raise UnusableRow(f"roles out of order: '{field}' is no answer")
     return _without_empty_system(before), answer.content
 
 
-def _checked_pair(prompt: list[Message], chosen: str, rejected: str) -> tuple[list[Message], str, str]:
+def checked_pair(prompt: list[Message], chosen: str, rejected: str) -> tuple[list[Message], str, str]:
     prompt = _without_empty_system(prompt)
     if not any(message.content for message in prompt):
         raise UnusableRow("empty prompt")

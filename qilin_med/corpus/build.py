@@ -1,0 +1,283 @@
+"""One build of a corpus: plan it from the raw files, run its steps on datatrove's executors, publish the result.
+
+The steps lie in a work folder named by a digest of everything that the result depends on (contents of the raw files,
+settings, tokenizer), so an interrupted build continues and a changed one never mixes with an older one.
+"""
+
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qilin_med.checkpoints import digest, disk_errors_explained, publish_folder, set_aside, sha256_of, verify_folder
+from qilin_med.config import STAGES
+from qilin_med.corpus import deduplication, output
+from qilin_med.corpus.card import describe
+from qilin_med.corpus.decontamination import build_index
+from qilin_med.corpus.deduplication import Workspace
+from qilin_med.corpus.intake import Intake, Task
+from qilin_med.corpus.readers import raw_files
+from qilin_med.corpus.settings import CorpusSettings, RawFiles
+from qilin_med.errors import UserError
+
+CORPUS_FORMAT = 1  # raise it whenever the same inputs and settings give another result
+SEAL = "manifest.json"
+PART_BYTES = 64 * 2**20  # input bytes for each part of the hash values: bounds the memory of a matching task
+NOT_IN_RESULT = ("executor", "output_dir")  # settings that the result does not depend on
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a build does, known before it starts."""
+
+    settings: CorpusSettings
+    tasks: tuple[Task, ...]
+    """One for each shard, in the order of stage, source, file."""
+    evaluation: dict[str, list[Path]]
+    """Files of each evaluation entry."""
+    inputs: dict[str, Any]
+    """What the result depends on."""
+
+    @property
+    def key(self) -> str:
+        return digest(self.inputs)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.settings.tokenizer) / "tokenizer.json"
+
+    @property
+    def work(self) -> Workspace:
+        stages = tuple(self.settings.sources[task.source].stage for task in self.tasks)
+        size = sum(task.file.stat().st_size / task.stripes for task in self.tasks)
+        root = self.output.with_name(f"{self.output.name}.work") / self.key[:16]
+        return Workspace(root, stages, max(1, math.ceil(size / PART_BYTES)))
+
+
+# ---------------------------------------------------------------------------------------------------------- plan
+
+
+def plan_build(settings: CorpusSettings, allow_missing: bool = False) -> Plan:
+    """Find and fingerprint every input. UserError: a path is missing (unless allowed), nothing is left, no tokenizer."""
+    tokenizer = Path(settings.tokenizer) / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer}: not found; tokenizer must name a model folder (Baichuan-7B: convert it first with"
+                        " scripts/convert_baichuan.py)")  # fmt: skip
+    found = _find_inputs([*settings.sources, *settings.decontamination.files], allow_missing)
+    files = found[: len(settings.sources)]
+    evaluation = {s.name: f for s, f in zip(settings.decontamination.files, found[len(files) :], strict=True)}
+    order = sorted(range(len(files)), key=lambda source: (STAGES.index(settings.sources[source].stage), source))
+    tasks = [
+        Task(source, file, stripe, stripes)
+        for source in order
+        for file in sorted(files[source])
+        for stripes in [_stripes_of(file, settings.shard_megabytes)]
+        for stripe in range(stripes)
+    ]
+    if not tasks:
+        raise UserError(
+            "none of the corpus file's paths exists: nothing to build; see data/README.md for where to get them"
+        )
+    described = {
+        "format": CORPUS_FORMAT,
+        "settings": settings.model_dump(mode="json", exclude=set(NOT_IN_RESULT)),
+        "tokenizer": sha256_of(tokenizer),
+        "files": [[str(file), sha256_of(file)] for group in found for file in sorted(group)],
+    }
+    return Plan(settings, tuple(tasks), evaluation, described)
+
+
+def _find_inputs(sources: list[RawFiles], allow_missing: bool) -> list[list[Path]]:
+    """The files of each source; all that is missing is told at once."""
+    missing = [f"{path} ({source.name})" for source in sources for path in source.paths if not Path(path).exists()]
+    if missing and not allow_missing:
+        raise UserError(f"missing: {'; '.join(missing)}. Get them (data/README.md says where), take them out of the corpus"
+                        " file, or build without them: --allow-missing")  # fmt: skip
+    present = [[path for path in source.paths if Path(path).exists()] for source in sources]
+    return [
+        raw_files(source.model_copy(update={"paths": paths})) if paths else []
+        for source, paths in zip(sources, present, strict=True)
+    ]
+
+
+def _stripes_of(file: Path, megabytes: int) -> int:
+    return max(1, math.ceil(file.stat().st_size / (megabytes * 2**20)))
+
+
+# --------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function of a task's number, run `tasks` times; datatrove calls it as a pipeline of one."""
+
+    name: str
+    tasks: int
+    function: Callable[[int], None]
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        self.function(rank)
+
+
+def steps_of(plan: Plan) -> list[Step]:
+    """All steps of a build, each of which needs the ones before it."""
+    work, settings = plan.work, plan.settings
+    near = settings.deduplication
+    shards, parts = len(plan.tasks), work.parts
+    steps = [
+        Step("evaluation", 1, partial(_index_evaluation, plan)),
+        Step("clean", shards, partial(_clean, plan)),
+        Step("exact", parts, partial(deduplication.find_exact, work)),
+    ]
+    if near.near:
+        steps += [
+            Step("sign", shards, partial(deduplication.sign_shard, work, near)),
+            Step("pair", near.bands * parts, partial(deduplication.pair_candidates, work, near)),
+            Step("verify", parts, partial(deduplication.verify_pairs, work, near)),
+            Step("near", 1, partial(_find_near, work)),
+        ]
+    if near.substring_tokens and "pretraining" in work.stages:
+        pretraining = work.stages.count("pretraining")  # these shards come first
+        steps += [
+            Step("tokenise", pretraining, partial(deduplication.tokenise_shard, work, near, plan.tokenizer_file)),
+            Step("repeats", parts, partial(deduplication.find_repeats, work, near.substring_tokens)),
+        ]
+    steps += [
+        Step("write", shards, partial(output.write_shard, work, settings, plan.tokenizer_file)),
+        Step("publish", 1, partial(_publish, plan)),
+    ]
+    return steps
+
+
+def _index_evaluation(plan: Plan, _: int) -> None:
+    build_index(plan.settings.decontamination, plan.work.root / "evaluation", plan.evaluation)
+
+
+def _clean(plan: Plan, shard: int) -> None:
+    Intake(plan.work, plan.settings, plan.tasks[shard]).write(plan.work, shard)
+
+
+def _find_near(work: Workspace, _: int) -> None:
+    deduplication.find_near(work)
+
+
+def _publish(plan: Plan, _: int) -> None:
+    out = plan.work.root / "out"
+    for part in out.rglob(".*.part"):  # of tasks that were killed
+        part.unlink()
+    manifest, readme = describe(plan.settings, plan.tasks, plan.evaluation, plan.work, plan.inputs)
+    (out / "README.md").write_text(readme, encoding="utf-8")
+    publish_folder(out, plan.output, {"key": plan.key, **manifest}, SEAL)
+
+
+# --------------------------------------------------------------------------------------------------------- build
+
+
+def build(plan: Plan, restart: bool = False) -> bool:
+    """Build and publish, or continue where an earlier call was interrupted; False if the result is there already.
+
+    UserError: the output folder holds something else (`restart` moves it aside), or the disk is full.
+    """
+    work = plan.work.root
+    if plan.output.exists() and not _make_way(plan, restart):
+        shutil.rmtree(work.parent, ignore_errors=True)  # left if the build was killed after publishing
+        return False
+    with disk_errors_explained(plan.output):
+        work.mkdir(parents=True, exist_ok=True)
+        _run(plan)
+    if plan.settings.executor.kind != "slurm":  # its jobs go on after this process
+        shutil.rmtree(work.parent)
+    return True
+
+
+def _make_way(plan: Plan, restart: bool) -> bool:
+    """Whether there is something to build."""
+    try:
+        if verify_folder(plan.output, SEAL).get("key") == plan.key:
+            return False
+        problem = "was built from other files or settings"
+    except UserError as error:
+        problem = f"is no whole build ({error})"
+    if not restart:
+        raise UserError(f"{plan.output} {problem}; --restart moves it aside and builds anew, or set output_dir")
+    print(f"{plan.output} {problem}: kept as {set_aside(plan.output, 'replaced')}", flush=True)
+    return True
+
+
+def _run(plan: Plan) -> None:
+    steps, kind = steps_of(plan), plan.settings.executor.kind
+    executors = [_executor(plan, step) for step in steps]
+    if kind == "local":
+        for step, executor in zip(steps, executors, strict=True):
+            with _progress(plan.work.root / "log" / step.name, step):
+                executor.run()
+        return
+    for earlier, later in pairwise(executors):
+        later.depends = earlier
+    executors[-1].run()
+
+
+def _executor(plan: Plan, step: Step) -> Any:
+    # The import is slow and only builds need it.
+    from loguru import logger
+
+    settings = plan.settings.executor
+    workers = len(os.sched_getaffinity(0)) if settings.workers == "auto" else settings.workers
+    shared = {
+        "pipeline": [step],
+        "tasks": step.tasks,
+        "workers": min(workers, step.tasks) if settings.kind == "local" else workers,
+        "logging_dir": str(plan.work.root / "log" / step.name),
+        **settings.options,
+    }
+    if settings.kind == "slurm":
+        from datatrove.executor.slurm import SlurmPipelineExecutor
+
+        return SlurmPipelineExecutor(**{"time": "24:00:00", "partition": "cpu", "job_name": step.name, **shared})
+    if settings.kind == "ray":
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        return RayPipelineExecutor(**shared)
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
+    logger.disable("datatrove")  # its banners; errors come back as exceptions
+    # Workers inherit everything: nothing is imported again for each of the steps.
+    return LocalPipelineExecutor(**{"start_method": "fork", **shared})
+
+
+@contextmanager
+def _progress(log: Path, step: Step) -> Iterator[None]:
+    """A line per step that counts its tasks, in place on a terminal."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def line() -> str:
+        done = sum(1 for _ in (log / "completions").glob("*"))
+        return f"{step.name:<12}{done:>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s"
+
+    def show() -> None:
+        while not ended.wait(1):
+            if sys.stdout.isatty():
+                print(f"\r{line()}", end="", flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        print(f"\r{line()}" if sys.stdout.isatty() else line(), flush=True)

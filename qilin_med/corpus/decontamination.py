@@ -1,0 +1,129 @@
+"""Keep evaluation questions out of training data: by the question itself, and by the share of its n-grams in a record.
+
+The index of all evaluation files is built once and lies in one folder; every task of the build maps it.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qilin_med.corpus import matching
+from qilin_med.corpus.readers import read_raw
+from qilin_med.corpus.settings import DecontaminationSettings
+from qilin_med.corpus.shards import load, read_lines, save, write_lines
+from qilin_med.records import Chat, Document, Preference, Question, SetAside
+
+NOT_WORDS = re.compile(r"[\W_]+")
+ITEMS = "items.jsonl"
+FEWEST_NGRAMS = 4  # shorter questions are found by the question itself alone
+Record = Document | Chat | Preference | Question
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An evaluation question that a record repeats. `coverage`: share of its n-grams, 1 for an equal question."""
+
+    item: str
+    file: str
+    coverage: float
+
+
+def bare(text: str) -> str:
+    """Letters and digits alone, so that punctuation and layout do not hide a question."""
+    return NOT_WORDS.sub("", matching.normalise(text))
+
+
+def whole_question(record: Record) -> str:
+    """Everything of an evaluation item: stem and options, or question and answer."""
+    if isinstance(record, Question):
+        return bare(record.stem + "".join(text for _, text in record.options))
+    if isinstance(record, Chat):
+        return bare("".join(message.content for message in record.messages if message.role != "system"))
+    return bare(record.text if isinstance(record, Document) else record.prompt[-1].content)
+
+
+def stem_of(record: Record) -> str:
+    """The question alone."""
+    return bare(record.stem) if isinstance(record, Question) else next(iter(question_keys(record)), "")
+
+
+def question_keys(record: Record) -> list[str]:
+    """What makes two questions the same: stem with options in any order, or the words of a turn."""
+    if isinstance(record, Question):
+        return [bare(record.stem) + "|" + "|".join(sorted(bare(text) for _, text in record.options))]
+    messages = record.messages if isinstance(record, Chat) else record.prompt if isinstance(record, Preference) else ()
+    return [bare(message.content) for message in messages if message.role == "user"]
+
+
+# --------------------------------------------------------------------------------------------------------- index
+
+
+def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str, list[Path]]) -> None:
+    """Write the index of all evaluation questions. `files`: the files of each entry, by its name."""
+    items, texts = [], []
+    for source in settings.files:
+        for file in files[source.name]:
+            for _, record in read_raw(source, file):
+                if not isinstance(record, SetAside):
+                    about = {"item": record.id, "file": source.name, "stem": stem_of(record)}
+                    items.append({**about, "keys": question_keys(record)[:1]})
+                    texts.append(whole_question(record))
+    hashes, starts = matching.shingle(texts, settings.ngram)
+    owners = np.repeat(np.arange(len(texts)), np.diff(starts))
+    distinct = np.unique(np.stack([hashes, owners.astype(np.uint64)], axis=1), axis=0)
+    long_enough = np.array([len(text) >= settings.ngram for text in texts], bool)
+    distinct = distinct[long_enough[distinct[:, 1].astype(np.int64)]] if len(texts) else distinct
+    save(folder / "hashes.npy", distinct[:, 0].copy())
+    save(folder / "owners.npy", distinct[:, 1].astype(np.int64))
+    save(folder / "totals.npy", np.bincount(distinct[:, 1].astype(np.int64), minlength=len(items)))
+    write_lines(folder / ITEMS, items)
+
+
+class Index:
+    """Evaluation questions, ready to be looked for."""
+
+    def __init__(self, settings: DecontaminationSettings, folder: Path):
+        self._settings = settings
+        self._hashes = load(folder / "hashes.npy")
+        self._owners = load(folder / "owners.npy")
+        self._totals = load(folder / "totals.npy")
+        self._items = list(read_lines(folder / ITEMS))
+        # Shorter ones ("谢谢", "怎么治疗") are nobody's question in particular.
+        self._by_key = {k: item for item in reversed(self._items) for k in item["keys"] if len(k) >= settings.ngram}
+
+    def find(self, records: Sequence[Record], texts: Iterable[str]) -> Iterator[Hit | None]:
+        """The evaluation question that each record repeats most, if at all. `texts`: all words of each record."""
+        hits = self._find_by_ngrams([bare(text) for text in texts])
+        for record, hit in zip(records, hits, strict=True):
+            same = next((self._by_key[key] for key in question_keys(record) if key in self._by_key), None)
+            yield Hit(same["item"], same["file"], 1.0) if same else hit
+
+    def _find_by_ngrams(self, texts: list[str]) -> list[Hit | None]:
+        found: list[Hit | None] = [None] * len(texts)
+        if not len(self._hashes):
+            return found
+        hashes, starts = matching.shingle(texts, self._settings.ngram)
+        first = np.searchsorted(self._hashes, hashes, side="left")
+        known = self._hashes[np.minimum(first, len(self._hashes) - 1)] == hashes
+        for index in np.unique(np.searchsorted(starts, np.flatnonzero(known), side="right") - 1).tolist():
+            part = slice(starts[index], starts[index + 1])
+            found[index] = self._most_covered(np.unique(hashes[part][known[part]]))
+        return found
+
+    def _most_covered(self, hashes: np.ndarray) -> Hit | None:
+        first = np.searchsorted(self._hashes, hashes, side="left")
+        last = np.searchsorted(self._hashes, hashes, side="right")
+        owners = np.concatenate([self._owners[a:b] for a, b in zip(first, last, strict=True)])
+        owners = owners[self._totals[owners] >= FEWEST_NGRAMS]
+        if not len(owners):
+            return None
+        items, counts = np.unique(owners, return_counts=True)
+        coverage = counts / self._totals[items]
+        best = int(np.argmax(coverage))
+        if coverage[best] < self._settings.near_miss:
+            return None
+        item = self._items[items[best]]
+        return Hit(item["item"], item["file"], round(float(coverage[best]), 4))

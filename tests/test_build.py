@@ -1,0 +1,275 @@
+"""Whole builds, as the command makes them: every row accounted for, the same bytes however often it is interrupted."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from shared_corpus import shared_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+CHARACTERS = [chr(0x4E00 + index) for index in range(1500)]
+
+
+def sentence(rng: random.Random, length: int = 40) -> str:
+    return "".join(rng.choices(CHARACTERS, k=length)) + "。"
+
+
+def command(corpus: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts/build_chimed.py"), str(corpus), *arguments]
+
+
+def build(corpus: Path, *arguments: str, code: int = 0) -> str:
+    run = subprocess.run(command(corpus, *arguments), capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == code, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def by_name(folder: Path) -> dict[str, dict]:
+    return {f"{s['stage']}/{s['name']}": s for s in manifest(folder)["sources"]}
+
+
+def rows(folder: Path, pattern: str) -> list[dict]:
+    return [json.loads(line) for file in sorted(folder.glob(pattern)) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, small_tokenizer) -> Path:
+    """Three sources of each stage's kind with planted faults, and an exam to keep out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    small_tokenizer.save_pretrained(folder / "tokenizer")
+    rng = random.Random(5)
+    texts = ["".join(sentence(rng) for _ in range(4)) for _ in range(60)]
+    passage = "".join(sentence(rng) for _ in range(5))
+    shared = [passage + "".join(sentence(rng) for _ in range(4)) for _ in range(2)]
+    articles = [*texts, texts[0], texts[1].replace("。", "！", 1), "短", f"<p>{sentence(rng)}</p>电话13800138000",
+                f"坏字\ufffd{sentence(rng)}", *shared]  # fmt: skip
+    (folder / "articles.txt").write_text("\n".join(articles) + "\n", encoding="utf-8")
+    questions = [(sentence(rng, 20), [sentence(rng, 9) for _ in range(5)], rng.choice("ABCDE")) for _ in range(12)]
+    for name, chosen in (("train", questions[:8]), ("test", questions[8:])):
+        with (folder / f"{name}.csv").open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["Question", "Options", "Answer", "Explanation"])
+            for stem, options, letter in chosen:
+                listed = "\n".join(f"{a} {b}" for a, b in zip("ABCDE", options, strict=True))
+                writer.writerow([stem, listed, letter, sentence(rng)])
+    leaked = questions[9]
+    chats = [{"instruction": sentence(rng, 15), "input": "", "output": sentence(rng)} for _ in range(30)]
+    chats.append({"instruction": leaked[0] + "".join(leaked[1]), "input": "", "output": leaked[2]})
+    chats.append({"instruction": "没有回答", "input": ""})
+    lines = [json.dumps(row, ensure_ascii=False) for row in chats] + ['{"instruction": "没有写完']
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs = [{"question": sentence(rng, 15), "response_chosen": sentence(rng), "response_rejected": sentence(rng)}
+             for _ in range(20)]  # fmt: skip
+    (folder / "pairs.json").write_text(json.dumps([*pairs, pairs[0]], ensure_ascii=False), encoding="utf-8")
+
+    def source(stage: str, name: str, kind: str, path: str) -> dict:
+        return {"stage": stage, "name": name, "kind": kind, "paths": [str(folder / path)], "licence": "CC0"}
+
+    settings = {
+        "name": "small",
+        "output_dir": str(folder / "processed"),
+        "tokenizer": str(folder / "tokenizer"),
+        "dev_share": 0.1,
+        "sources": [
+            source("sft", "chats", "chat", "chats.jsonl"),
+            source("pretraining", "articles", "text", "articles.txt"),
+            source("pretraining", "exam", "exam", "train.csv"),
+            source("sft", "exam", "exam", "train.csv"),
+            source("dpo", "pairs", "preference", "pairs.json"),
+        ],
+        "decontamination": {"files": [{"name": "test", "kind": "exam", "paths": [str(folder / "test.csv")]}]},
+    }
+    (folder / "corpus.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder / "corpus.json"
+
+
+@pytest.fixture(scope="module")
+def built(corpus) -> Path:
+    assert "built" in build(corpus)
+    return corpus.parent / "processed"
+
+
+def test_every_row_is_accounted_for(built):
+    sources = by_name(built)
+    articles, chats = sources["pretraining/articles"], sources["sft/chats"]
+    assert (articles["rows"], articles["rows_used"], articles["records"]) == (67, 67, 67)
+    assert articles["dropped"] == {"replacement characters (U+FFFD)": 1, "too short": 1}
+    assert articles["duplicates"] == {"exact duplicate": 1, "near-duplicate": 1}
+    assert articles["cut"] == 1
+    assert articles["changed"] == {"HTML": 1, "phone number": 1, "white space": 1}
+    assert articles["train"] + articles["dev"] == 67 - 2 - 2
+    assert chats["rows"] == 33 and sum(chats["rows_set_aside"].values()) == 2
+    assert chats["dropped"] == {"repeats a question of test": 1}
+    assert sources["dpo/pairs"]["duplicates"] == {"exact duplicate": 1}
+    assert sources["pretraining/exam"]["train"] + sources["pretraining/exam"]["dev"] == 8
+    assert manifest(built)["evaluation"][0]["records_removed"] == 1
+    for name, source in sources.items():
+        assert source["rows"] == source["rows_used"] + sum(source["rows_set_aside"].values()), name
+        assert source["records"] == source["kept"] + sum(source["dropped"].values()), name
+        assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
+
+
+def test_rows_that_went_or_changed_are_kept_apart(built):
+    apart = rows(built, "set_aside/*.jsonl")
+    lost = sum(s["rows"] - s["rows_used"] + s["records"] - s["train"] - s["dev"] for s in by_name(built).values())
+    assert len(apart) == lost and all(row["reason"] and row["place"] for row in apart)
+    [masked] = [row for row in rows(built, "changed/*.jsonl") if "phone number" in row["rules"]]
+    assert "13800138000" in masked["before"]["text"] and "13800138000" not in masked["after"]["text"]
+
+
+def test_the_sets_hold_what_the_manifest_says(built):
+    for name, source in by_name(built).items():
+        for split in ("train", "dev"):
+            files = rows(built, f"{source['stage']}/{split}-*.jsonl")
+            assert sum(row["source"] == source["name"] for row in files) == source[split], name
+    prompt = rows(built, "sft/*.jsonl")
+    assert any(row["source"] == "exam" and "返回限制" in row["conversations"][0]["value"] for row in prompt)
+
+
+def test_the_tables_are_the_papers(built):
+    readme = (built / "README.md").read_text()
+    assert "## Table 1: continued pre-training" in readme and "| type | dataset | samples | tokens | MB |" in readme
+
+
+def test_a_second_build_gives_the_same_bytes(corpus, built):
+    assert "already" in build(corpus)
+    again = corpus.parent / "again"
+    build(corpus, f"output_dir={again}", "executor.workers=1")
+    first, second = contents(built), contents(again)
+    assert first == second
+
+
+def test_a_killed_build_continues_to_the_same_bytes(corpus, built):
+    target = corpus.parent / "killed"
+    rng = random.Random(os.getpid())
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(corpus, f"output_dir={target}"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(rng.uniform(1.5, 4))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    build(corpus, f"output_dir={target}")
+    assert contents(target) == contents(built)
+    assert not target.with_name("killed.work").exists()
+
+
+def test_parquet_holds_the_same_records(corpus, built):
+    target = corpus.parent / "parquet"
+    build(corpus, f"output_dir={target}", "format=parquet")
+    for stage in ("pretraining", "sft", "dpo"):
+        table = [row for file in sorted(target.glob(f"{stage}/train-*")) for row in pq.read_table(file).to_pylist()]
+        found = [{name: value for name, value in row.items() if value is not None} for row in table]
+        assert found == rows(built, f"{stage}/train-*.jsonl")
+
+
+def test_stripes_share_and_limit(corpus, tmp_path):
+    settings = json.loads(corpus.read_text())
+    settings["output_dir"] = str(tmp_path / "out")
+    articles = settings["sources"][1]
+    settings["sources"] = [articles | {"limit": 50}, articles | {"name": "half", "share": 0.5}]
+    (tmp_path / "corpus.json").write_text(json.dumps(settings))
+    build(tmp_path / "corpus.json", "deduplication.near=false", "deduplication.substring_tokens=null")
+    sources = by_name(tmp_path / "out")
+    assert sources["pretraining/articles"]["rows"] == 50
+    half = sources["pretraining/half"]
+    assert half["rows"] == 67 and 20 < half["dropped"]["not drawn"] < 47
+
+
+def test_user_errors_are_one_line(corpus, built, tmp_path):
+    settings = json.loads(corpus.read_text())
+    (tmp_path / "tokenizer").symlink_to(corpus.parent / "tokenizer")
+
+    def refused(*words: str, arguments: tuple[str, ...] = (), **changes: object) -> None:
+        path = tmp_path / "corpus.json"
+        path.write_text(json.dumps(settings | changes))
+        said = build(path, *arguments, code=2).strip()
+        assert said.startswith("error: ") and "\n" not in said, said
+        assert all(word in said for word in words), said
+
+    source = settings["sources"][0]
+    refused("other files or settings", "--restart", dev_share=0.2)
+    refused("nowhere.jsonl", "--allow-missing", sources=[source, source | {"name": "b", "paths": ["nowhere.jsonl"]}])
+    refused("39health_kg", sources=[source | {"kind": "39health"}])
+    refused("did you mean 'licence'", sources=[source | {"license": "MIT"}])
+    refused("tokenizer.json", "convert_baichuan", tokenizer="nowhere")
+    refused("named 'chats'", sources=[source, source])
+    refused(
+        "nothing to build",
+        arguments=("--allow-missing",),
+        decontamination={},
+        sources=[source | {"paths": ["nowhere.jsonl"]}],
+    )
+    assert contents(built)
+
+
+def test_missing_paths_may_be_allowed(corpus, tmp_path):
+    settings = json.loads(corpus.read_text())
+    settings["output_dir"] = str(tmp_path / "out")
+    settings["sources"][0]["paths"] = ["nowhere.jsonl"]
+    (tmp_path / "corpus.json").write_text(json.dumps(settings))
+    build(tmp_path / "corpus.json", "--allow-missing")
+    assert by_name(tmp_path / "out")["sft/chats"]["rows"] == 0
+
+
+def test_inspection_shows_what_is_trained(corpus, built):
+    shown = build(corpus, "--inspect", "1")
+    chat = rows(built, "sft/train-*.jsonl")[0]["conversations"][1]["value"]
+    assert f"⟦{chat[:10]}" in shown.replace("⟦ ", "⟦") and "[rejected]" in shown
+
+
+# -------------------------------------------------------------------------------------------------- published files
+
+
+@pytest.fixture(scope="module")
+def published(shared, small_tokenizer, tmp_path_factory) -> Path:
+    """A build of every public file that a reader fits."""
+    folder = tmp_path_factory.mktemp("published")
+    small_tokenizer.save_pretrained(folder / "tokenizer")
+    settings = shared_corpus(shared, folder / "tokenizer", folder / "processed")
+    (folder / "corpus.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+    build(folder / "corpus.json")
+    return folder / "processed"
+
+
+def test_published_rows_are_accounted_for(published):
+    sources = by_name(published)
+    # As the files' own descriptions count them.
+    rows_of = {
+        "pretraining/39Health-KG": 14336, "pretraining/Chinese-medical-dialogue-data": 7644,
+        "pretraining/Huatuo-26M encyclopedias": 6000, "pretraining/Xywy-KG": 318, "pretraining/CMExam": 606 + 9,
+        "sft/CMExam-explanation": 598, "sft/Train_1M_CN": 2000, "dpo/MedicalGPT": 598, "dpo/general": 316,
+    }  # fmt: skip
+    assert {name: sources[name]["rows"] for name in rows_of} == rows_of
+    for name, source in sources.items():
+        assert source["rows"] == source["rows_used"] + sum(source["rows_set_aside"].values()), name
+        assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
+    assert sources["pretraining/Chinese-medical-dialogue-data"]["duplicates"]["exact duplicate"] == 378
+
+
+def test_no_published_test_question_gets_through(published):
+    sources = by_name(published)
+    for name in ("pretraining/CMExam", "sft/CMExam-explanation"):  # samples of the test split
+        assert sources[name]["train"] + sources[name]["dev"] == 0
+    huatuo = sources["pretraining/Huatuo-26M encyclopedias"]  # the test set itself
+    assert huatuo["dropped"]["repeats a question of Huatuo-26M test"] > 5980
+    shared_questions = {e["name"]: e["shared"] for e in manifest(published)["evaluation"]}
+    # 54 are equal to the letter; one is in a row without an answer, four differ in punctuation.
+    assert shared_questions["CMExam test"]["CMExam val"] == {"stems": 57, "with the same options": 11}
