@@ -8,7 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export CONFIG=${CONFIG:-configs/demo.json}
 
 bash scripts/setup.sh                                                          # 2 min the first time
-if [ "$CONFIG" = configs/demo.json ]; then .venv/bin/python scripts/make_demo.py; fi
+if [ "$CONFIG" = configs/demo.json ]; then
+  .venv/bin/python scripts/make_demo.py                                        # 2 min: invented raw files, base model
+  .venv/bin/python scripts/build_chimed.py configs/demo_chimed.json            # 15 s: clean, deduplicated training sets
+fi
 bash run_pt.sh "$@"
 bash run_sft.sh "$@"
 bash run_dpo.sh "$@"

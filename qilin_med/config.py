@@ -40,6 +40,48 @@ def _source_from_path(value: Any) -> Any:
 Source = Annotated[DataSource, BeforeValidator(_source_from_path)]
 
 
+Kind = Literal[
+    "text",
+    "huatuo",
+    "exam",
+    "cpubmed_kg",
+    "xywy_kg",
+    "39health_kg",
+    "department_qa",
+    "meddialog",
+    "chat",
+    "instruct_chat",
+    "multiturn_chat",
+    "hc3",
+    "safety_prompts",
+    "preference",
+    "zhongjing",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class RawFiles(Section):
+    name: str
+    """Name in tables and records. A name of the paper's Tables 1 to 3 sets our figures beside the paper's."""
+    kind: Kind
+    """Raw format; data/README.md describes each."""
+    paths: Annotated[list[str], Field(min_length=1)]
+    """Files, or folders read recursively. .gz, .zst and .zip are read in place."""
+    columns: dict[str, str] = {}
+    """Where a file names its columns otherwise: {field of the kind: column of the file}."""
+
+
+class DecontaminationSettings(Section):
+    files: list[RawFiles] = []
+    """Evaluation files; whatever repeats one of their questions is removed."""
+    ngram: PositiveInt = 8
+    """Characters of an n-gram."""
+    coverage: Share = 0.8
+    """Share of a question's n-grams (stem and options, or question and answer) in one record that removes the record."""
+    near_miss: Share = 0.5
+    """Coverage from which a kept record is reported."""
+
+
 class ModelConfig(Section):
     path: str
     """Folder of the base model in Hugging Face layout (Baichuan-7B: converted by scripts/convert_baichuan.py)."""
@@ -135,6 +177,25 @@ class DpoConfig(InstructionConfig):
     """Strength of the pull towards the SFT model in the DPO loss."""
 
 
+class TaskSettings(Section):
+    test: list[str] = []
+    """Raw files or folders of the questions. []: those that the task's file in configs/tasks names, below data/raw."""
+    fewshot: list[str] = []
+    """Raw files of the worked examples (C-Eval has its own in its archive). []: those that the task's file names."""
+    columns: dict[str, str] = {}
+    """Where a file names its columns otherwise: {field: column of the file}."""
+    split: Literal["val", "test"] = "val"
+    """C-Eval's split. Answers to test are scored only where the archive tells them."""
+    shots: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Worked examples before each question, the first of their file. null: the task's own (C-Eval 5, others 0)."""
+    limit: PositiveInt | None = None
+    """Ask only the first so many questions."""
+    max_new_tokens: PositiveInt | None = None
+    """Most tokens of a generated answer. null: the task's own (C-Eval 32, others 256)."""
+    batch_size: PositiveInt | None = None
+    """Questions asked at once. null: evaluation.batch_size."""
+
+
 class EvaluationConfig(Section):
     documents: dict[str, list[Source]] = {}
     """Held-out text by name (for example medical, general): perplexity of every stage is measured on each."""
@@ -143,7 +204,62 @@ class EvaluationConfig(Section):
     preferences: list[Source] = []
     """Held-out preference pairs: how often the chosen answer is the likelier one."""
     batch_size: PositiveInt = 16
-    """Rows measured at once."""
+    """Rows measured at once, and questions asked at once."""
+    tasks: dict[str, TaskSettings] = {}
+    """Tasks of configs/tasks by name: cmexam_generate, cmexam_letters, cmexam_options, cmexam_reasoning, ceval_generate,
+    ceval_letters, huatuo26m_generate."""
+    chat: list[Literal["base", "pretraining", "sft", "dpo"]] = ["sft", "dpo"]
+    """Models that are asked in their tokenizer's chat template; the others read plain text."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What answers the tasks' questions: transformers, or vLLM (to be installed beside the pinned packages)."""
+
+
+class DenseSettings(Section):
+    model: str
+    """Folder of a sentence-transformers model."""
+    index: Literal["flat", "hnsw", "ivf"] = "flat"
+    """FAISS index: "flat" compares every chunk; "hnsw" and "ivf" are approximate, for millions of chunks."""
+    query_prefix: str = ""
+    """Text that the model expects before a question (its card says which)."""
+    batch_size: PositiveInt = 64
+    """Texts encoded at once."""
+
+
+class RetrievalConfig(Section):
+    corpus: list[Source] = []
+    """Documents to retrieve from, for example the CPT corpus. Rows may name their `id` and `source`; elsewhere these
+    are place and file name."""
+    index: str | None = None
+    """Folder of the index. null: <output_dir>/retrieval."""
+    chunk_tokens: PositiveInt = 192
+    """Most tokens of a chunk. Chunks end where sentences end; a longer sentence is cut."""
+    overlap_tokens: Annotated[int, Field(ge=0)] = 32
+    """Most tokens of whole sentences that a chunk repeats from the one before it; less than chunk_tokens."""
+    decontamination: DecontaminationSettings = DecontaminationSettings()
+    """Evaluation questions to keep out, with the keys of a corpus file's decontamination: documents that repeat one
+    are left out whole and counted."""
+    retriever: Literal["bm25", "dense", "hybrid"] = "bm25"
+    """How passages are found: shared terms, likeness of embeddings, or both by reciprocal rank fusion."""
+    bm25_unit: Literal["bigram", "word"] = "bigram"
+    """Terms of BM25: pairs of characters, or words cut by jieba. Runs of Latin letters and digits are one term."""
+    dense: DenseSettings | None = None
+    """Embeddings (retriever "dense" and "hybrid" need them)."""
+    exclude_sources: list[str] = []
+    """Sources whose chunks are never retrieved, for example those that stem from exams. No new index is needed."""
+    passages: PositiveInt = 5
+    """Passages looked up for each question (the paper: 5)."""
+    max_context_tokens: PositiveInt = 1024
+    """Most tokens that passages take in a prompt. The most relevant are kept whole first."""
+    query_with_options: bool = False
+    """true: look up an exam question together with its options. false: the question alone."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RetrievalConfig":
+        if self.overlap_tokens >= self.chunk_tokens:
+            raise ValueError(f"overlap_tokens {self.overlap_tokens} must be less than chunk_tokens {self.chunk_tokens}")
+        if self.retriever != "bm25" and self.dense is None:
+            raise ValueError(f"retriever '{self.retriever}' needs the section 'dense' with a model folder")
+        return self
 
 
 class Experiment(Section):
@@ -165,6 +281,8 @@ class Experiment(Section):
     """Stage 3, direct preference optimisation with LoRA against the frozen SFT model."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What the table of base and stages measures."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """Passages that go before a question at inference."""
 
     @model_validator(mode="after")
     def _has_a_stage(self) -> "Experiment":
@@ -181,6 +299,9 @@ class Experiment(Section):
 
     def stage_folder(self, name: StageName) -> Path:
         return Path(self.output_dir) / name
+
+    def index_folder(self) -> Path:
+        return Path(self.retrieval.index or Path(self.output_dir) / "retrieval")
 
     def parent_folder(self, name: StageName) -> Path:
         """Where a stage starts from: its `parent`, else the nearest earlier stage's merged folder, else the base."""

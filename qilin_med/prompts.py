@@ -1,6 +1,7 @@
-"""The exam prompt of the paper (CMExam), which training data and evaluation share."""
+"""The exam prompt of the paper (CMExam) and the wording around retrieved passages, which training data, evaluation and
+chat share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 HEAD = "返回限制：只返回两行。假设你是一位医疗行业专家，请回答下列问题，注意是单选题，只需要返回一个最合适的选项。"
 TAIL = (
@@ -15,6 +16,11 @@ def exam_prompt(stem: str, options: Iterable[tuple[str, str]]) -> str:
     return f"{HEAD}\n{stem}\n{option_lines(options)}\n{TAIL}"
 
 
+def without_frame(text: str) -> str:
+    """An exam prompt's question alone: the words around it are in every one, and would make strangers look alike."""
+    return text.replace(f"{HEAD}\n", "").replace(f"\n{TAIL}", "")
+
+
 def exam_answer(letters: str, explanation: str) -> str:
     """The answer as the prompt demands it, in two parts."""
     return f"答案：{letters}\n解释：{explanation}"
@@ -23,3 +29,14 @@ def exam_answer(letters: str, explanation: str) -> str:
 def option_lines(options: Iterable[tuple[str, str]]) -> str:
     """Options one a line, "A 能补、能缓"."""
     return "\n".join(f"{letter} {text}" for letter, text in options)
+
+
+def with_passages(question: str, passages: Sequence[str]) -> str:
+    """The question after numbered passages, the most relevant first; without passages the question as it is.
+
+    What stands before the question does not depend on it. The paper does not state its wording; this one is ours.
+    """
+    if not passages:
+        return question
+    numbered = "\n".join(f"【{number}】{passage.strip()}" for number, passage in enumerate(passages, 1))
+    return f"参考资料：\n{numbered}\n请参考以上资料，回答下面的问题。\n{question}"

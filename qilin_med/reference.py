@@ -6,6 +6,8 @@ from pydantic import BaseModel
 
 from qilin_med.config import (
     DataSource,
+    DecontaminationSettings,
+    DenseSettings,
     DpoConfig,
     EvaluationConfig,
     Experiment,
@@ -14,17 +16,18 @@ from qilin_med.config import (
     LoraSettings,
     ModelConfig,
     PretrainingConfig,
+    RawFiles,
+    RetrievalConfig,
     Section,
     SftConfig,
     StageConfig,
+    TaskSettings,
 )
 from qilin_med.corpus.settings import (
     CleaningSettings,
     CorpusSettings,
-    DecontaminationSettings,
     DeduplicationSettings,
     ExecutorSettings,
-    RawFiles,
     RawSource,
 )
 
@@ -49,7 +52,9 @@ EXPERIMENT: dict[str, type[Section]] = {
     "(top level)": Experiment, "model": ModelConfig, "launch": LaunchConfig,
     "every stage": StageConfig, "pretraining": PretrainingConfig, "sft and dpo": InstructionConfig,
     "sft": SftConfig, "dpo": DpoConfig, "sft.lora, dpo.lora": LoraSettings, "evaluation": EvaluationConfig,
-    "an entry of data, documents, answers, preferences (or just its path)": DataSource,
+    "evaluation.tasks, by the task's name": TaskSettings,
+    "retrieval": RetrievalConfig, "retrieval.dense": DenseSettings,
+    "an entry of data, documents, answers, preferences, corpus (or just its path)": DataSource,
 }  # fmt: skip
 CORPUS: dict[str, type[Section]] = {
     "(top level)": CorpusSettings, "an entry of sources": RawSource,

@@ -18,6 +18,12 @@ from qilin_med.corpus.build import build, plan_build
 from qilin_med.corpus.settings import load_corpus_settings
 from qilin_med.errors import user_errors_end_with_one_line
 
+MESSAGES = {
+    "built": "built {}; its README.md has the tables",
+    "built before": "{}: built from the same files and settings already",
+    "submitted": "submitted; the last job publishes {}. Run the same command again to see whether it is there",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,10 +47,7 @@ def main() -> None:
         show_records(settings, arguments.inspect)
         return
     plan = plan_build(settings, arguments.allow_missing)
-    if build(plan, arguments.restart):
-        print(f"built {plan.output}; its README.md has the tables")
-    else:
-        print(f"{plan.output}: built from the same files and settings already")
+    print(MESSAGES[build(plan, arguments.restart)].format(plan.output))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from qilin_med import demo_world  # noqa: E402
 from qilin_med.checkpoints import MANIFEST, digest, publish_folder, set_aside, verify_folder  # noqa: E402
+from qilin_med.demo.files import all_characters, build_files, tokenizer_text  # noqa: E402
 from qilin_med.errors import UserError, user_errors_end_with_one_line  # noqa: E402
 from qilin_med.training import quiet_libraries  # noqa: E402
 
 DATA, UNTRAINED = Path("data/demo"), Path("models/demo-init")
-VOCABULARY = 1280
+BUILT = ("processed", "processed.work")
+VOCABULARY = 1408
 MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -48,7 +49,7 @@ def main() -> None:
     options, for_training = parser.parse_known_args()
     quiet_libraries()
     sys.stdout.reconfigure(line_buffering=True)  # in order with what the training below prints, also in a pipe
-    files = demo_world.build_files(options.seed)
+    files = build_files(options.seed)
     write_data(files)
     write_untrained_model(files, options.seed)
     if not options.no_training:
@@ -73,15 +74,15 @@ def write_data(files: dict[str, bytes]) -> None:
 
 
 def _files_below(folder: Path) -> list[tuple[str, bytes]]:
-    return [(p.relative_to(folder).as_posix(), p.read_bytes()) for p in folder.rglob("*") if p.is_file()]
+    """All but what scripts/build_chimed.py made of them."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = [path.relative_to(folder) for path in files]
+    return [(n.as_posix(), p.read_bytes()) for n, p in zip(names, files, strict=True) if n.parts[0] not in BUILT]
 
 
 def write_untrained_model(files: dict[str, bytes], seed: int) -> None:
-    general = files["general/train-general.txt"].decode().splitlines()
-    characters = "".join(demo_world.all_characters(files))
-    made_from = digest(
-        {"text": general, "characters": characters, "model": MODEL, "vocabulary": VOCABULARY, "seed": seed}
-    )
+    text, characters = tokenizer_text(files), all_characters(files)
+    made_from = digest({"text": text, "characters": characters, "model": MODEL, "vocabulary": VOCABULARY, "seed": seed})
     if UNTRAINED.exists():
         if (UNTRAINED / MANIFEST).is_file() and verify_folder(UNTRAINED).get("made_from") == made_from:
             print(f"{UNTRAINED}: the same untrained model is already there")
@@ -90,7 +91,7 @@ def write_untrained_model(files: dict[str, bytes], seed: int) -> None:
     part = UNTRAINED.with_name(f".{UNTRAINED.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tokenizer = make_tokenizer(general, characters, part)
+    tokenizer = make_tokenizer(text, characters, part)
     parameters = make_model(tokenizer, seed, part)
     publish_folder(part, UNTRAINED, {"made_from": made_from, "seed": seed, "parameters": parameters})
     print(f"{UNTRAINED}: untrained Llama, {parameters / 1e6:.2f}M parameters, {len(tokenizer)} tokens")

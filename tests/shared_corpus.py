@@ -34,7 +34,7 @@ def shared_corpus(shared: Path, tokenizer: Path, output: Path) -> dict[str, Any]
         source("sft", "Instruct_chat", "instruct_chat", "sft_general/chinese_vicuna_chat_data_sample.jsonl"),
         source("sft", "firefly", "chat", "sft_general/firefly_dummy_data.jsonl"),
         source("sft", "BenTsao", "chat", "rag_cpt/bentsao_llama_data.json", "rag_cpt/bentsao_infer.json"),
-        source("sft", "liver cancer", "chat", "rag_cpt/liver_cancer.json"),
+        source("sft", "liver cancer", "multiturn_chat", "rag_cpt/liver_cancer.json"),
         source("sft", "CMExam", "chat", "cmexam/train_CMExam_single_sft.json", "cmexam/CMExam_multiple_sft.json"),
         source("sft", "CMExam-explanation", "exam", "cmexam/cmexam_test_01_difficulty_level.csv"),
         source("sft", "Chinese-medical-dialogue-data", "department_qa", "dialogue_toyhom"),

@@ -60,7 +60,7 @@ def corpus(tmp_path_factory, small_tokenizer) -> Path:
     articles = [*texts, texts[0], texts[1].replace("。", "！", 1), "短", f"<p>{sentence(rng)}</p>电话13800138000",
                 f"坏字\ufffd{sentence(rng)}", *shared]  # fmt: skip
     (folder / "articles.txt").write_text("\n".join(articles) + "\n", encoding="utf-8")
-    questions = [(sentence(rng, 20), [sentence(rng, 9) for _ in range(5)], rng.choice("ABCDE")) for _ in range(12)]
+    questions = [(sentence(rng, 20), [sentence(rng, 3) for _ in range(5)], rng.choice("ABCDE")) for _ in range(12)]
     for name, chosen in (("train", questions[:8]), ("test", questions[8:])):
         with (folder / f"{name}.csv").open("w", encoding="utf-8-sig", newline="") as file:
             writer = csv.writer(file)
@@ -70,7 +70,9 @@ def corpus(tmp_path_factory, small_tokenizer) -> Path:
                 writer.writerow([stem, listed, letter, sentence(rng)])
     leaked = questions[9]
     chats = [{"instruction": sentence(rng, 15), "input": "", "output": sentence(rng)} for _ in range(30)]
-    chats.append({"instruction": leaked[0] + "".join(leaked[1]), "input": "", "output": leaked[2]})
+    lettered = "\n".join(f"{a}. {b}" for a, b in zip("ABCDE", leaked[1], strict=True))
+    for options in ("".join(leaked[1]), lettered):
+        chats.append({"instruction": "请回答：" + leaked[0] + options, "input": "", "output": leaked[2]})
     chats.append({"instruction": "没有回答", "input": ""})
     lines = [json.dumps(row, ensure_ascii=False) for row in chats] + ['{"instruction": "没有写完']
     (folder / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -114,11 +116,11 @@ def test_every_row_is_accounted_for(built):
     assert articles["cut"] == 1
     assert articles["changed"] == {"HTML": 1, "phone number": 1, "white space": 1}
     assert articles["train"] + articles["dev"] == 67 - 2 - 2
-    assert chats["rows"] == 33 and sum(chats["rows_set_aside"].values()) == 2
-    assert chats["dropped"] == {"repeats a question of test": 1}
+    assert chats["rows"] == 34 and sum(chats["rows_set_aside"].values()) == 2
+    assert chats["dropped"] == {"repeats a question of test": 2}
     assert sources["dpo/pairs"]["duplicates"] == {"exact duplicate": 1}
     assert sources["pretraining/exam"]["train"] + sources["pretraining/exam"]["dev"] == 8
-    assert manifest(built)["evaluation"][0]["records_removed"] == 1
+    assert manifest(built)["evaluation"][0]["records_removed"] == 2
     for name, source in sources.items():
         assert source["rows"] == source["rows_used"] + sum(source["rows_set_aside"].values()), name
         assert source["records"] == source["kept"] + sum(source["dropped"].values()), name
@@ -180,6 +182,33 @@ def test_parquet_holds_the_same_records(corpus, built):
         assert found == rows(built, f"{stage}/train-*.jsonl")
 
 
+def test_a_chain_of_slurm_jobs_gives_the_same_bytes(corpus, tmp_path):
+    """Slurm's commands played by shell scripts: sbatch runs every index of the array at once."""
+    scripts = {
+        "sbatch": '''cp "${@: -1}" "$0.job"; last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$0.job")
+export SLURM_NODELIST=localhost RUN_OFFSET=0
+for i in $(seq 0 $last); do SLURM_ARRAY_TASK_ID=$i bash "$0.job" >"$0.log" 2>&1 || exit 1; done
+echo "Submitted batch job 7"''',
+        "scontrol": "echo localhost",
+        "srun": 'while [ "${1#-}" != "$1" ]; do [ "$1" = -n ] && shift; shift; done; exec "$@"',
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = json.loads(corpus.read_text())
+    settings["sources"] = settings["sources"][:1]
+    settings["deduplication"] = {"near": False}
+    (tmp_path / "corpus.json").write_text(json.dumps(settings))
+    options = ["executor.kind=slurm", 'executor.options={"partition": "cpu", "time": "1:00:00"}']
+    for overrides, path in (([], ""), (options, f"{tmp_path}:")):
+        target = f"output_dir={tmp_path / ('slurm' if overrides else 'local')}"
+        environment = {**os.environ, "PATH": path + os.environ["PATH"]}
+        arguments = command(tmp_path / "corpus.json", target, *overrides)
+        run = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert run.returncode == 0, run.stdout + run.stderr
+    assert contents(tmp_path / "slurm") == contents(tmp_path / "local") != {}
+
+
 def test_stripes_share_and_limit(corpus, tmp_path):
     settings = json.loads(corpus.read_text())
     settings["output_dir"] = str(tmp_path / "out")
@@ -217,6 +246,7 @@ def test_user_errors_are_one_line(corpus, built, tmp_path):
         decontamination={},
         sources=[source | {"paths": ["nowhere.jsonl"]}],
     )
+    refused("partition", executor={"kind": "slurm"}, output_dir=str(tmp_path / "new"))
     assert contents(built)
 
 

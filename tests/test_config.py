@@ -129,4 +129,6 @@ def test_impossible_combinations():
 
 
 def test_the_reference_of_keys_is_current():
-    assert (ROOT / "configs" / "README.md").read_text() == reference(), "python -m qilin_med.reference > configs/README.md"
+    assert (ROOT / "configs" / "README.md").read_text() == reference(), (
+        "python -m qilin_med.reference > configs/README.md"
+    )

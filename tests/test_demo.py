@@ -71,14 +71,34 @@ def test_each_stage_helps(clone, demo):
     assert abs(first["loss"] - 0.693147) < 1e-5
 
 
-def test_every_planted_bad_row_is_set_aside_and_counted(clone, demo):
-    planted = json.loads((clone / "data/demo/manifest.json").read_text())["files"]
+def built(clone: Path) -> dict:
+    return json.loads((clone / "data/demo/processed/manifest.json").read_text())
+
+
+def test_the_builder_finds_every_planted_fault_and_nothing_else(clone, demo):
+    planted = json.loads((clone / "data/demo/manifest.json").read_text())["planted"]
+    found = {}
+    for source in built(clone)["sources"]:
+        counts = {"passages cut": source["cut"]} if source["cut"] else {}
+        for kind in ("rows_set_aside", "dropped", "duplicates", "changed"):
+            counts |= source[kind]
+        found[f"{source['stage']}/{source['name']}"] = counts
+    assert found == planted
+
+
+def test_stages_train_on_all_that_was_built(clone, demo):
     for stage in STAGES:
         counts = verify_folder(clone / "runs/demo" / stage / "merged")["data"]["counts"]
-        for file in counts["files"]:
-            expected = planted[Path(file["path"]).relative_to("data/demo").as_posix()]
-            assert (file["records"], file["used"]) == (expected["rows"], expected["usable"]), file["path"]
-        assert counts["records"] == counts["used"] + sum(counts["set_aside"].values())
+        assert counts["used"] == counts["records"] == built(clone)["totals"][stage]["train"]
+        assert not counts["set_aside"]
+
+
+def test_no_held_out_disease_is_in_fine_tuning_or_preferences(clone, demo):
+    facts = [json.loads(line) for line in (clone / "data/demo/facts.jsonl").read_text().splitlines()]
+    never_asked = {fact["subject"] for fact in facts if fact["seen"] != "cpt+sft"}
+    for file in [file for stage in ("sft", "dpo") for file in (clone / "data/demo/processed" / stage).iterdir()]:
+        text = file.read_text(encoding="utf-8")
+        assert not [name for name in never_asked if name in text], file.name
 
 
 def test_the_report_holds_the_table_and_how_it_was_made(clone, demo):
@@ -114,7 +134,7 @@ def test_the_readmes_commands_run(clone, demo, shared):
             continue
         if command == "bash run_pt.sh --dry-run":
             for stage in STAGES:
-                shutil.copytree(clone / "data/demo" / stage, clone / "data/processed" / stage)
+                shutil.copytree(clone / "data/demo/processed" / stage, clone / "data/processed" / stage)
             assert '"block_size": 1024' in shell(command, clone, **settings)
             continue
         assert "--dry-run" in command, f"not under test: {command}"

@@ -5,18 +5,11 @@ settings, tokenizer), so an interrupted build continues and a changed one never 
 """
 
 import math
-import os
 import shutil
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qilin_med.checkpoints import digest, disk_errors_explained, publish_folder, set_aside, sha256_of, verify_folder
 from qilin_med.config import STAGES
@@ -26,7 +19,8 @@ from qilin_med.corpus.decontamination import build_index
 from qilin_med.corpus.deduplication import Workspace
 from qilin_med.corpus.intake import Intake, Task
 from qilin_med.corpus.readers import raw_files
-from qilin_med.corpus.settings import CorpusSettings, RawFiles
+from qilin_med.corpus.settings import CorpusSettings, DeduplicationSettings, RawFiles
+from qilin_med.corpus.steps import Step, run_steps
 from qilin_med.errors import UserError
 
 CORPUS_FORMAT = 1  # raise it whenever the same inputs and settings give another result
@@ -120,18 +114,6 @@ def _stripes_of(file: Path, megabytes: int) -> int:
 # --------------------------------------------------------------------------------------------------------- steps
 
 
-@dataclass(frozen=True)
-class Step:
-    """A function of a task's number, run `tasks` times; datatrove calls it as a pipeline of one."""
-
-    name: str
-    tasks: int
-    function: Callable[[int], None]
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        self.function(rank)
-
-
 def steps_of(plan: Plan) -> list[Step]:
     """All steps of a build, each of which needs the ones before it."""
     work, settings = plan.work, plan.settings
@@ -143,12 +125,7 @@ def steps_of(plan: Plan) -> list[Step]:
         Step("exact", parts, partial(deduplication.find_exact, work)),
     ]
     if near.near:
-        steps += [
-            Step("sign", shards, partial(deduplication.sign_shard, work, near)),
-            Step("pair", near.bands * parts, partial(deduplication.pair_candidates, work, near)),
-            Step("verify", parts, partial(deduplication.verify_pairs, work, near)),
-            Step("near", 1, partial(_find_near, work)),
-        ]
+        steps += near_steps(work, near)
     if near.substring_tokens and "pretraining" in work.stages:
         pretraining = work.stages.count("pretraining")  # these shards come first
         steps += [
@@ -160,6 +137,17 @@ def steps_of(plan: Plan) -> list[Step]:
         Step("publish", 1, partial(_publish, plan)),
     ]
     return steps
+
+
+def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
+    """Near-deduplication of what exact deduplication left."""
+    pairs = settings.bands * work.parts
+    return [
+        Step("sign", len(work.stages), partial(deduplication.sign_shard, work, settings)),
+        Step("pair", pairs, partial(deduplication.pair_candidates, work, settings)),
+        Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings)),
+        Step("near", 1, partial(_find_near, work)),
+    ]
 
 
 def _index_evaluation(plan: Plan, _: int) -> None:
@@ -186,21 +174,22 @@ def _publish(plan: Plan, _: int) -> None:
 # --------------------------------------------------------------------------------------------------------- build
 
 
-def build(plan: Plan, restart: bool = False) -> bool:
-    """Build and publish, or continue where an earlier call was interrupted; False if the result is there already.
+def build(plan: Plan, restart: bool = False) -> Literal["built", "built before", "submitted"]:
+    """Build and publish, or continue where an earlier call was interrupted.
 
     UserError: the output folder holds something else (`restart` moves it aside), or the disk is full.
     """
     work = plan.work.root
     if plan.output.exists() and not _make_way(plan, restart):
-        shutil.rmtree(work.parent, ignore_errors=True)  # left if the build was killed after publishing
-        return False
+        shutil.rmtree(work.parent, ignore_errors=True)  # left by Slurm's jobs, or by a kill after publishing
+        return "built before"
     with disk_errors_explained(plan.output):
         work.mkdir(parents=True, exist_ok=True)
-        _run(plan)
-    if plan.settings.executor.kind != "slurm":  # its jobs go on after this process
-        shutil.rmtree(work.parent)
-    return True
+        run_steps(steps_of(plan), plan.settings.executor, work / "log")
+    if not plan.output.exists():  # jobs of a cluster go on after this process
+        return "submitted"
+    shutil.rmtree(work.parent)
+    return "built"
 
 
 def _make_way(plan: Plan, restart: bool) -> bool:
@@ -215,69 +204,3 @@ def _make_way(plan: Plan, restart: bool) -> bool:
         raise UserError(f"{plan.output} {problem}; --restart moves it aside and builds anew, or set output_dir")
     print(f"{plan.output} {problem}: kept as {set_aside(plan.output, 'replaced')}", flush=True)
     return True
-
-
-def _run(plan: Plan) -> None:
-    steps, kind = steps_of(plan), plan.settings.executor.kind
-    executors = [_executor(plan, step) for step in steps]
-    if kind == "local":
-        for step, executor in zip(steps, executors, strict=True):
-            with _progress(plan.work.root / "log" / step.name, step):
-                executor.run()
-        return
-    for earlier, later in pairwise(executors):
-        later.depends = earlier
-    executors[-1].run()
-
-
-def _executor(plan: Plan, step: Step) -> Any:
-    # The import is slow and only builds need it.
-    from loguru import logger
-
-    settings = plan.settings.executor
-    workers = len(os.sched_getaffinity(0)) if settings.workers == "auto" else settings.workers
-    shared = {
-        "pipeline": [step],
-        "tasks": step.tasks,
-        "workers": min(workers, step.tasks) if settings.kind == "local" else workers,
-        "logging_dir": str(plan.work.root / "log" / step.name),
-        **settings.options,
-    }
-    if settings.kind == "slurm":
-        from datatrove.executor.slurm import SlurmPipelineExecutor
-
-        return SlurmPipelineExecutor(**{"time": "24:00:00", "partition": "cpu", "job_name": step.name, **shared})
-    if settings.kind == "ray":
-        from datatrove.executor.ray import RayPipelineExecutor
-
-        return RayPipelineExecutor(**shared)
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
-    logger.disable("datatrove")  # its banners; errors come back as exceptions
-    # Workers inherit everything: nothing is imported again for each of the steps.
-    return LocalPipelineExecutor(**{"start_method": "fork", **shared})
-
-
-@contextmanager
-def _progress(log: Path, step: Step) -> Iterator[None]:
-    """A line per step that counts its tasks, in place on a terminal."""
-    ended, start = threading.Event(), time.monotonic()
-
-    def line() -> str:
-        done = sum(1 for _ in (log / "completions").glob("*"))
-        return f"{step.name:<12}{done:>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s"
-
-    def show() -> None:
-        while not ended.wait(1):
-            if sys.stdout.isatty():
-                print(f"\r{line()}", end="", flush=True)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        print(f"\r{line()}" if sys.stdout.isatty() else line(), flush=True)

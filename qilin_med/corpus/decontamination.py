@@ -6,6 +6,7 @@ The index of all evaluation files is built once and lies in one folder; every ta
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import numpy as np
 from qilin_med.corpus import matching
 from qilin_med.corpus.readers import read_raw
 from qilin_med.corpus.settings import DecontaminationSettings
-from qilin_med.corpus.shards import load, read_lines, save, write_lines
+from qilin_med.corpus.shards import read_lines, save, write_lines
 from qilin_med.records import Chat, Document, Preference, Question, SetAside
 
 NOT_WORDS = re.compile(r"[\W_]+")
 ITEMS = "items.jsonl"
+KNOWN_BITS = 24
 FEWEST_NGRAMS = 4  # shorter questions are found by the question itself alone
 Record = Document | Chat | Preference | Question
 
@@ -33,16 +35,20 @@ class Hit:
 
 def bare(text: str) -> str:
     """Letters and digits alone, so that punctuation and layout do not hide a question."""
-    return NOT_WORDS.sub("", matching.normalise(text))
+    # Punctuation first: what is left is mostly normal already, and normalising that is quick.
+    return matching.normalise(NOT_WORDS.sub("", text))
 
 
-def whole_question(record: Record) -> str:
-    """Everything of an evaluation item: stem and options, or question and answer."""
+def whole_questions(record: Record) -> list[str]:
+    """Everything of an evaluation item, in the ways in which it is written down: stem and options with and without
+    letters (which break every n-gram that reaches over a short option), or question and answer."""
     if isinstance(record, Question):
-        return bare(record.stem + "".join(text for _, text in record.options))
+        texts = [text for _, text in record.options]
+        lettered = [letter + text for letter, text in record.options]
+        return [bare(record.stem + "".join(options)) for options in (texts, lettered)]
     if isinstance(record, Chat):
-        return bare("".join(message.content for message in record.messages if message.role != "system"))
-    return bare(record.text if isinstance(record, Document) else record.prompt[-1].content)
+        return [bare("".join(message.content for message in record.messages if message.role != "system"))]
+    return [bare(record.text if isinstance(record, Document) else record.prompt[-1].content)]
 
 
 def stem_of(record: Record) -> str:
@@ -63,14 +69,16 @@ def question_keys(record: Record) -> list[str]:
 
 def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str, list[Path]]) -> None:
     """Write the index of all evaluation questions. `files`: the files of each entry, by its name."""
-    items, texts = [], []
+    items, texts, items_of_texts = [], [], []
     for source in settings.files:
         for file in files[source.name]:
             for _, record in read_raw(source, file):
                 if not isinstance(record, SetAside):
                     about = {"item": record.id, "file": source.name, "stem": stem_of(record)}
+                    written = whole_questions(record)
+                    items_of_texts += [len(items)] * len(written)
+                    texts += written
                     items.append({**about, "keys": question_keys(record)[:1]})
-                    texts.append(whole_question(record))
     hashes, starts = matching.shingle(texts, settings.ngram)
     owners = np.repeat(np.arange(len(texts)), np.diff(starts))
     distinct = np.unique(np.stack([hashes, owners.astype(np.uint64)], axis=1), axis=0)
@@ -78,21 +86,31 @@ def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str
     distinct = distinct[long_enough[distinct[:, 1].astype(np.int64)]] if len(texts) else distinct
     save(folder / "hashes.npy", distinct[:, 0].copy())
     save(folder / "owners.npy", distinct[:, 1].astype(np.int64))
-    save(folder / "totals.npy", np.bincount(distinct[:, 1].astype(np.int64), minlength=len(items)))
+    save(folder / "totals.npy", np.bincount(distinct[:, 1].astype(np.int64), minlength=len(texts)))
+    save(folder / "items.npy", np.array(items_of_texts, np.int64))
     write_lines(folder / ITEMS, items)
 
 
-class Index:
-    """Evaluation questions, ready to be looked for."""
+@lru_cache(maxsize=1)  # a worker has many tasks
+def load_index(folder: Path, ngram: int, near_miss: float) -> "Index":
+    return Index(folder, ngram, near_miss)
 
-    def __init__(self, settings: DecontaminationSettings, folder: Path):
-        self._settings = settings
-        self._hashes = load(folder / "hashes.npy")
-        self._owners = load(folder / "owners.npy")
-        self._totals = load(folder / "totals.npy")
+
+class Index:
+    """Evaluation questions, ready to be looked for. `near_miss`: the least coverage that is told."""
+
+    def __init__(self, folder: Path, ngram: int, near_miss: float):
+        self._ngram, self._near_miss = ngram, near_miss
+        self._hashes = np.load(folder / "hashes.npy")
+        self._owners = np.load(folder / "owners.npy")
+        self._totals = np.load(folder / "totals.npy")
+        self._items_of_texts = np.load(folder / "items.npy")
+        # Most n-grams of a corpus are in no question: a look into this table spares the search for them.
+        self._known = np.zeros(1 << KNOWN_BITS, bool)
+        self._known[self._hashes >> np.uint64(64 - KNOWN_BITS)] = True
         self._items = list(read_lines(folder / ITEMS))
         # Shorter ones ("谢谢", "怎么治疗") are nobody's question in particular.
-        self._by_key = {k: item for item in reversed(self._items) for k in item["keys"] if len(k) >= settings.ngram}
+        self._by_key = {key: i for i in reversed(self._items) for key in i["keys"] if len(key) >= ngram}
 
     def find(self, records: Sequence[Record], texts: Iterable[str]) -> Iterator[Hit | None]:
         """The evaluation question that each record repeats most, if at all. `texts`: all words of each record."""
@@ -105,12 +123,14 @@ class Index:
         found: list[Hit | None] = [None] * len(texts)
         if not len(self._hashes):
             return found
-        hashes, starts = matching.shingle(texts, self._settings.ngram)
-        first = np.searchsorted(self._hashes, hashes, side="left")
-        known = self._hashes[np.minimum(first, len(self._hashes) - 1)] == hashes
-        for index in np.unique(np.searchsorted(starts, np.flatnonzero(known), side="right") - 1).tolist():
-            part = slice(starts[index], starts[index + 1])
-            found[index] = self._most_covered(np.unique(hashes[part][known[part]]))
+        hashes, starts = matching.shingle(texts, self._ngram)
+        known = np.flatnonzero(self._known[hashes >> np.uint64(64 - KNOWN_BITS)])
+        first = np.searchsorted(self._hashes, hashes[known], side="left")
+        known = known[self._hashes[np.minimum(first, len(self._hashes) - 1)] == hashes[known]]
+        owners = np.searchsorted(starts, known, side="right") - 1
+        for index, count in zip(*np.unique(owners, return_counts=True), strict=True):
+            if count >= FEWEST_NGRAMS * self._near_miss:
+                found[index] = self._most_covered(np.unique(hashes[known[owners == index]]))
         return found
 
     def _most_covered(self, hashes: np.ndarray) -> Hit | None:
@@ -120,10 +140,10 @@ class Index:
         owners = owners[self._totals[owners] >= FEWEST_NGRAMS]
         if not len(owners):
             return None
-        items, counts = np.unique(owners, return_counts=True)
-        coverage = counts / self._totals[items]
+        texts, counts = np.unique(owners, return_counts=True)
+        coverage = counts / self._totals[texts]
         best = int(np.argmax(coverage))
-        if coverage[best] < self._settings.near_miss:
+        if coverage[best] < self._near_miss:
             return None
-        item = self._items[items[best]]
+        item = self._items[self._items_of_texts[texts[best]]]
         return Hit(item["item"], item["file"], round(float(coverage[best]), 4))

@@ -22,6 +22,7 @@ from qilin_med.corpus import matching
 from qilin_med.corpus.rendering import from_row, text_of
 from qilin_med.corpus.settings import DeduplicationSettings
 from qilin_med.corpus.shards import NUMBERS, ROW_BITS, Shards, chunks, load, number_of, row_of, save, shard_of
+from qilin_med.prompts import without_frame
 
 SIGNED_AT_ONCE = 2000  # records
 EXACT, NEAR = "exact duplicate", "near-duplicate"
@@ -56,7 +57,7 @@ class Workspace:
 
 def compared_text(stage: StageName, row: dict[str, Any]) -> str:
     """What two records of a training set are compared by."""
-    return matching.normalise(text_of(from_row(stage, row)))
+    return matching.normalise(without_frame(text_of(from_row(stage, row))))
 
 
 # --------------------------------------------------------------------------------------------------------- exact

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qilin_med.corpus.cleaning import Cleaner
-from qilin_med.corpus.decontamination import Index
+from qilin_med.corpus.decontamination import load_index
 from qilin_med.corpus.deduplication import Workspace, exact_key, save_exact_keys
 from qilin_med.corpus.readers import read_raw
 from qilin_med.corpus.rendering import render, stable_id, text_of, to_row
@@ -100,7 +100,8 @@ class Intake:
         self._settings, self._task = settings, task
         self._source = settings.sources[task.source]
         self._cleaner = Cleaner(settings.cleaning)
-        self._index = Index(settings.decontamination, work.root / "evaluation")
+        kept_out = settings.decontamination
+        self._index = load_index(work.root / "evaluation", kept_out.ngram, kept_out.near_miss)
         self._apart: dict[str, list[dict[str, Any]]] = {SET_ASIDE: [], CHANGED: [], NEAR_MISSES: []}
         self._keys: list[bytes] = []
         self._ranks: list[int] = []

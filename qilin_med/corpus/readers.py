@@ -7,6 +7,7 @@ from zipfile import BadZipFile
 
 from zstandard import ZstdError
 
+from qilin_med.config import Kind, RawFiles
 from qilin_med.corpus.files import list_files, open_parts
 from qilin_med.corpus.formats.dialogues import MEDDIALOG
 from qilin_med.corpus.formats.exams import EXAM
@@ -23,7 +24,6 @@ from qilin_med.corpus.formats.instructions import (
 from qilin_med.corpus.formats.preferences import PREFERENCE, ZHONGJING
 from qilin_med.corpus.formats.reading import Counted, Reader
 from qilin_med.corpus.formats.texts import TEXT
-from qilin_med.corpus.settings import Kind, RawFiles
 from qilin_med.errors import UserError
 
 READERS: dict[Kind, Reader] = {

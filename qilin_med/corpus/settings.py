@@ -1,41 +1,19 @@
 """The corpus file (configs/chimed.json): sources, cleaning, deduplication, decontamination and output of one build."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qilin_med.config import PositiveInt, Section, Share, StageName, read_settings
-
-Kind = Literal[
-    "text",
-    "huatuo",
-    "exam",
-    "cpubmed_kg",
-    "xywy_kg",
-    "39health_kg",
-    "department_qa",
-    "meddialog",
-    "chat",
-    "instruct_chat",
-    "multiturn_chat",
-    "hc3",
-    "safety_prompts",
-    "preference",
-    "zhongjing",
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-class RawFiles(Section):
-    name: str
-    """Name in tables and records. A name of the paper's Tables 1 to 3 sets our figures beside the paper's."""
-    kind: Kind
-    """Raw format; data/README.md describes each."""
-    paths: Annotated[list[str], Field(min_length=1)]
-    """Files, or folders read recursively. .gz, .zst and .zip are read in place."""
-    columns: dict[str, str] = {}
-    """Where a file names its columns otherwise: {field of the kind: column of the file}."""
+from qilin_med.config import (
+    DecontaminationSettings,
+    PositiveInt,
+    RawFiles,
+    Section,
+    Share,
+    StageName,
+    read_settings,
+)
 
 
 class RawSource(RawFiles):
@@ -89,17 +67,6 @@ class DeduplicationSettings(Section):
     """Cut out runs of so many tokens that another document has (pretraining; Lee et al. 2022: 50). null: off."""
 
 
-class DecontaminationSettings(Section):
-    files: list[RawFiles] = []
-    """Evaluation files; whatever repeats one of their questions is removed from all three sets."""
-    ngram: PositiveInt = 8
-    """Characters of an n-gram."""
-    coverage: Share = 0.8
-    """Share of a question's n-grams (stem and options, or question and answer) in one record that removes the record."""
-    near_miss: Share = 0.5
-    """Coverage from which a kept record is reported."""
-
-
 class ExecutorSettings(Section):
     kind: Literal["local", "slurm", "ray"] = "local"
     """datatrove executor: processes of this machine, a Slurm cluster, or a Ray cluster."""
@@ -122,7 +89,7 @@ class CorpusSettings(Section):
     """Share of the records that goes to dev files, by a hash of their content."""
     shard_megabytes: PositiveInt = 64
     """Input bytes that one task reads."""
-    sources: Annotated[list[RawSource], Field(min_length=1)]
+    sources: Annotated[list[RawSource], Field(min_length=1, max_length=255)]
     """Raw files. Where two sources hold the same text, the earlier one keeps it."""
     cleaning: CleaningSettings = CleaningSettings()
     """Cleaning rules."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "output"), "assistant"),
 }
 
-Record = TypeVar("Record", Document, Chat, Preference)
+Record = TypeVar("Record", Document, tuple[Document, str], Chat, Preference)
 Row = dict[str, Any]
 
 
@@ -72,6 +73,22 @@ def read_documents(sources: list[DataSource]) -> Iterator[Document | SetAside]:
         else:
             field = source.text
             yield from _row_records(file, lambda id_, row, field=field: Document(id_, document_text(row, field)))
+
+
+def read_named_documents(sources: list[DataSource]) -> Iterator[tuple[Document, str] | SetAside]:
+    """As `read_documents`, each with the name of its source: `id` and `source` of the row where it has them (a built
+    corpus does), else the place and the name of the file."""
+    for file, source in find_files(sources):
+        if file.suffix.lower() == ".txt":
+            for number, line in _lines(file):
+                yield _record(f"{file}:{number}", {"text": line}, partial(_named_document, "text", file.name))
+        else:
+            yield from _row_records(file, partial(_named_document, source.text, file.name))
+
+
+def _named_document(field: str, file: str, id_: str, row: Row) -> tuple[Document, str]:
+    name, source = (str(row[key]) if isinstance(row.get(key), str | int) else "" for key in ("id", "source"))
+    return Document(name or id_, document_text(row, field)), source or file
 
 
 def read_chats(sources: list[DataSource]) -> Iterator[Chat | SetAside]:

@@ -1,0 +1,116 @@
+"""Steps of many tasks on datatrove's executors: processes of this machine, Slurm, or Ray."""
+
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qilin_med.corpus.settings import ExecutorSettings
+from qilin_med.errors import UserError
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function of a task's number, run `tasks` times; datatrove calls it as a pipeline of one."""
+
+    name: str
+    tasks: int
+    function: Callable[[int], None]
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        self.function(rank)
+
+
+def run_steps(steps: list[Step], settings: ExecutorSettings, log: Path) -> None:
+    """Run steps, each of which needs the ones before it; tasks that are done by the marks in `log` are left out.
+
+    On Slurm this submits a chain of jobs and returns. UserError: options that the executor does not take.
+    """
+    try:
+        executors = [EXECUTORS[settings.kind](step, settings, str(log / step.name)) for step in steps]
+    except TypeError as error:
+        raise UserError(f"executor.options do not fit datatrove's {settings.kind} executor: {error}") from None
+    if settings.kind == "slurm":
+        for earlier, later in pairwise(executors):
+            later.depends = earlier
+        executors[-1].run()
+        return
+    for step, executor in zip(steps, executors, strict=True):
+        with _progress(log / step.name, step):
+            executor.run()
+
+
+def _local(step: Step, settings: ExecutorSettings, log: str) -> Any:
+    from datatrove.executor.local import LocalPipelineExecutor
+    from loguru import logger
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
+    logger.disable("datatrove")  # its banners; errors come back as exceptions
+    workers = min(_workers(settings), step.tasks)
+    # Forked workers inherit everything: nothing is imported again for each of the steps.
+    shared = {"start_method": "fork", **settings.options}
+    return LocalPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **shared)
+
+
+def _slurm(step: Step, settings: ExecutorSettings, log: str) -> Any:
+    from datatrove.executor.slurm import SlurmPipelineExecutor
+
+    # The jobs see what this process sees: its environment's commands, and this package.
+    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).resolve().parents[2]}
+    environment = " && ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items())
+    shared = {
+        "job_name": step.name,
+        "slurm_logs_folder": f"{log}/slurm",
+        "env_command": environment,
+        **settings.options,
+    }
+    workers = -1 if settings.workers == "auto" else settings.workers
+    return SlurmPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **shared)
+
+
+def _ray(step: Step, settings: ExecutorSettings, log: str) -> Any:
+    try:
+        from datatrove.executor.ray import RayPipelineExecutor
+    except ImportError:
+        raise UserError("executor.kind is ray, but ray is not installed: .venv/bin/pip install ray") from None
+
+    workers = -1 if settings.workers == "auto" else settings.workers
+    return RayPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **settings.options)
+
+
+EXECUTORS = {"local": _local, "slurm": _slurm, "ray": _ray}
+
+
+def _workers(settings: ExecutorSettings) -> int:
+    return len(os.sched_getaffinity(0)) if settings.workers == "auto" else settings.workers
+
+
+@contextmanager
+def _progress(log: Path, step: Step) -> Iterator[None]:
+    """A line per step that counts its tasks, in place on a terminal."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def line() -> str:
+        done = sum(1 for _ in (log / "completions").glob("*"))
+        return f"{step.name:<12}{done:>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s"
+
+    def show() -> None:
+        while not ended.wait(1):
+            if sys.stdout.isatty():
+                print(f"\r{line()}", end="", flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        print(f"\r{line()}" if sys.stdout.isatty() else line(), flush=True)
