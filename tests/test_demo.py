@@ -43,7 +43,12 @@ def clone(tmp_path_factory) -> Path:
     for name in filter(None, listed.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
+    # The same environment by its own path: under another one, DeepSpeed would compile its operator again.
+    (folder / ".venv/bin").mkdir(parents=True)
+    shutil.copy2(ROOT / ".venv/installed", folder / ".venv/installed")
+    python = folder / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec "{ROOT}/.venv/bin/python" "$@"\n')
+    python.chmod(0o755)
     return folder
 
 
@@ -126,11 +131,16 @@ def test_the_readmes_commands_run(clone, demo, shared):
     }
     settings = {"CONFIG": "configs/qilin_med_7b.json"}
     for command in commands:
-        if command in elsewhere or command.startswith("python scripts/benchmark.py"):
+        command = re.sub("^python ", ".venv/bin/python ", command)
+        if command in elsewhere or "scripts/benchmark.py" in command:
             continue
         if "convert_baichuan" in command:
             command = command.replace("path/to/Baichuan-7B", str(shared / "baichuan7b-tiny-original"))
-            shell(command.replace("python", ".venv/bin/python", 1), clone)
+            shell(command, clone)
+            continue
+        if "build_chimed" in command:  # the published files are not here, the demo's are of the same formats
+            command = command.replace("chimed.json", "demo_chimed.json")
+            assert "data/demo/processed: built" in shell(command, clone) or "--inspect" in command
             continue
         if command == "bash run_pt.sh --dry-run":
             for stage in STAGES:
