@@ -1,0 +1,444 @@
+"""Retrieval: chunks, BM25 and fusion against values worked by hand, the index folder, prompts, recall."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qilin_med.checkpoints import MANIFEST, read_manifest
+from qilin_med.config import DenseSettings, load_experiment
+from qilin_med.errors import UserError
+from qilin_med.prompts import exam_prompt, with_passages
+from qilin_med.retrieval.bm25 import Bm25, build_bm25
+from qilin_med.retrieval.cutting import Cutter, find_middle, group_sentences, split_sentences
+from qilin_med.retrieval.dense import Dense, build_dense, encode_parts, fingerprint_encoder, load_encoder
+from qilin_med.retrieval.fusion import fuse
+from qilin_med.retrieval.index import build, plan_index
+from qilin_med.retrieval.prompting import Passage, exam_query, fill_prompt
+from qilin_med.retrieval.recall import evaluate_retrieval, ranks_of_own
+from qilin_med.retrieval.retriever import open_retriever
+
+ROOT = Path(__file__).resolve().parents[1]
+SYMPTOMS = ["发热", "咳嗽", "头痛", "腹泻", "胸闷", "乏力", "皮疹", "失眠"]
+PLACES = ["清晨", "夜间", "饭后", "运动后", "换季时", "受凉后"]
+
+
+@pytest.fixture(scope="module")
+def base(small_tokenizer, tmp_path_factory) -> Path:
+    """A folder with a tokenizer, which is all of a base model that retrieval needs."""
+    folder = tmp_path_factory.mktemp("base")
+    small_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def experiment(base, tmp_path):
+    """An experiment over some corpus files; further keys as overrides."""
+
+    def make(*corpus: Path, **changes):
+        overrides = [f"retrieval.corpus={quoted([str(path) for path in corpus])}"]
+        overrides += [f"retrieval.{key}={quoted(value)}" for key, value in changes.items()]
+        places = [f"model.path={base}", f"output_dir={tmp_path / 'run'}"]
+        return load_experiment(ROOT / "configs" / "demo.json", [*places, "retrieval.chunk_tokens=192", *overrides])
+
+    return make
+
+
+def quoted(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def row(number: int, source: str = "书") -> dict[str, str]:
+    draw = random.Random(number)
+    text = "".join(f"{draw.choice(PLACES)}{draw.choice(SYMPTOMS)}多见于第{number}型。" for _ in range(4))
+    return {"id": f"doc-{number}", "text": text, "source": source, "place": f"x:{number}"}
+
+
+def hashed(texts: list[str]) -> np.ndarray:
+    """A deterministic encoder: counts of characters, by code point."""
+    vectors = np.zeros((len(texts), 64), np.float32)
+    for vector, text in zip(vectors, texts, strict=True):
+        np.add.at(vector, [ord(character) % 64 for character in text], 1)
+    return vectors
+
+
+def passage(number: int, text: str) -> Passage:
+    return Passage(f"d{number}@0-{len(text)}", f"d{number}", "书", text, 10.0 - number)
+
+
+# -------------------------------------------------------------------------------------------------------- chunks
+
+
+def random_text(draw: random.Random) -> str:
+    marks = ["。", "，", "！", "？”", "\n", "；", ". ", " ", "", "、"]
+    words = [*SYMPTOMS, "CT", "3.5", "㋿", "😷", "每天三次"]
+    return "".join(draw.choice(words) + draw.choice(marks) for _ in range(draw.randrange(1, 120)))
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(24, 0), (48, 12), (96, 40), (8, 7)])
+def test_chunks_cover_the_text_within_the_limit_and_end_with_sentences(base, small_tokenizer, size, overlap):
+    draw = random.Random(size)
+    texts = [random_text(draw) for _ in range(60)]
+    for text, chunks in zip(texts, Cutter(base / "tokenizer.json", size, overlap).cut(texts), strict=True):
+        assert chunks[0][0] == 0 and chunks[-1][1] == len(text)
+        for (start, end), (next_start, next_end) in pairwise(chunks):
+            assert start < next_start <= end < next_end  # nothing lost, and each chunk says something new
+        for start, end in chunks:
+            counted = len(small_tokenizer(text[start:end], add_special_tokens=False).input_ids)
+            assert counted <= size + 2, text[start:end]  # merges over the borders of sentences
+
+
+def test_borders_are_those_of_sentences_unless_one_is_too_long(base):
+    text = "头痛多由休息不足引起。若伴呕吐，请就诊！“要吃药吗？”听医生的。\n忌酒。" * 20
+    borders = {0, *(end for _, end in split_sentences(text))}
+    for start, end in Cutter(base / "tokenizer.json", 60, 20).cut([text])[0]:
+        assert {start, end} <= borders
+    text, expected = "吃药。“好吗？”对！ \n忌酒", ["吃药。", "“好吗？”", "对！ \n", "忌酒"]
+    assert [text[a:b] for a, b in split_sentences(text)] == expected
+    assert split_sentences("") == []
+
+
+def test_chunks_take_as_many_sentences_as_fit():
+    sentences = [(n, n + 1) for n in range(7)]
+    tokens = [3, 3, 4, 9, 1, 1, 20]
+    assert group_sentences(sentences, tokens, 10, 0) == [(0, 3), (3, 5), (5, 6), (6, 7)]
+    # 4 of the overlap fits beside nothing of 9 tokens, 1 does; nothing goes beside the 20.
+    assert group_sentences(sentences, tokens, 10, 4) == [(0, 3), (3, 5), (4, 6), (6, 7)]
+    assert group_sentences(sentences[:3], [3, 3, 4], 7, 3) == [(0, 2), (1, 3)]
+    assert group_sentences([], [], 10, 4) == []
+
+
+def test_overlap_repeats_the_last_sentences(base):
+    sentences = [f"{symptom}时要多喝水。" for symptom in SYMPTOMS]
+    text = "".join(sentences)
+    cut = partial(Cutter, base / "tokenizer.json")
+    one = max(len(cut(1000, 0)._tokenizer.encode(s, add_special_tokens=False).ids) for s in sentences)
+    [chunks] = cut(3 * one, one).cut([text])
+    for (_, end), (start, _) in pairwise(chunks):
+        assert text[start:end] in sentences
+    assert [start for start, _ in cut(3 * one, 0).cut([text])[0][1:]] == [
+        end for _, end in cut(3 * one, 0).cut([text])[0][:-1]
+    ]
+
+
+def test_a_sentence_without_end_is_cut_at_the_clause_nearest_to_its_middle():
+    text = "一二三，四五六七，八九十一二三"
+    assert text[: find_middle(text, (0, len(text)))] == "一二三，四五六七，"
+    assert find_middle("一" * 10, (0, 10)) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- bm25
+
+
+def test_bm25_scores_are_the_formulas(tmp_path):
+    """Terms: 头痛 痛头 头痛 | 头晕 | 咳嗽 嗽头 头晕; |d| = 3, 1, 3, mean 7/3, N = 3, k1 = 1.2, b = 0.75."""
+    build_bm25(["头痛头痛", "头晕", "咳嗽头晕"], "bigram", tmp_path)
+    index = Bm25(tmp_path, "bigram")
+
+    def weight(tf: int, df: int, length: int) -> float:
+        idf = math.log(1 + (3 - df + 0.5) / (df + 0.5))
+        return idf * tf / (tf + 1.2 * (0.25 + 0.75 * length / (7 / 3)))
+
+    [(first, scores), (second, others), (nothing, _)] = index.search(["头痛？", "头晕，咳嗽", "hello 你"], 3)
+    assert first.tolist() == [0] and scores == pytest.approx([weight(2, 1, 3)], rel=1e-5)
+    assert second.tolist() == [2, 1]
+    assert others == pytest.approx([weight(1, 2, 3) + weight(1, 1, 3), weight(1, 2, 1)], rel=1e-5)
+    assert nothing.tolist() == []
+    assert index.search(["头晕头晕"], 1)[0][0].tolist() == [1]
+    assert index.search(["头晕"], 2, np.array([True, False, True]))[0][0].tolist() == [2]
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_words_and_latin_runs_are_terms(tmp_path):
+    build_bm25(["做CT检查", "做ＣＴ检查和B12", "高血压患者"], "word", tmp_path)
+    found = Bm25(tmp_path, "word").search(["ct", "b12", "高血压"], 5)
+    assert [sorted(numbers.tolist()) for numbers, _ in found] == [[0, 1], [1], [2]]
+
+
+def test_many_questions_in_small_batches_give_the_same(tmp_path, monkeypatch):
+    build_bm25([row(n)["text"] for n in range(50)], "bigram", tmp_path)
+    index, questions = Bm25(tmp_path, "bigram"), [f"{s}多见于第{n}型" for n, s in enumerate(SYMPTOMS)]
+    at_once = index.search(questions, 4)
+    monkeypatch.setattr("qilin_med.retrieval.bm25.POSTINGS_AT_ONCE", 1)
+    for whole, one in zip(at_once, index.search(questions, 4), strict=True):
+        assert whole[0].tolist() == one[0].tolist() and whole[1].tolist() == one[1].tolist()
+
+
+# ---------------------------------------------------------------------------------------------- dense and hybrid
+
+
+def test_fusion_adds_reciprocal_ranks():
+    numbers, scores = fuse([(np.array([7, 3, 5]), np.ones(3)), (np.array([3, 9]), np.ones(2))], 3)
+    assert numbers.tolist() == [3, 7, 9]
+    assert scores == pytest.approx([1 / 62 + 1 / 61, 1 / 61, 1 / 62])
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
+def test_faiss_finds_what_numpy_finds(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("qilin_med.retrieval.dense.ENCODED_TOGETHER", 100)
+    texts = [row(number)["text"] for number in range(400)]
+    parts = encode_parts(texts, hashed, tmp_path / "parts")
+    assert len(parts) == 4
+    build_dense(parts, kind, tmp_path / "index.faiss")
+    vectors = np.concatenate([np.load(part) for part in parts])
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(400))
+    allowed = np.arange(400) % 2 == 0
+    best = (vectors @ vectors[:50].T).max(axis=0)
+    for mask in (None, allowed):
+        found = Dense(tmp_path / "index.faiss", hashed).search(texts[:50], 5, mask)
+        assert all(mask is None or mask[numbers].all() for numbers, _ in found)
+        if mask is None:
+            right = [abs(scores[0] - top) < 1e-5 for (_, scores), top in zip(found, best, strict=True)]
+            assert np.mean(right) >= (1 if kind == "flat" else 0.9)
+    assert len(Dense(tmp_path / "index.faiss", hashed).search(["热"], 1000)[0][0]) <= 400
+
+
+def test_finished_parts_are_not_encoded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("qilin_med.retrieval.dense.ENCODED_TOGETHER", 2)
+    encode_parts(["一", "二"], hashed, tmp_path)
+    asked = []
+    encode_parts(["一", "二", "三"], lambda texts: asked.extend(texts) or hashed(texts), tmp_path)
+    assert asked == ["三"]
+
+
+def test_a_missing_library_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UserError, match="pip install sentence-transformers"):
+        load_encoder(DenseSettings(model=str(tmp_path)))
+    with pytest.raises(UserError, match="no such folder"):
+        fingerprint_encoder(DenseSettings(model=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("retriever", ["dense", "hybrid"])
+def test_dense_and_hybrid_search_the_published_index(retriever, experiment, write_lines, tmp_path):
+    corpus, model = write_lines(*map(row, range(30))), tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    settings = experiment(corpus, retriever=retriever, dense={"model": str(model), "index": "flat"})
+    assert build(plan_index(settings), encoder=hashed) == "built"
+    assert build(plan_index(settings), encoder=hashed) == "built before"
+    [found] = open_retriever(settings, hashed).search([row(7)["text"]], 3)
+    assert found[0].document == "doc-7" and len(found) == 3
+    (model / "config.json").write_text('{"other": 1}')
+    with pytest.raises(UserError, match="model: "):
+        open_retriever(settings, hashed)
+
+
+# --------------------------------------------------------------------------------------------------------- index
+
+
+def test_passages_know_where_they_come_from(experiment, write_lines):
+    corpus = write_lines(*(row(n) for n in range(20)), {"text": "没有编号的一段话，讲黄疸。"}, "not json")
+    settings = experiment(corpus, chunk_tokens=40, overlap_tokens=10)
+    plan = plan_index(settings)
+    assert build(plan) == "built"
+    counts = read_manifest(plan.folder)
+    assert counts["documents"] == {"read": 22, "indexed": 21, "left_out": 0, "set_aside": 1}
+    assert counts["sources"].keys() == {"书", corpus.name} and sum(counts["sources"].values()) == counts["chunks"]
+    assert "not json" in (plan.folder / "set_aside.jsonl").read_text(encoding="utf-8")
+    retriever = open_retriever(settings)
+    for found in retriever.search([row(n)["text"] for n in range(20)], 2):
+        for best in found:
+            start, end = map(int, best.id.rsplit("@", 1)[1].split("-"))
+            assert row(int(best.document.removeprefix("doc-")))["text"][start:end] == best.text
+    [[jaundice]] = retriever.search(["黄疸"])
+    assert (jaundice.source, jaundice.document) == (corpus.name, f"{corpus}:21")
+    assert retriever.search([]) == []
+
+
+def test_an_index_of_another_corpus_or_other_settings_is_refused_with_the_difference(experiment, write_lines, capsys):
+    corpus = write_lines(*map(row, range(10)))
+    settings = experiment(corpus)
+    with pytest.raises(UserError, match="no index here; build it"):
+        open_retriever(settings)
+    assert build(plan_index(settings)) == "built"
+    assert build(plan_index(settings)) == "built before"
+    open_retriever(experiment(corpus, passages=1, max_context_tokens=9, query_with_options=True))
+    for changed, difference in ((experiment(corpus, overlap_tokens=1), "overlap_tokens: 32 -> 1"),
+                                (experiment(corpus, bm25_unit="word"), "bm25_unit: bigram -> word")):  # fmt: skip
+        with pytest.raises(UserError, match=difference):
+            open_retriever(changed)
+    write_lines(*map(row, range(11)))
+    with pytest.raises(UserError, match=r"data\.jsonl"):
+        open_retriever(settings)
+    with pytest.raises(UserError, match="--restart"):
+        build(plan_index(settings))
+    assert build(plan_index(settings), restart=True) == "built"
+    assert "replaced" in capsys.readouterr().out
+    assert len({found.document for found in open_retriever(settings).search(["多见于"], 99)[0]}) == 11
+
+
+def test_a_damaged_index_is_refused(experiment, write_lines):
+    settings = experiment(write_lines(*map(row, range(5))))
+    plan = plan_index(settings)
+    build(plan)
+    with (plan.folder / "chunks.jsonl").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"chunks\.jsonl.*--restart"):
+        open_retriever(settings)
+    with pytest.raises(UserError, match=r"chunks\.jsonl.*--restart"):
+        build(plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"corpus": []}, "retrieval.corpus names nothing"),
+        ({"retriever": "dense"}, "needs the section 'dense'"),
+        ({"chunk_tokens": 8}, "overlap_tokens 32 must be less"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(experiment, changes, words):
+    with pytest.raises(UserError, match=words):
+        plan_index(experiment(**changes))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from qilin_med.config import load_experiment
+from qilin_med.retrieval import bm25, index
+real = bm25._write_terms
+def killed(texts, unit, path):
+    real(texts, unit, path)
+    os._exit(9)
+bm25._write_terms = killed
+index.build(index.plan_index(load_experiment(sys.argv[1], sys.argv[2:])))
+"""
+
+
+def test_a_killed_build_is_no_index_and_ends_as_an_uninterrupted_one(experiment, write_lines, base, tmp_path):
+    corpus = write_lines(*map(row, range(200)))
+    settings = experiment(corpus)
+    plan = plan_index(settings)
+    (tmp_path / "experiment.json").write_text(settings.model_dump_json())
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "experiment.json")], cwd=ROOT)
+    assert killed.returncode == 9
+    assert list(plan.work.rglob("chunks.jsonl")) and not plan.folder.exists()
+    with pytest.raises(UserError, match="no index here"):
+        open_retriever(settings)
+    (plan.work / "out" / ".chunks.jsonl.1.part").touch()  # as a kill in the middle of the first step leaves
+    kept = next(plan.work.rglob("chunks.jsonl")).stat()
+    assert build(plan) == "built" and not plan.work.parent.exists()
+    assert (plan.folder / "chunks.jsonl").stat().st_mtime_ns == kept.st_mtime_ns  # cut once
+    other = experiment(corpus, index=str(tmp_path / "other"))
+    build(plan_index(other))
+    assert read_manifest(plan.folder)["fingerprint"] == read_manifest(tmp_path / "other")["fingerprint"]
+    assert not [p for p in plan.folder.rglob("*") if p.suffix in (".pkl", ".part", ".bin")]
+    assert (plan.folder / MANIFEST).is_file()
+
+
+# ------------------------------------------------------------------------------------------- exams and evaluation
+
+EXAM = {
+    "Question": "患者发热三天，咽喉肿痛，舌红苔黄，首选的中成药方剂是哪一个",
+    "Options": "A 银翘散合剂\nB 麻黄汤合剂\nC 桂枝汤合剂",
+    "Answer": "A",
+    "Explanation": "风热犯表，银翘散辛凉解表。",
+}
+
+
+def test_documents_that_repeat_evaluation_questions_are_left_out_and_counted(experiment, write_lines):
+    question = (
+        f"{EXAM['Question']}\n{EXAM['Options']}\n答案：A\n解释：{EXAM['Explanation']}" + "辛凉透表，清热解毒。" * 30
+    )
+    evaluation = write_lines(EXAM, name="exam.jsonl")
+    corpus = write_lines(*map(row, range(5)), {"id": "leak", "text": question, "source": "CMExam"}, name="corpus.jsonl")
+    files = [{"name": "CMExam test", "kind": "exam", "paths": [str(evaluation)]}]
+    settings = experiment(corpus, decontamination={"files": files})
+    plan = plan_index(settings)
+    build(plan)
+    manifest = read_manifest(plan.folder)
+    assert manifest["documents"] == {"read": 6, "indexed": 5, "left_out": 1, "set_aside": 0}
+    assert manifest["left_out_documents"] == {"CMExam test": 1}
+    assert manifest["left_out_chunks"]["CMExam test"] > 1
+    assert '"leak"' in (plan.folder / "left_out.jsonl").read_text(encoding="utf-8")
+    # Neither the question is found nor the explanation, which would stand in a chunk of its own.
+    asked, explained = open_retriever(settings).search([EXAM["Question"], "辛凉透表，清热解毒"])
+    assert "leak" not in {found.document for found in asked} and explained == []
+
+
+def test_sources_can_be_excluded_without_a_new_index(experiment, write_lines):
+    corpus = write_lines(*(row(n, "CMExam" if n % 2 else "书") for n in range(20)))
+    build(plan_index(experiment(corpus)))
+    questions = [row(n)["text"] for n in range(20)]
+    all_of_them = open_retriever(experiment(corpus)).search(questions, 4)
+    without = open_retriever(experiment(corpus, exclude_sources=["CMExam"])).search(questions, 4)
+    assert [found[0].document for found in all_of_them] == [f"doc-{n}" for n in range(20)]
+    assert {p.source for found in without for p in found} == {"书"} and all(len(found) == 4 for found in without)
+    with pytest.raises(UserError, match="'CMExm', which the index does not have; it has: 书, CMExam"):
+        open_retriever(experiment(corpus, exclude_sources=["CMExm"]))
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_the_question_follows_the_passages():
+    prompt = exam_prompt("何药", [("A", "银翘散")])
+    filled = with_passages(prompt, [" 甲。\n", "乙。"])
+    assert filled == f"参考资料：\n【1】甲。\n【2】乙。\n请参考以上资料，回答下面的问题。\n{prompt}"
+    assert with_passages(prompt, []) == prompt
+    assert exam_query("何药", [("A", "银翘散")], False) == "何药"
+    assert exam_query("何药", [("A", "银翘散")], True) == "何药\nA 银翘散"
+
+
+def test_the_best_passages_are_kept_whole_within_the_limit():
+    passages = [passage(0, "甲" * 20), passage(1, "乙" * 50), passage(2, "丙" * 10)]
+    wording = len(with_passages("", ["", "", ""]))
+    for limit in range(wording, wording + 90):
+        prompt = fill_prompt("问？", passages, limit, len)
+        assert len(prompt.text) - len("问？") <= limit and prompt.text.endswith("问？")
+        assert prompt.passages[0].text == "甲" * 20 or prompt.passages == (prompt.passages[0],)
+        assert prompt.sources == [p.id for p in prompt.passages]
+    assert [p.document for p in fill_prompt("问？", passages, wording + 40, len).passages] == ["d0", "d2"]
+    assert [p.document for p in fill_prompt("问？", passages, wording + 80, len).passages] == ["d0", "d1", "d2"]
+    [cut] = fill_prompt("问？", passages, len(with_passages("", [""])) + 7, len).passages
+    assert cut.text == "甲" * 7
+    for empty in (fill_prompt("问？", passages, 5, len), fill_prompt("问？", [], 99, len)):
+        assert empty.text == "问？" and empty.sources == []
+
+
+def test_contexts_go_before_the_question_and_name_their_sources(experiment, write_lines, small_tokenizer):
+    settings = experiment(write_lines(*map(row, range(20))), max_context_tokens=300, passages=3)
+    build(plan_index(settings))
+    retriever = open_retriever(settings)
+    (context, sources), nothing = retriever.contexts([row(3)["text"], "hello"])
+    assert nothing == ("", [])
+    assert row(3)["text"] in context and sources[0].startswith("doc-3@")
+    assert len(small_tokenizer(context, add_special_tokens=False).input_ids) <= 300
+    [found] = retriever.search([row(3)["text"]])
+    assert retriever.fill_prompt("问？", found).text == context + "问？"
+
+
+# -------------------------------------------------------------------------------------------------------- recall
+
+
+def test_ranks_count_an_answer_once():
+    found = [np.array([4, 4, 0]), np.array([1]), np.array([0, 3]), np.array([], int)]
+    assert ranks_of_own(found).tolist() == [2, 1, np.inf, np.inf]
+
+
+def test_recall_is_measured_and_written(experiment, write_lines, tmp_path):
+    pairs = [{"questions": [[f"第{n}型有什么表现？"]], "answers": [row(n)["text"]]} for n in range(12)]
+    pairs.append({"questions": [["hello"]], "answers": ["无关的回答。"]})
+    result = evaluate_retrieval(experiment(), write_lines(*pairs, name="pairs.jsonl"))
+    assert (result.pairs, result.recall[10]) == (13, pytest.approx(12 / 13))
+    assert [file.name for file in (tmp_path / "run" / "eval" / "retrieval").iterdir()] == ["pairs.json"]
+    with pytest.raises(UserError, match="no question with an answer"):
+        evaluate_retrieval(experiment(), write_lines({"text": "甲"}, name="no.jsonl"))
+
+
+def test_bm25_finds_own_answers_of_huatuo(shared, experiment):
+    file = shared / "data" / "huatuo26m" / "huatuo26M_test.json"
+    result = evaluate_retrieval(experiment(chunk_tokens=512), file)
+    assert result.pairs == 6000
+    assert result.recall[5] >= 0.38, result
+    assert result.recall[1] < result.recall[5] < result.recall[10] and result.mrr > 0.3
+    assert result.questions_per_second > 500  # thousands on an idle core
