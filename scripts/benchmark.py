@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py train --help     # the three stages' training
 python scripts/benchmark.py dedup --help     # near-deduplication of a corpus
+python scripts/benchmark.py evaluate --help  # questions per second
 """
 
 import argparse
@@ -14,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts/benchmark")]
 
 from qilin_med.errors import user_errors_end_with_one_line  # noqa: E402
 
-BENCHMARKS = {"train": "training", "dedup": "dedup"}
+BENCHMARKS = {"train": "training", "dedup": "dedup", "evaluate": "evaluation"}
 
 
 def main() -> None:

@@ -1,38 +1,123 @@
-"""Measure base and stages on the experiment's held-out sets; results go to runs/<name>/eval/<model>/heldout.json.
+"""Measure base and stages: held-out sets, and the exam and text tasks that the experiment names.
 
-python scripts/evaluate.py --config configs/demo.json [--models base,sft] [key.path=value ...]
+python scripts/evaluate.py --config configs/demo.json [--models base,sft] [--tasks heldout,cmexam_letters] [--retrieval]
+
+Results go to runs/<name>/eval/<model>/<task>.json with samples beside them, paired tests between neighbouring models to
+runs/<name>/eval/comparisons.json. Run it again after any interruption. On several GPUs: accelerate launch scripts/evaluate.py ...
 """
 
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.config import Experiment, TaskSettings
 from qilin_med.errors import UserError, user_errors_end_with_one_line
+
+if TYPE_CHECKING:
+    from qilin_med.harness import Retrieval
+
+HELD_OUT = "heldout"
 
 
 def main() -> None:
     parser = experiment_parser(__doc__)
     parser.add_argument("--models", help="comma-separated: base, pretraining, sft, dpo (default: all)")
+    parser.add_argument(
+        "--tasks", help="comma-separated: heldout and names of configs/tasks (default: the experiment's)"
+    )
+    parser.add_argument(
+        "--submission", action="store_true", help="answer C-Eval's test split and write its official file"
+    )
+    parser.add_argument(
+        "--retrieval", action="store_true", help="ask after passages of the index (results are named <task>_retrieval)"
+    )
     arguments, experiment = parse_experiment(parser)
 
     from qilin_med.training import quiet_libraries
 
     quiet_libraries()
-    from qilin_med.evaluation import evaluate_model, model_folders, result_file
+    from qilin_med.evaluation import model_folders
+
+    folders = _chosen(arguments.models, model_folders(experiment))
+    tasks = arguments.tasks.split(",") if arguments.tasks else [HELD_OUT, *experiment.evaluation.tasks]
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise UserError(f"{name}: {folder} does not exist; run its stage first, or leave it out of --models")
+    if HELD_OUT in tasks and _is_first():
+        _measure_held_out(experiment, folders)
+    if asked := [task for task in tasks if task != HELD_OUT]:
+        _ask(experiment, folders, asked, arguments.submission, arguments.retrieval)
+
+
+def _chosen(wanted: str | None, folders: dict[str, Path]) -> dict[str, Path]:
+    names = wanted.split(",") if wanted else list(folders)
+    if unknown := set(names) - set(folders):
+        raise UserError(f"--models: unknown {', '.join(sorted(unknown))}; this experiment has {', '.join(folders)}")
+    return {name: folders[name] for name in names}
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
+    from qilin_med.evaluation import evaluate_model, result_file
     from qilin_med.report import format_table
 
-    folders = model_folders(experiment)
-    wanted = arguments.models.split(",") if arguments.models else list(folders)
-    if unknown := set(wanted) - set(folders):
-        raise UserError(f"--models: unknown {', '.join(sorted(unknown))}; this experiment has {', '.join(folders)}")
-    results = {}
-    for name in wanted:
-        if not folders[name].is_dir():
-            raise UserError(f"{name}: {folders[name]} does not exist; run its stage first, or leave it out of --models")
-        results[name] = evaluate_model(experiment, folders[name], result_file(experiment, name))
+    results = {
+        name: evaluate_model(experiment, folder, result_file(experiment, name)) for name, folder in folders.items()
+    }
     print(format_table(results))
+
+
+def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], submission: bool, retrieval: bool) -> None:
+    from qilin_med.comparisons import RETRIEVAL, compare_models
+    from qilin_med.harness import ModelUnderTest, describe_task, run_task, write_submission
+
+    settings = {task: _settings(experiment, task, submission) for task in tasks}
+    for task in tasks:
+        describe_task(task, settings[task])  # a wrong name or path is told before any model is loaded
+    passages = _open_retrieval(experiment) if retrieval else None
+    for name, folder in folders.items():
+        model = ModelUnderTest(experiment, name, folder)
+        for task in tasks:
+            is_submitted = submission and task.startswith("ceval")
+            suffix = ("_test" if is_submitted else "") + (RETRIEVAL if retrieval else "")
+            result = run_task(model, task, settings[task], passages, suffix)
+            if result:
+                print(_line(name, task + suffix, result), flush=True)
+            if result and is_submitted:
+                print(f"submission: {write_submission(model, task + suffix)}")
+    if _is_first():
+        compare_models(experiment)
+
+
+def _open_retrieval(experiment: Experiment) -> "Retrieval":
+    from qilin_med.checkpoints import digest
+    from qilin_med.harness import Retrieval
+    from qilin_med.retrieval.retriever import open_retriever
+
+    retriever = open_retriever(experiment)
+    settings = experiment.retrieval.model_dump(mode="json")
+    return Retrieval(
+        lambda questions: retriever.contexts([retriever.query(*question) for question in questions]),
+        digest([retriever.fingerprint, settings]),
+    )
+
+
+def _settings(experiment: Experiment, task: str, submission: bool) -> TaskSettings:
+    settings = experiment.evaluation.tasks.get(task, TaskSettings())
+    return settings.model_copy(update={"split": "test"}) if submission else settings
+
+
+def _line(model: str, task: str, result: dict) -> str:
+    shown = list(result["metrics"].items())[:4]
+    values = ", ".join(f"{name} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in shown)
+    return f"{model} {task}: {result['counts']['questions']} questions; {values or 'answers unknown'}"
 
 
 if __name__ == "__main__":

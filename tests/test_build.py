@@ -147,6 +147,10 @@ def test_the_sets_hold_what_the_manifest_says(built):
 def test_the_tables_are_the_papers(built):
     readme = (built / "README.md").read_text()
     assert "## Table 1: continued pre-training" in readme and "| type | dataset | samples | tokens | MB |" in readme
+    tables = [block.splitlines() for block in readme.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 6
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1, table[0]
 
 
 def test_a_second_build_gives_the_same_bytes(corpus, built):

@@ -179,8 +179,8 @@ def _readme(settings: CorpusSettings, manifest: dict[str, Any]) -> str:
     lines += [
         "## Kept out",
         "",
-        "| evaluation file | questions | records removed | near misses |",
-        "|---|---:|---:|---:|",
+        "| evaluation file | questions | also in | records removed | near misses |",
+        "|---|---:|---|---:|---:|",
     ]
     lines += [f"| {e['name']} | {e['questions']} | {_listed(e['shared'])} | {e['records_removed']} | {e['near_misses']} |"
               for e in manifest["evaluation"]]  # fmt: skip

@@ -56,8 +56,10 @@ class Workspace:
 
 
 def compared_text(stage: StageName, row: dict[str, Any]) -> str:
-    """What two records of a training set are compared by."""
-    return matching.normalise(without_frame(text_of(from_row(stage, row))))
+    """What two records of a training set are compared by: prompt and answers, not what many have in common (a system
+    text, the words of the exam prompt)."""
+    turns = {"conversations": [turn for turn in row.get("conversations", ()) if turn["from"] != "system"]}
+    return matching.normalise(without_frame(text_of(from_row(stage, {**row, **turns}))))
 
 
 # --------------------------------------------------------------------------------------------------------- exact

@@ -1,0 +1,1 @@
+"""What the evaluation tasks of configs/tasks ask, and how their answers are scored."""

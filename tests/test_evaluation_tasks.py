@@ -1,0 +1,452 @@
+"""The tasks of configs/tasks on a tiny random model: scores by hand, counts, traces, kill and resume."""
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qilin_med.comparisons import compare_models
+from qilin_med.config import Experiment, TaskSettings
+from qilin_med.errors import UserError
+from qilin_med.harness import ModelUnderTest, Retrieval, describe_task, read_samples, run_task, write_submission
+from qilin_med.prompts import HEAD
+from qilin_med.tasks.questions import load_ceval, load_exam
+from qilin_med.tasks.scoring import TASKS
+from qilin_med.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPARTMENTS = ("内科", "外科", "儿科")
+SYMPTOMS = ("发热", "头痛", "咳嗽", "腹泻", "胃痛", "胸闷", "心慌", "呕吐", "咽痛", "血压偏高")
+
+
+def exam_rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Made-up questions in CMExam's columns; every fifth has two right answers, every seventh no explanation."""
+    rows = []
+    for number in range(start, start + count):
+        options = [
+            f"{SYMPTOMS[(number + shift) % 10]}{'、' + SYMPTOMS[shift] if shift % 2 else ''}" for shift in range(5)
+        ]
+        rows.append({
+            "Question": f"第{number}位患者{SYMPTOMS[number % 10]}{number % 4}天，应当先考虑",
+            "Options": "\n".join(f"{letter} {text}" for letter, text in zip("ABCDE", options, strict=True)),
+            "Answer": "AC" if number % 5 == 0 else "ABCDE"[number % 5],
+            "Explanation": "" if number % 7 == 0 else f"因为{options[number % 5]}。",
+            "Clinical Department": DEPARTMENTS[number % 3],
+        })  # fmt: skip
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def write_ceval(path: Path) -> str:
+    """An archive like C-Eval's with three subjects: 5 worked examples, 4 questions of val and of test."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for subject in ("physician", "advanced_mathematics", "law"):
+            for split, count in (("dev", 5), ("val", 4), ("test", 4)):
+                lines = ["id,question,A,B,C,D" + ("" if split == "test" else ",answer")]
+                for number in range(count):
+                    answer = "" if split == "test" else f",{'ABCD'[number % 4]}"
+                    lines.append(f"{number},{SUBJECTS[subject][0]}{split}{number}____。,甲,乙,丙,丁{answer}")
+                archive.writestr(f"{split}/{subject}_{split}.csv", "\n".join(lines) + "\n")
+    return str(path)
+
+
+def write_model(folder: Path, tokenizer, seed: int, positions: int = 512) -> None:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, small_tokenizer) -> Experiment:
+    """Files, two models and the experiment that names them."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    data = folder / "data"
+    test, val = write_csv(data / "test.csv", exam_rows(23)), write_csv(data / "val.csv", exam_rows(6, start=100))
+    huatuo = data / "huatuo.jsonl"
+    rows = [{"questions": [f"{symptom}怎么办"], "answers": [f"{symptom}应当就诊。"]} for symptom in SYMPTOMS]
+    huatuo.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    write_model(folder / "base", small_tokenizer, seed=0)
+    write_model(folder / "run/sft/merged", small_tokenizer, seed=1)
+    exam = TaskSettings(test=[test], fewshot=[val], max_new_tokens=12)
+    likely = exam.model_copy(update={"max_new_tokens": None})
+    ceval = TaskSettings(test=[write_ceval(data / "ceval.zip")], shots=2)
+    tasks = {
+        "cmexam_generate": exam, "cmexam_reasoning": exam, "cmexam_letters": likely, "cmexam_options": likely,
+        "ceval_generate": ceval, "ceval_letters": ceval,
+        "huatuo26m_generate": TaskSettings(test=[str(huatuo)], max_new_tokens=12),
+    }  # fmt: skip
+    sft = {
+        "data": ["none"], "epochs": 1, "batch_size_per_device": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0,
+        "weight_decay": 0.0, "max_source_length": 64, "max_target_length": 64, "packing": False,
+        "lora": {"rank": 2, "alpha": 2, "dropout": 0.0},
+    }  # fmt: skip
+    return Experiment(
+        name="evaluation",
+        seed=1,
+        output_dir=str(folder / "run"),
+        model={"path": str(folder / "base"), "template": "qilin", "dtype": "float32"},
+        launch={"device": "cpu"},
+        sft=sft,
+        evaluation={"batch_size": 4, "tasks": {name: task.model_dump() for name, task in tasks.items()}},
+    )
+
+
+@pytest.fixture(scope="module")
+def models(world) -> dict[str, ModelUnderTest]:
+    folders = {"base": Path(world.model.path), "sft": world.stage_folder("sft") / "merged"}
+    return {name: ModelUnderTest(world, name, folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def results(world, models) -> dict[tuple[str, str], dict]:
+    """(model, task) -> result of every task on both models."""
+    return {(m, t): run_task(models[m], t, s) for m in models for t, s in world.evaluation.tasks.items()}
+
+
+def samples_of(model: ModelUnderTest, task: str) -> list[dict]:
+    return list(read_samples(model.results / f"{task}.samples.jsonl"))
+
+
+# ------------------------------------------------------------------------------------------------------ likelihood
+
+
+@pytest.mark.parametrize("task", ["cmexam_letters", "cmexam_options", "ceval_letters"])
+@pytest.mark.parametrize("name", ["base", "sft"])
+def test_likelihoods_are_sums_of_log_probabilities(results, models, name, task):
+    model = models[name]
+    lm, tokenizer = model.lm.lm.model, model.tokenizer
+    for sample in samples_of(model, task):
+        prompt = tokenizer.encode(sample["prompt"])
+        for choice, found in sample["output"]:
+            ids = prompt + tokenizer.encode(sample["prompt"] + choice)[len(prompt) :]
+            with torch.no_grad():
+                log_probs = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected = sum(log_probs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
+            assert found == pytest.approx(expected, abs=2e-4)
+        best = max(range(len(sample["output"])), key=lambda i: sample["output"][i][1])
+        assert sample["answer"] == "ABCDE"[best]
+
+
+def test_prompts_are_the_papers(results, models):
+    generate, letters, options = (
+        samples_of(models["sft"], f"cmexam_{protocol}")[1]["prompt"] for protocol in ("generate", "letters", "options")
+    )
+    user, assistant = "<reserved_102>", "<reserved_103>"
+    assert generate.startswith(f"{user}{HEAD}\n第1位患者头痛1天") and generate.endswith(f"即可。{assistant}")
+    assert letters == f"{generate}答案："
+    assert options == f"{user}第1位患者头痛1天，应当先考虑{assistant}"
+    plain = samples_of(models["base"], "cmexam_letters")[1]["prompt"]
+    assert plain == letters.replace(user, "").replace(assistant, "\n")
+
+
+def test_worked_examples_come_from_their_file(world, models):
+    settings = world.evaluation.tasks["cmexam_letters"].model_copy(update={"shots": 2, "limit": 3})
+    result = run_task(models["sft"], "cmexam_letters", settings, suffix="_2shot")
+    prompt = samples_of(models["sft"], "cmexam_letters_2shot")[2]["prompt"]
+    assert result["shots"] == 2 and len(result["files"]["fewshot"]) == 1
+    turns = prompt.split("<reserved_102>")
+    assert len(turns) == 4
+    assert "第100位" in turns[1] and turns[1].endswith("<reserved_103>答案：AC\n解释：因为发热。</s>")
+    assert "第2位" in turns[3] and turns[3].endswith("<reserved_103>答案：")
+
+
+# ---------------------------------------------------------------------------------------------------------- counts
+
+
+def test_counts_and_metrics_are_those_of_the_samples(results, models):
+    for (name, task), result in results.items():
+        samples = samples_of(models[name], task)
+        assert result["counts"]["questions"] == len(samples)
+        assert len({sample["id"] for sample in samples}) == len(samples)
+        if "accuracy" in result["metrics"]:
+            right = sum(sample["answer"] == sample["gold"] for sample in samples)
+            assert result["metrics"]["accuracy"]["value"] == pytest.approx(right / len(samples))
+            assert right == sum(sample["score"]["accuracy"] for sample in samples)
+        assert all(
+            m["low"] - 1e-9 <= m["value"] <= m["high"] + 1e-9 or m["value"] > 0 for m in result["metrics"].values()
+        )
+
+
+def test_questions_are_all_asked(results):
+    asked = {task: result["counts"]["questions"] for (name, task), result in results.items() if name == "base"}
+    exam = dict.fromkeys(("cmexam_generate", "cmexam_letters", "cmexam_options"), 23)
+    assert asked == {
+        **exam,
+        "cmexam_reasoning": 19,
+        "ceval_generate": 12,
+        "ceval_letters": 12,
+        "huatuo26m_generate": 10,
+    }
+    assert results["base", "cmexam_reasoning"]["counts"]["set_aside"] == {"no explanation": 4}
+
+
+def test_single_and_multiple_answers_and_departments_apart(results, models):
+    result, samples = results["base", "cmexam_letters"], samples_of(models["base"], "cmexam_letters")
+    single = [sample["score"]["accuracy"] for sample in samples if len(sample["gold"]) == 1]
+    assert len(single) == 18
+    assert result["metrics"]["accuracy_single"]["value"] == pytest.approx(sum(single) / 18)
+    assert result["metrics"]["accuracy_multiple"]["value"] == 0  # one letter never is a set of two
+    departments = result["by_facet"]["Clinical Department"]
+    assert {name: group["questions"] for name, group in departments.items()} == {"内科": 8, "外科": 8, "儿科": 7}
+
+
+def test_answers_that_cannot_be_parsed_are_wrong_and_counted(results, models):
+    result, samples = results["sft", "cmexam_generate"], samples_of(models["sft"], "cmexam_generate")
+    unparsed = [sample for sample in samples if not sample["answer"]]
+    assert result["counts"]["unparsed"] == len(unparsed) > 0
+    assert not any(sample["score"]["accuracy"] for sample in unparsed)
+
+
+def test_ceval_averages_over_subjects(results, models):
+    metrics, samples = results["base", "ceval_letters"]["metrics"], samples_of(models["base"], "ceval_letters")
+    of = {
+        subject: [sample["score"]["accuracy"] for sample in samples if sample["facets"]["subject"] == subject]
+        for subject in ("physician", "advanced_mathematics", "law")
+    }
+    means = {subject: sum(scores) / 4 for subject, scores in of.items()}
+    assert metrics["average"]["value"] == pytest.approx(sum(means.values()) / 3)
+    assert metrics["physician"]["value"] == means["physician"]
+    assert metrics["average_humanities"]["value"] == means["law"]
+    assert metrics["average_stem"]["value"] == metrics["average_hard"]["value"] == means["advanced_mathematics"]
+
+
+def test_ceval_shows_worked_examples_of_the_same_subject(results, models):
+    for sample in samples_of(models["base"], "ceval_letters"):
+        name = SUBJECTS[sample["facets"]["subject"]][0]
+        assert sample["prompt"].startswith(
+            f"以下是中国关于{name}考试的单项选择题，请选出其中的正确答案。\n\n{name}dev0____。"
+        )
+        assert sample["prompt"].count("答案：") == 3 and sample["prompt"].endswith("D. 丁\n答案：")
+
+
+def test_the_subject_table():
+    assert len(SUBJECTS) == 52
+    assert {category for _, category in SUBJECTS.values()} == set(CATEGORIES)
+    assert set(MEDICAL) | set(HARD) < set(SUBJECTS)
+
+
+def test_results_name_what_made_them(results, world, models):
+    result = results["sft", "cmexam_letters"]
+    assert result["model"]["fingerprint"] == models["sft"].facts["model"]["fingerprint"]
+    assert result["template"] and results["base", "cmexam_letters"]["template"] is None
+    assert (result["version"], result["shots"], result["config"]["name"]) == (1, 0, "evaluation")
+    assert {"lm_eval", "sacrebleu", "torch"} <= set(result["versions"])
+
+
+# -------------------------------------------------------------------------------------------------- once and again
+
+
+def test_a_finished_task_is_not_run_again(results, world, models, monkeypatch):
+    fresh = ModelUnderTest(world, "base", models["base"].folder)
+    monkeypatch.setattr(ModelUnderTest, "lm", property(lambda _: pytest.fail("the model was loaded")))
+    assert run_task(fresh, "cmexam_letters", world.evaluation.tasks["cmexam_letters"]) == json.loads(
+        json.dumps(results["base", "cmexam_letters"])
+    )
+
+
+def test_reasoning_reuses_the_answers_of_prediction(results, world, models, monkeypatch):
+    model = models["sft"]
+    (model.results / "cmexam_reasoning.json").unlink()
+    monkeypatch.setattr(model.lm.lm, "_model_generate", lambda *_, **__: pytest.fail("a question was asked again"))
+    run_task(model, "cmexam_reasoning", world.evaluation.tasks["cmexam_reasoning"])
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import qilin_med.lm, qilin_med.harness as harness
+from qilin_med.config import Experiment
+
+config, folder, log = sys.argv[1:]
+original, done = qilin_med.lm.SharedPrefixLM._model_generate, 0
+
+def logged(self, context, *arguments, **settings):
+    global done
+    self._write_cache()
+    with open(log, "a") as file:
+        print(done, file=file)
+    output = original(self, context, *arguments, **settings)
+    done += len(context)
+    return output
+
+qilin_med.lm.SharedPrefixLM._model_generate = logged
+experiment = Experiment.model_validate_json(Path(config).read_text())
+task = experiment.evaluation.tasks["cmexam_generate"]
+harness.run_task(harness.ModelUnderTest(experiment, "base", Path(folder)), "cmexam_generate", task)
+"""
+
+
+def test_a_killed_run_asks_no_question_twice(results, world, tmp_path, monkeypatch):
+    slow = world.evaluation.tasks["cmexam_generate"].model_copy(update={"max_new_tokens": 100, "batch_size": 2})
+    evaluation = world.evaluation.model_copy(update={"tasks": {"cmexam_generate": slow}})
+    experiment = world.model_copy(update={"output_dir": str(tmp_path / "run"), "evaluation": evaluation})
+    config, log = tmp_path / "config.json", tmp_path / "log"
+    config.write_text(experiment.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-c", KILLED, str(config), world.model.path, str(log)]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while run.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 4):
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    finished = int(log.read_text().splitlines()[-1])
+    model = ModelUnderTest(experiment, "base", Path(world.model.path))
+    [database] = (model.results / "answers").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        [cached] = connection.execute("select count(*) from answers").fetchone()
+    assert 6 <= finished <= cached < 23
+
+    asked, generate = [], model.lm.lm._model_generate
+
+    def counted(context, **settings):
+        asked.append(len(context))
+        return generate(context, **settings)
+
+    monkeypatch.setattr(model.lm.lm, "_model_generate", counted)
+    result = run_task(model, "cmexam_generate", slow)
+    assert sum(asked) == 23 - cached
+    assert result["counts"]["questions"] == 23
+
+
+# ------------------------------------------------------------------------------------------------ files and users
+
+
+def test_the_submission_has_cevals_form(world, models):
+    settings = world.evaluation.tasks["ceval_letters"].model_copy(update={"split": "test"})
+    result = run_task(models["base"], "ceval_letters", settings, suffix="_test")
+    assert (result["metrics"], result["counts"]["without_gold"]) == ({}, 12)
+    written = json.loads(write_submission(models["base"], "ceval_letters_test").read_text(encoding="utf-8"))
+    assert list(written) == ["advanced_mathematics", "law", "physician"]
+    assert all(list(answers) == ["0", "1", "2", "3"] for answers in written.values())
+    assert {letter for answers in written.values() for letter in answers.values()} <= set("ABCD")
+
+
+def test_models_are_compared_on_the_same_questions(results, world):
+    found = {entry["task"]: entry for entry in compare_models(world)}
+    entry = found["cmexam_letters"]
+    assert (entry["first"], entry["second"], entry["questions"]) == ("base", "sft", 23)
+    change = results["sft", "cmexam_letters"]["metrics"]["accuracy"]["value"]
+    change -= results["base", "cmexam_letters"]["metrics"]["accuracy"]["value"]
+    test = entry["metrics"]["accuracy"]
+    assert test["test"] == "McNemar, exact" and test["difference"] == pytest.approx(change)
+    assert test["gained"] - test["lost"] == round(23 * change)
+    assert found["huatuo26m_generate"]["metrics"]["rougeL_char"]["test"] == "paired bootstrap"
+    assert json.loads((Path(world.output_dir) / "eval/comparisons.json").read_text(encoding="utf-8"))
+
+
+def test_retrieved_text_stands_before_the_question_and_is_recorded(world, models):
+    def retrieve(questions):
+        return [
+            (f"资料：{stem[:3]}{len(options)}\n", [f"source {number}"])
+            for number, (stem, options) in enumerate(questions)
+        ]
+
+    settings = world.evaluation.tasks["cmexam_letters"].model_copy(update={"limit": 2, "shots": 1})
+    result = run_task(models["sft"], "cmexam_letters", settings, Retrieval(retrieve, "an index"), "_retrieval")
+    sample = samples_of(models["sft"], "cmexam_letters_retrieval")[1]
+    assert result["retrieval"] == "an index"
+    assert sample["sources"] == ["source 1"]
+    assert sample["prompt"].count("资料：") == 1 and f"资料：第1位5\n{HEAD}" in sample["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("cmexam", {}, "unknown task 'cmexam'; expected one of cmexam_generate"),
+        ("cmexam_letters", {"test": ["nowhere.csv"]}, "nowhere.csv: no such file"),
+        ("huatuo26m_generate", {"shots": 1}, "this task has no worked examples"),
+        ("ceval_letters", {"test": ["tests/conftest.py"]}, "unknown kind of file"),
+        ("cmexam_generate", {"max_new_tokens": 512}, "leaves no room for a question in the 512 positions"),
+    ],
+)
+def test_mistakes_are_told(world, models, task, settings, message):
+    settings = world.evaluation.tasks.get(task, TaskSettings()).model_copy(update=settings)
+    with pytest.raises(UserError, match=message):
+        run_task(models["base"], task, settings)
+
+
+def test_the_tasks_run_without_our_command(world, models, results, monkeypatch, tmp_path):
+    """From another folder, with the harness's own model class, as `lm_eval --include_path configs/tasks` runs them."""
+    monkeypatch.chdir(tmp_path)
+    settings = world.evaluation.tasks["cmexam_letters"]
+    tasks = TaskManager(
+        include_path=str(ROOT / "configs/tasks"),
+        include_defaults=False,
+        metadata={"test": settings.test[0], "fewshot": []},
+    )
+    lm = HFLM(pretrained=models["base"].lm.lm.model, tokenizer=models["base"].tokenizer, batch_size=4)
+    found = simple_evaluate(lm, tasks=["cmexam_letters"], task_manager=tasks, bootstrap_iters=0)["results"]
+    expected = results["base", "cmexam_letters"]["metrics"]["accuracy"]["value"]
+    assert found["cmexam_letters"]["accuracy,none"] == pytest.approx(expected)
+
+
+def test_the_command(world, results, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(world.model_dump_json(), encoding="utf-8")
+    command = [
+        sys.executable,
+        "scripts/evaluate.py",
+        "--config",
+        str(config),
+        "--tasks",
+        "cmexam_letters",
+        "--models",
+        "base",
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.startswith("base cmexam_letters: 23 questions; accuracy ")
+
+
+def test_every_task_has_its_file():
+    assert {path.stem for path in (ROOT / "configs/tasks").glob("*.yaml")} == set(TASKS)
+
+
+# ------------------------------------------------------------------------------------------------------- real files
+
+
+def test_real_ceval_has_all_questions(shared):
+    archive = str(shared / "data/ceval/ceval.zip")
+    rows = load_ceval([archive])["all"]
+    assert rows["role"].count("asked") == 1346 and rows["role"].count("shot") == 260
+    assert set(rows["subject"]) == set(SUBJECTS)
+    physician = [row["number"] for row in rows if row["subject"] == "physician" and row["role"] == "asked"]
+    assert physician == list(range(49))
+
+
+def test_real_cmexam_has_all_questions(shared):
+    splits = load_exam([str(shared / "data/cmexam/cmexam_test.jsonl")])
+    assert len(splits["test"]) + sum(splits["set_aside"].values()) == 6811
+    annotated = load_exam([str(shared / "data/cmexam/cmexam_test_01_clinical_depart.csv")])["test"]
+    assert {name for name, _ in annotated[0]["facets"]} >= {"Clinical Department", "Difficulty level"}
+
+
+def test_real_questions_are_asked_within_the_limit(shared, world, models):
+    settings = TaskSettings(test=[str(shared / "data/cmexam/cmexam_test_01_clinical_depart.csv")], limit=4)
+    result = run_task(models["base"], "cmexam_options", settings, suffix="_real")
+    assert result["counts"]["questions"] == 4
+    assert describe_task("cmexam_options", settings).items() <= result.items()

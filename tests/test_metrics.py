@@ -1,0 +1,174 @@
+"""Scores against values worked out by hand, and against the libraries' own."""
+
+import math
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+from sacrebleu.metrics import BLEU
+from sklearn.metrics import f1_score
+
+from qilin_med.metrics.choice import accuracy, choice_scores, exact_match, mean_of_groups, weighted_f1
+from qilin_med.metrics.statistics import Score, bootstrap_interval, mcnemar, mean_score, paired_bootstrap
+from qilin_med.metrics.text import corpus_bleu, score_text, split_text, text_scores
+
+METRICS = Path(__file__).resolve().parents[1] / "qilin_med/metrics"
+PREDICTION, REFERENCE = "我头痛", "我头很痛"
+
+
+def scores_of(*pairs):
+    return {name: score.value() for name, score in text_scores([score_text(*pair) for pair in pairs]).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- texts
+
+
+def test_bleu_on_characters_by_hand():
+    scores = scores_of((PREDICTION, REFERENCE))
+    # 3 of 3 characters match; the prediction is short: exp(1 - 4/3). No 3-gram matches, so BLEU-4 is 0 unsmoothed.
+    assert scores["bleu1_char"] == pytest.approx(100 * math.exp(-1 / 3))
+    assert scores["bleu4_char"] == 0
+
+
+def test_bleu4_on_characters_by_hand():
+    # abcdX of abcde: precisions 4/5, 3/4, 2/3, 1/2 and no brevity penalty.
+    assert scores_of(("一二三四六", "一二三四五"))["bleu4_char"] == pytest.approx(
+        100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    )
+
+
+def test_repeated_characters_match_as_often_as_the_reference_has_them():
+    assert scores_of(("痛痛痛痛", "头痛头痛"))["bleu1_char"] == pytest.approx(50)
+
+
+def test_rouge_on_characters_by_hand():
+    scores = scores_of((PREDICTION, REFERENCE))
+    # Characters: 3 of 3 and 3 of 4. Pairs: 我头 of (我头, 头痛) and of (我头, 头很, 很痛). Longest common: 我头痛.
+    assert scores["rouge1_char"] == pytest.approx(100 * 2 * 1 * 0.75 / 1.75, rel=1e-6)
+    assert scores["rouge2_char"] == pytest.approx(100 * 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3), rel=1e-6)
+    assert scores["rougeL_char"] == pytest.approx(100 * 2 * 1 * 0.75 / 1.75, rel=1e-6)
+
+
+def test_words_are_jiebas():
+    assert split_text("高血压患者 应当低盐饮食", "word") == ["高血压", "患者", "应当", "低盐", "饮食"]
+    scores = scores_of(("高血压患者饮食", "高血压患者应当低盐饮食"))
+    assert scores["bleu1_word"] == pytest.approx(100 * math.exp(1 - 5 / 3))
+    assert scores["rouge1_word"] == pytest.approx(100 * 2 * 1 * 0.6 / 1.6, rel=1e-6)
+    assert scores["rouge2_word"] == pytest.approx(100 * 2 * (1 / 2) * (1 / 4) / (1 / 2 + 1 / 4), rel=1e-6)
+
+
+def test_corpus_bleu_is_sacrebleus():
+    pairs = [("发热三天伴咳嗽咽痛", "发热三天，伴有咳嗽、咽痛"), ("多喝水", "应当多喝水，多休息"), ("好", "就诊")]
+    spaced = [[" ".join(text) for text in texts] for texts in zip(*pairs, strict=True)]
+    for order in (1, 4):
+        expected = BLEU(tokenize="none", max_ngram_order=order, smooth_method="none", force=True)
+        found = corpus_bleu([score_text(*pair)[f"bleu{order}_char"] for pair in pairs])
+        assert found == pytest.approx(expected.corpus_score(spaced[0], [spaced[1]]).score)
+        assert found == pytest.approx(scores_of(*pairs)[f"bleu{order}_char"])
+
+
+@pytest.mark.parametrize("pair", [("", "头痛"), ("  \n", "头痛"), ("头痛", ""), ("", "")])
+def test_an_empty_text_scores_0(pair):
+    assert set(scores_of(pair).values()) == {0}
+    assert all(0 < score < 60 for name, score in scores_of(pair, (REFERENCE, REFERENCE)).items() if "rouge" in name)
+
+
+def test_texts_longer_than_pythons_recursion_limit():
+    assert scores_of(("甲乙丙丁" * 200, "甲乙丙丁" * 150))["rougeL_char"] > 50
+
+
+@pytest.mark.parametrize(("name", "metrics"), [("chinese_bleu", 4), ("chinese_rouge", 6)])
+def test_evaluate_loads_the_modules_by_their_path(name, metrics, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = evaluate.load(str(METRICS / name)).compute(predictions=[PREDICTION, ""], references=[REFERENCE, "头"])
+    expected = scores_of((PREDICTION, REFERENCE), ("", "头"))
+    assert found == {metric: pytest.approx(expected[metric]) for metric in found}
+    assert len(found) == metrics
+
+
+# --------------------------------------------------------------------------------------------------------- choices
+
+
+def test_letters_match_as_sets():
+    assert exact_match("BA", "AB") == 1
+    assert [exact_match(answer, "AB") for answer in ("A", "ABC", "")] == [0, 0, 0]
+
+
+def test_accuracy_apart_and_together():
+    predicted, gold = ["A", "", "AB", "A", "C"], ["A", "B", "AB", "AC", "C"]
+    scores = {name: score.value() for name, score in choice_scores(predicted, gold).items()}
+    assert scores["accuracy"] == pytest.approx(3 / 5)
+    assert scores["accuracy_single"] == pytest.approx(2 / 3)
+    assert scores["accuracy_multiple"] == pytest.approx(1 / 2)
+
+
+def test_weighted_f1_by_hand_and_as_scikit_learns():
+    predicted, gold = ["A", "A", "B", ""], ["A", "B", "B", "B"]
+    # A: precision 1/2, recall 1, F1 2/3, weight 1/4. B: precision 1, recall 1/3, F1 1/2, weight 3/4.
+    assert weighted_f1(predicted, gold).value() == pytest.approx(2 / 3 / 4 + 3 / 8)
+    random = np.random.default_rng(0)
+    predicted, gold = (random.choice(["A", "B", "CD", ""], 200).tolist() for _ in range(2))
+    expected = f1_score(gold, predicted, average="weighted", zero_division=0)
+    assert weighted_f1(predicted, gold).value() == pytest.approx(expected)
+
+
+def test_mean_of_groups_weighs_groups_alike():
+    assert mean_of_groups([1, 1, 1, 0], ["x", "x", "x", "y"]).value() == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- significance
+
+
+def test_mcnemar_by_hand():
+    first, second = [0] * 8 + [1] * 1 + [1] * 5, [1] * 8 + [0] * 1 + [1] * 5
+    # 8 gained, 1 lost: 2 x (1 + 9) / 2^9
+    assert mcnemar(first, second) == {"difference": 0.5, "gained": 8, "lost": 1, "p": pytest.approx(20 / 512)}
+    assert mcnemar([1, 0], [1, 0])["p"] == 1
+    assert mcnemar([0] * 5, [1] * 5)["p"] == pytest.approx(2 / 32)
+
+
+def test_bootstrap_interval_is_about_two_standard_errors_wide_and_repeats():
+    score = mean_score([1] * 400 + [0] * 600)
+    low, high = bootstrap_interval(score)
+    error = math.sqrt(0.4 * 0.6 / 1000)
+    assert (low, high) == pytest.approx((0.4 - 1.96 * error, 0.4 + 1.96 * error), abs=0.004)
+    assert bootstrap_interval(score) == (low, high)
+    assert bootstrap_interval(score, seed=1) != (low, high)
+
+
+def test_an_interval_of_equal_values_is_a_point():
+    assert bootstrap_interval(mean_score([0.25] * 10)) == pytest.approx((0.25, 0.25))
+
+
+def test_bootstrap_of_two_questions_by_hand():
+    # Means of two draws of (0, 1): 0 in 1/4, 1/2 in 1/2, 1 in 1/4 of the resamples.
+    assert bootstrap_interval(mean_score([0, 1])) == (0, 1)
+    assert bootstrap_interval(mean_score([0, 1]), level=0.4) == (0.5, 0.5)
+
+
+def test_paired_bootstrap():
+    random = np.random.default_rng(0)
+    first = random.normal(size=300)
+    better = paired_bootstrap(mean_score(first), mean_score(first + 0.2 + 0.3 * random.normal(size=300)))
+    assert better["low"] < better["difference"] < better["high"]
+    assert better["difference"] == pytest.approx(0.2, abs=0.06)
+    assert better["p"] == pytest.approx(1 / 1001)
+    same = paired_bootstrap(mean_score(first), mean_score(first))
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+
+
+def test_paired_bootstrap_needs_the_same_questions():
+    with pytest.raises(ValueError, match="same questions: found 2 and 3"):
+        paired_bootstrap(mean_score([0, 1]), mean_score([0, 1, 1]))
+
+
+def test_bootstrap_of_a_ratio():
+    score = Score(np.array([[1.0, 2.0], [3.0, 4.0]]), lambda means: means[..., 0] / means[..., 1])
+    assert score.value() == pytest.approx(4 / 6)
+    assert bootstrap_interval(score) == pytest.approx((0.5, 0.75))
+
+
+def test_accuracy_needs_as_many_answers_as_questions():
+    with pytest.raises(ValueError):
+        accuracy(["A"], ["A", "B"])
