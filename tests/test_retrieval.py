@@ -46,7 +46,7 @@ def experiment(base, tmp_path):
         overrides = [f"retrieval.corpus={quoted([str(path) for path in corpus])}"]
         overrides += [f"retrieval.{key}={quoted(value)}" for key, value in changes.items()]
         places = [f"model.path={base}", f"output_dir={tmp_path / 'run'}"]
-        return load_experiment(ROOT / "configs" / "demo.json", [*places, "retrieval.chunk_tokens=192", *overrides])
+        return load_experiment(ROOT / "configs" / "demo.json", [*places, 'retrieval={"chunk_tokens": 192}', *overrides])
 
     return make
 
