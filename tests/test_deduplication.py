@@ -186,7 +186,7 @@ def test_cutting_leaves_what_lies_around():
 
 
 def test_shards_give_any_record_back(tmp_path):
-    shards = Shards(tmp_path, 2)
+    shards = Shards(tmp_path)
     rows = [{"id": str(i), "text": "字" * i} for i in range(5)]
     shards.write(1, rows, list(range(5)))
     assert [shards.row((1 << 32) | i) for i in (4, 0, 2)] == [rows[4], rows[0], rows[2]]

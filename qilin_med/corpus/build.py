@@ -20,6 +20,7 @@ from qilin_med.corpus.deduplication import Workspace
 from qilin_med.corpus.intake import Intake, Task
 from qilin_med.corpus.readers import raw_files
 from qilin_med.corpus.settings import CorpusSettings, DeduplicationSettings, RawFiles
+from qilin_med.corpus.shards import remove_unfinished
 from qilin_med.corpus.steps import Step, run_steps
 from qilin_med.errors import UserError
 
@@ -164,8 +165,7 @@ def _find_near(work: Workspace, _: int) -> None:
 
 def _publish(plan: Plan, _: int) -> None:
     out = plan.work.root / "out"
-    for part in out.rglob(".*.part"):  # of tasks that were killed
-        part.unlink()
+    remove_unfinished(out)
     manifest, readme = describe(plan.settings, plan.tasks, plan.evaluation, plan.work, plan.inputs)
     (out / "README.md").write_text(readme, encoding="utf-8")
     publish_folder(out, plan.output, {"key": plan.key, **manifest}, SEAL)

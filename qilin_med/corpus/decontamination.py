@@ -13,6 +13,7 @@ import numpy as np
 
 from qilin_med.corpus import matching
 from qilin_med.corpus.readers import read_raw
+from qilin_med.corpus.rendering import AnyRecord
 from qilin_med.corpus.settings import DecontaminationSettings
 from qilin_med.corpus.shards import read_lines, save, write_lines
 from qilin_med.records import Chat, Document, Preference, Question, SetAside
@@ -21,7 +22,6 @@ NOT_WORDS = re.compile(r"[\W_]+")
 ITEMS = "items.jsonl"
 KNOWN_BITS = 24
 FEWEST_NGRAMS = 4  # shorter questions are found by the question itself alone
-Record = Document | Chat | Preference | Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def bare(text: str) -> str:
     return matching.normalise(NOT_WORDS.sub("", text))
 
 
-def whole_questions(record: Record) -> list[str]:
+def whole_questions(record: AnyRecord) -> list[str]:
     """Everything of an evaluation item, in the ways in which it is written down: stem and options with and without
     letters (which break every n-gram that reaches over a short option), or question and answer."""
     if isinstance(record, Question):
@@ -51,12 +51,12 @@ def whole_questions(record: Record) -> list[str]:
     return [bare(record.text if isinstance(record, Document) else record.prompt[-1].content)]
 
 
-def stem_of(record: Record) -> str:
+def stem_of(record: AnyRecord) -> str:
     """The question alone."""
     return bare(record.stem) if isinstance(record, Question) else next(iter(question_keys(record)), "")
 
 
-def question_keys(record: Record) -> list[str]:
+def question_keys(record: AnyRecord) -> list[str]:
     """What makes two questions the same: stem with options in any order, or the words of a turn."""
     if isinstance(record, Question):
         return [bare(record.stem) + "|" + "|".join(sorted(bare(text) for _, text in record.options))]
@@ -112,7 +112,7 @@ class Index:
         # Shorter ones ("谢谢", "怎么治疗") are nobody's question in particular.
         self._by_key = {key: i for i in reversed(self._items) for key in i["keys"] if len(key) >= ngram}
 
-    def find(self, records: Sequence[Record], texts: Iterable[str]) -> Iterator[Hit | None]:
+    def find(self, records: Sequence[AnyRecord], texts: Iterable[str]) -> Iterator[Hit | None]:
         """The evaluation question that each record repeats most, if at all. `texts`: all words of each record."""
         hits = self._find_by_ngrams([bare(text) for text in texts])
         for record, hit in zip(records, hits, strict=True):

@@ -43,7 +43,7 @@ class Workspace:
 
     @property
     def shards(self) -> Shards:
-        return Shards(self.root / "clean", len(self.stages))
+        return Shards(self.root / "clean")
 
     def path(self, step: str, task: int, suffix: str = "npy") -> Path:
         return self.root / step / f"{task:05d}.{suffix}"

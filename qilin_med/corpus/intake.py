@@ -12,11 +12,11 @@ from qilin_med.corpus.cleaning import Cleaner
 from qilin_med.corpus.decontamination import load_index
 from qilin_med.corpus.deduplication import Workspace, exact_key, save_exact_keys
 from qilin_med.corpus.readers import read_raw
-from qilin_med.corpus.rendering import render, stable_id, text_of, to_row
+from qilin_med.corpus.rendering import AnyRecord, TrainingRecord, render, stable_id, text_of, to_row
 from qilin_med.corpus.settings import CorpusSettings
 from qilin_med.corpus.shards import chunks, save_json, write_lines
 from qilin_med.corpus.sources import UnusableRow
-from qilin_med.records import Chat, Document, Preference, Question, SetAside
+from qilin_med.records import SetAside
 
 TOGETHER = 500  # records looked up in the index of evaluation questions at once
 HASH_BITS = 56  # of a rank; the source's place in the corpus file takes the others
@@ -79,17 +79,21 @@ class Candidate:
 
     id: str
     place: str
-    tidied: Document | Chat | Preference | Question
-    rendered: Document | Chat | Preference
+    tidied: AnyRecord
+    rendered: TrainingRecord
 
 
 def draw(id_: str) -> float:
     """A number in [0, 1) that belongs to a record for ever: the one by which shares and splits are drawn."""
-    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=7).digest()) / 2**HASH_BITS
+    return _hash(id_) / 2**HASH_BITS
 
 
 def rank_of(source: int, id_: str) -> int:
-    return source << HASH_BITS | int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=HASH_BITS // 8).digest())
+    return source << HASH_BITS | _hash(id_)
+
+
+def _hash(id_: str) -> int:
+    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=HASH_BITS // 8).digest())
 
 
 class Intake:
@@ -144,7 +148,8 @@ class Intake:
             try:
                 reason = reason or self._cleaner.objection(tidied)
                 rendered = render(tidied, self._source.stage)
-                reason = reason or self._cleaner.objection(rendered)
+                if rendered is not tidied:  # else it has been judged
+                    reason = reason or self._cleaner.objection(rendered)
             except UnusableRow as error:
                 reason = reason or str(error)
             if reason:
@@ -153,7 +158,7 @@ class Intake:
             else:
                 yield Candidate(id_, record.id, tidied, rendered)
 
-    def _records(self) -> Iterator[Document | Chat | Preference | Question]:
+    def _records(self) -> Iterator[AnyRecord]:
         """The records of this task; rows that give none are counted and set aside."""
         task = self._task
         for number, (rows, record) in enumerate(islice(read_raw(self._source, task.file), self._source.limit)):
@@ -177,6 +182,6 @@ class Intake:
         self._apart[SET_ASIDE].append({"reason": reason, **about, **row})
 
 
-def _plain(record: Document | Chat | Preference | Question) -> dict[str, Any]:
+def _plain(record: AnyRecord) -> dict[str, Any]:
     """A record's contents as JSON has them."""
     return {key: value for key, value in asdict(record).items() if key != "id"}

@@ -29,6 +29,12 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     temporary.replace(path)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what `written_whole` left of tasks that were killed."""
+    for part in folder.rglob(".*.part"):
+        part.unlink()
+
+
 def save(path: Path, array: np.ndarray) -> None:
     with written_whole(path) as file:
         np.save(file, array)
@@ -87,9 +93,8 @@ class Shards:
     hash. They do not depend on the names or the order of files.
     """
 
-    def __init__(self, folder: Path, count: int):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.count = count
         self._open: dict[int, tuple[int, np.ndarray]] = {}
 
     def write(self, shard: int, rows: Iterable[dict[str, Any]], ranks: list[int]) -> None:

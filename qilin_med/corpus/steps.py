@@ -53,7 +53,7 @@ def _local(step: Step, settings: ExecutorSettings, log: str) -> Any:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
     logger.disable("datatrove")  # its banners; errors come back as exceptions
-    workers = min(_workers(settings), step.tasks)
+    workers = min(_workers(settings, auto=len(os.sched_getaffinity(0))), step.tasks)
     # Forked workers inherit everything: nothing is imported again for each of the steps.
     shared = {"start_method": "fork", **settings.options}
     return LocalPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **shared)
@@ -71,7 +71,7 @@ def _slurm(step: Step, settings: ExecutorSettings, log: str) -> Any:
         "env_command": environment,
         **settings.options,
     }
-    workers = -1 if settings.workers == "auto" else settings.workers
+    workers = _workers(settings, auto=-1)
     return SlurmPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **shared)
 
 
@@ -81,15 +81,16 @@ def _ray(step: Step, settings: ExecutorSettings, log: str) -> Any:
     except ImportError:
         raise UserError("executor.kind is ray, but ray is not installed: .venv/bin/pip install ray") from None
 
-    workers = -1 if settings.workers == "auto" else settings.workers
+    workers = _workers(settings, auto=-1)
     return RayPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **settings.options)
 
 
 EXECUTORS = {"local": _local, "slurm": _slurm, "ray": _ray}
 
 
-def _workers(settings: ExecutorSettings) -> int:
-    return len(os.sched_getaffinity(0)) if settings.workers == "auto" else settings.workers
+def _workers(settings: ExecutorSettings, auto: int) -> int:
+    """`auto`: what "auto" means to an executor; -1 lets a cluster run all tasks at once."""
+    return auto if settings.workers == "auto" else settings.workers
 
 
 @contextmanager

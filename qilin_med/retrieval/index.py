@@ -23,7 +23,7 @@ from qilin_med.checkpoints import (
 )
 from qilin_med.config import Experiment, RetrievalConfig
 from qilin_med.corpus.readers import raw_files
-from qilin_med.corpus.shards import save_json
+from qilin_med.corpus.shards import remove_unfinished, save_json
 from qilin_med.corpus.sources import find_files
 from qilin_med.errors import UserError
 from qilin_med.job import commit, differences
@@ -123,8 +123,7 @@ def build(plan: IndexPlan, restart: bool = False, encoder: Encoder | None = None
             _once(out / "bm25", lambda folder: build_bm25(Chunks(out).texts(), plan.settings.bm25_unit, folder))
         if plan.has_dense:
             _embed(plan, out, encoder)
-        for part in out.rglob(".*.part"):  # of builds that were killed
-            part.unlink()
+        remove_unfinished(out)
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         publish_folder(out, plan.folder, {**counts, "inputs": plan.inputs, "versions": versions, "commit": commit()})
         shutil.rmtree(plan.work.parent)
