@@ -89,8 +89,12 @@ class ModelConfig(Section):
     """Prompt format: "qilin" (Baichuan's reserved role marks) or "own" (the template in the model's tokenizer)."""
     dtype: Literal["bfloat16", "float32"]
     """Number format of training and of the merged checkpoints."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention code. Both keep packed documents apart."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention code. All keep packed documents apart. "flash_attention_2" needs the package flash-attn, a GPU and
+    bfloat16."""
+    fused_kernels: bool = False
+    """true: Liger's kernels for norms, rotary positions and MLPs in training (the package liger-kernel, a GPU). The loss
+    stays this pipeline's own."""
 
 
 class LaunchConfig(Section):
@@ -111,6 +115,9 @@ class LoraSettings(Section):
     """Dropout on the input of the LoRA matrices."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: "all-linear" (every linear layer except the output head) or a list of names."""
+    quantization: Literal["nf4"] | None = None
+    """"nf4": the frozen weights are held in 4 bits while the adapter trains (QLoRA: NF4 with double quantisation, by
+    bitsandbytes; not with ZeRO-3). The merged folder is the parent in its own precision with the adapter merged in."""
 
 
 class StageConfig(Section):
@@ -138,7 +145,8 @@ class StageConfig(Section):
     max_steps: PositiveInt | None = None
     """Stop after this many updates; overrides epochs."""
     deepspeed: str | None = None
-    """DeepSpeed configuration file. null: plain PyTorch (DDP with several ranks)."""
+    """DeepSpeed configuration file (those in configs/deepspeed, or your own). null: plain PyTorch (DDP with several
+    ranks)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     checkpoint_every: PositiveInt = 500
@@ -154,6 +162,8 @@ class PretrainingConfig(StageConfig):
     """Tokens of one row. Documents are joined, each ended by EOS, and cut into blocks; nothing is dropped."""
     isolate_documents: bool = True
     """true: documents in one block do not see each other. false: plain concatenation, as published scripts do."""
+    lora: LoraSettings | None = None
+    """null: train all parameters (the paper). Else a low-rank adapter, merged into the model at the end of the stage."""
 
 
 class InstructionConfig(StageConfig):
@@ -288,6 +298,18 @@ class Experiment(Section):
     def _has_a_stage(self) -> "Experiment":
         if not any(getattr(self, stage) for stage in STAGES):
             raise ValueError(f"no stage: expected at least one of the sections {', '.join(STAGES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_fit_the_device(self) -> "Experiment":
+        on_gpu = self.launch.device == "cuda"
+        if self.model.fused_kernels and not on_gpu:
+            raise ValueError("model.fused_kernels is true, but these kernels run on a GPU only: set it to false")
+        if self.model.attention == "flash_attention_2" and not (on_gpu and self.model.dtype == "bfloat16"):
+            raise ValueError(
+                "model.attention is 'flash_attention_2', which runs on a GPU in bfloat16 only; here launch.device is"
+                f" '{self.launch.device}' and model.dtype '{self.model.dtype}': set model.attention to 'sdpa'"
+            )
         return self
 
     def stage(self, name: StageName) -> StageConfig:

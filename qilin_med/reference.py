@@ -51,7 +51,7 @@ on it (61K rows are train and val together). A corpus file is no experiment file
 EXPERIMENT: dict[str, type[Section]] = {
     "(top level)": Experiment, "model": ModelConfig, "launch": LaunchConfig,
     "every stage": StageConfig, "pretraining": PretrainingConfig, "sft and dpo": InstructionConfig,
-    "sft": SftConfig, "dpo": DpoConfig, "sft.lora, dpo.lora": LoraSettings, "evaluation": EvaluationConfig,
+    "sft": SftConfig, "dpo": DpoConfig, "pretraining.lora, sft.lora, dpo.lora": LoraSettings, "evaluation": EvaluationConfig,
     "evaluation.tasks, by the task's name": TaskSettings,
     "retrieval": RetrievalConfig, "retrieval.dense": DenseSettings,
     "an entry of data, documents, answers, preferences, corpus (or just its path)": DataSource,
