@@ -10,23 +10,27 @@ import numpy as np
 
 from qilin_med.checkpoints import write_json
 from qilin_med.config import Experiment
-from qilin_med.evaluation import model_folders
+from qilin_med.evaluation import HELD_OUT, model_folders, read_results
 from qilin_med.harness import read_samples
 from qilin_med.metrics.statistics import Score, mcnemar, paired_bootstrap
 from qilin_med.tasks.scoring import TASKS, Sample
 
 SAMPLES = ".samples.jsonl"
+MCNEMAR = "McNemar, exact"
 RETRIEVAL = "_retrieval"
+WITHOUT_EXAMS = f"{RETRIEVAL}_without_exams"
 
 
 def compare_models(experiment: Experiment) -> list[dict[str, Any]]:
     """Compare what lies in runs/<name>/eval, and write comparisons.json there.
 
     One entry for each task and neighbouring pair of the models that have it, and for each model with and without
-    retrieval: {"task", "first", "second", "questions", "metrics": {metric: test}}.
+    retrieval: {"task", "first", "second", "questions", "metrics": {metric: test}}. The held-out preference pairs are the
+    task "heldout".
     """
     folder = Path(experiment.output_dir) / "eval"
-    found = [
+    found = [*_compare_preferences(read_results(experiment))]
+    found += [
         {"task": task, "first": first, "second": second, **compare_samples(*files)}
         for task, first, second, files in _pairs(folder, list(model_folders(experiment)))
     ]
@@ -42,10 +46,25 @@ def _pairs(folder: Path, models: list[str]) -> Iterator[tuple[str, str, str, tup
         holders = [name for name in models if (folder / name / file).exists()]
         for first, second in pairwise(holders):
             yield task, first, second, (folder / first / file, folder / second / file)
-        plain = f"{task.removesuffix(RETRIEVAL)}{SAMPLES}"
-        for name in holders if task.endswith(RETRIEVAL) else []:
+        ending = next((ending for ending in (RETRIEVAL, WITHOUT_EXAMS) if task.endswith(ending)), "")
+        plain = f"{task.removesuffix(ending)}{SAMPLES}"
+        for name in holders if ending else []:
             if (folder / name / plain).exists():
                 yield task, name, f"{name} with retrieval", (folder / name / plain, folder / name / file)
+
+
+def _compare_preferences(results: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """McNemar's test on the pairs whose chosen answer is the likelier one."""
+    measure = "preference accuracy"
+    right = {
+        name: (result["rows"][measure], [int(margin > 0) for margin in result["measures"][measure]["margins"]])
+        for name, result in results.items()
+        if measure in result["measures"]
+    }
+    for (first, (rows, before)), (second, (same, after)) in pairwise(right.items()):
+        if rows == same:
+            tests = {measure: {"test": MCNEMAR, **mcnemar(before, after)}}
+            yield {"task": HELD_OUT, "first": first, "second": second, "questions": len(after), "metrics": tests}
 
 
 def compare_samples(first: Path, second: Path) -> dict[str, Any]:
@@ -65,9 +84,7 @@ def compare_samples(first: Path, second: Path) -> dict[str, Any]:
 def compare_scores(first: Score, second: Score) -> dict[str, Any]:
     """McNemar's exact test for 0/1 scores, else the paired bootstrap."""
     if all(score.rows.shape[1] == 1 and np.isin(score.rows, (0, 1)).all() for score in (first, second)):
-        return {"test": "McNemar, exact"} | mcnemar(
-            *(score.rows[:, 0].astype(int).tolist() for score in (first, second))
-        )
+        return {"test": MCNEMAR} | mcnemar(*(score.rows[:, 0].astype(int).tolist() for score in (first, second)))
     return {"test": "paired bootstrap"} | paired_bootstrap(first, second)
 
 

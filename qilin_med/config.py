@@ -188,6 +188,8 @@ class DpoConfig(InstructionConfig):
 
 
 class TaskSettings(Section):
+    task: str | None = None
+    """Task of configs/tasks. null: the key itself. With it, one task can ask several sets of questions."""
     test: list[str] = []
     """Raw files or folders of the questions. []: those that the task's file in configs/tasks names, below data/raw."""
     fewshot: list[str] = []
@@ -216,8 +218,8 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt = 16
     """Rows measured at once, and questions asked at once."""
     tasks: dict[str, TaskSettings] = {}
-    """Tasks of configs/tasks by name: cmexam_generate, cmexam_letters, cmexam_options, cmexam_reasoning, ceval_generate,
-    ceval_letters, huatuo26m_generate."""
+    """Question sets by name, as results are named. A key is a task of configs/tasks (cmexam_generate, cmexam_letters,
+    cmexam_options, cmexam_reasoning, ceval_generate, ceval_letters, huatuo26m_generate), or names one in `task`."""
     chat: list[Literal["base", "pretraining", "sft", "dpo"]] = ["sft", "dpo"]
     """Models that are asked in their tokenizer's chat template; the others read plain text."""
     backend: Literal["hf", "vllm"] = "hf"
@@ -255,7 +257,9 @@ class RetrievalConfig(Section):
     dense: DenseSettings | None = None
     """Embeddings (retriever "dense" and "hybrid" need them)."""
     exclude_sources: list[str] = []
-    """Sources whose chunks are never retrieved, for example those that stem from exams. No new index is needed."""
+    """Sources whose chunks are never retrieved. No new index is needed."""
+    exam_sources: list[str] = []
+    """Sources that stem from exams. Evaluation with retrieval is done once with and once without their chunks."""
     passages: PositiveInt = 5
     """Passages looked up for each question (the paper: 5)."""
     max_context_tokens: PositiveInt = 1024

@@ -20,6 +20,8 @@ from qilin_med.losses import sequence_log_probs, token_losses
 from qilin_med.models import DTYPES, forward_hidden, load_model, load_tokenizer, max_positions, output_head
 from qilin_med.rows import PreparedRows, prepare_rows
 
+HELD_OUT = "heldout"  # name of these measures among the results
+
 
 def model_folders(experiment: Experiment) -> dict[str, Path]:
     """Base and stages of an experiment by name, in order."""
@@ -96,16 +98,17 @@ def _mean_token_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int
 
 
 @torch.no_grad()
-def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> dict[str, float]:
-    """Share of pairs whose chosen answer has the higher log-probability, with the binomial standard error."""
-    right, count = 0, 0
+def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> dict[str, Any]:
+    """Share of pairs whose chosen answer has the higher log-probability, with the binomial standard error; `margins` are
+    log p(chosen) - log p(rejected) of every pair, in the order of the rows."""
+    margins = []
     for batch in _batches(rows, batch_size, collate_preferences, model):
         hidden = forward_hidden(model, {"input_ids": batch["input_ids"]})
         chosen, rejected = sequence_log_probs(hidden, output_head(model), batch["labels"]).chunk(2)
-        right += int((chosen > rejected).sum())
-        count += len(chosen)
-    share = right / count
-    return {"value": share, "pairs": count, "standard_error": math.sqrt(share * (1 - share) / count)}
+        margins += [round(margin, 4) for margin in (chosen - rejected).tolist()]
+    share = sum(margin > 0 for margin in margins) / len(margins)
+    error = math.sqrt(share * (1 - share) / len(margins))
+    return {"value": share, "pairs": len(margins), "standard_error": error, "margins": margins}
 
 
 def _batches(rows: PreparedRows, batch_size: int, collate: Any, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
@@ -122,4 +125,4 @@ def read_results(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 
 def result_file(experiment: Experiment, name: str) -> Path:
-    return Path(experiment.output_dir) / "eval" / name / "heldout.json"
+    return Path(experiment.output_dir) / "eval" / name / f"{HELD_OUT}.json"

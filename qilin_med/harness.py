@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qilin_med.checkpoints import digest, fingerprint_model, list_files, sha256_of, write_json
 from qilin_med.config import Experiment, TaskSettings
+from qilin_med.corpus.shards import written_whole
 from qilin_med.errors import UserError
 from qilin_med.job import commit, versions
 from qilin_med.metrics.statistics import Score, bootstrap_interval
@@ -103,7 +104,7 @@ def _device(experiment: Experiment) -> str:
 def run_task(
     model: ModelUnderTest, name: str, settings: TaskSettings, retrieval: Retrieval | None = None, suffix: str = ""
 ) -> dict[str, Any]:
-    """Ask one task's questions and write <name><suffix>.json and .samples.jsonl into the model's results.
+    """Ask one set of questions and write <name><suffix>.json and .samples.jsonl into the model's results.
 
     A result of the same inputs is not computed again. Under `accelerate launch` every rank must call this; only the
     first writes, and the others return {}. UserError: the task or a file is unknown, or prompts cannot fit.
@@ -116,24 +117,26 @@ def run_task(
     result = model.results / f"{name}{suffix}.json"
     if result.exists() and (old := json.loads(result.read_text(encoding="utf-8"))).items() >= inputs.items():
         return old if is_first else {}
-    task = _load_task(name, inputs, retrieval)
+    task, scoring = _load_task(name, inputs, retrieval), TASKS[inputs["task"]]
     _check_room(model, task, name)
-    asked = _ask(model, task, name, settings)
+    asked = _ask(model, task, settings)
     if asked is None:
         return {}
-    samples = [_sample(TASKS[name], raw) for raw in sorted(asked, key=lambda raw: raw["doc_id"])]
-    model.results.mkdir(parents=True, exist_ok=True)
+    samples = [_sample(scoring, raw) for raw in sorted(asked, key=lambda raw: raw["doc_id"])]
     write_samples(model.results / f"{name}{suffix}.samples.jsonl", samples)
-    contents = {**inputs, **_report(model, task, TASKS[name], samples)}
+    contents = {**inputs, **_report(model, task, scoring, samples)}
     write_json(result, contents)
     return contents
 
 
 def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
-    """What decides a task's questions and scores: its version, files by sha256, shots, limits, and our code."""
-    if name not in TASKS:
-        raise UserError(f"unknown task '{name}'; expected one of {', '.join(TASKS)}")
-    index = _manager({}).task_index[name].cfg
+    """What decides a set's questions and scores: task and version, files by sha256, shots, limits, and our code."""
+    task = settings.task or name
+    if task not in TASKS:
+        raise UserError(
+            f"evaluation.tasks: unknown task '{task}'; expected one of {', '.join(TASKS)} as the key, or as its 'task'"
+        )
+    index = _manager({}).task_index[task].cfg
     own = index["metadata"]
     files = {
         "test": settings.test or [own["test"]],
@@ -146,9 +149,9 @@ def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
         files["fewshot"] = []
     generation = index.get("generation_kwargs")
     return {
-        "task": name,
+        "task": task,
         "version": own["version"],
-        "code": _code_digest(name),
+        "code": _code_digest(task),
         "files": {kind: {path: _file_digest(path) for path in paths} for kind, paths in files.items()},
         "columns": settings.columns,
         "split": settings.split if "split" in own else None,
@@ -166,7 +169,8 @@ def _load_task(name: str, inputs: dict[str, Any], retrieval: Retrieval | None) -
         "split": inputs["split"],
         "retrieve": (lambda questions: retrieval.retrieve(questions)) if retrieval else None,
     }
-    task = _manager({key: value for key, value in metadata.items() if value is not None}).load([name])["tasks"][name]
+    manager = _manager({key: value for key, value in metadata.items() if value is not None})
+    task = manager.load([inputs["task"]])["tasks"][inputs["task"]]
     if inputs["shots"] > (found := len(task.sampler.df)):
         raise UserError(
             f"{name}: {inputs['shots']} worked examples asked for, {found} found; lower shots or add a file"
@@ -194,20 +198,20 @@ def _check_room(model: ModelUnderTest, task: "Task", name: str) -> None:
         )
 
 
-def _ask(model: ModelUnderTest, task: "Task", name: str, settings: TaskSettings) -> list[dict[str, Any]] | None:
+def _ask(model: ModelUnderTest, task: "Task", settings: TaskSettings) -> list[dict[str, Any]] | None:
     """The harness's samples of all ranks; None on ranks but the first."""
     from lm_eval.evaluator import evaluate
 
     model.lm.lm.batch_size_per_gpu = settings.batch_size or model.experiment.evaluation.batch_size
     results = evaluate(
         model.lm,
-        {"tasks": {name: task}},
+        {"tasks": {task.config.task: task}},
         limit=settings.limit,
         bootstrap_iters=0,
         apply_chat_template=model.chat,
         fewshot_as_multiturn=True,
     )
-    return results["samples"][name] if results else None
+    return results["samples"][task.config.task] if results else None
 
 
 def _sample(scoring: Scoring, raw: dict[str, Any]) -> Sample:
@@ -267,11 +271,8 @@ def with_interval(score: Score) -> dict[str, float]:
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    temporary.rename(path)
+    with written_whole(path) as file:
+        file.writelines(json.dumps(sample, ensure_ascii=False).encode() + b"\n" for sample in samples)
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
@@ -293,9 +294,9 @@ def _file_digest(path: str) -> str:
     return digest(list_files(place)) if place.is_dir() else sha256_of(place)
 
 
-def _code_digest(name: str) -> str:
+def _code_digest(task: str) -> str:
     sources = [path for part in CODE for path in ([PACKAGE / part] if "." in part else (PACKAGE / part).rglob("*.py"))]
-    return digest({path.name: sha256_of(path) for path in [*sorted(sources), TASK_FILES / f"{name}.yaml"]})
+    return digest({path.name: sha256_of(path) for path in [*sorted(sources), TASK_FILES / f"{task}.yaml"]})
 
 
 def quiet_harness() -> None:

@@ -8,6 +8,7 @@ runs/<name>/eval/comparisons.json. Run it again after any interruption. On sever
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,27 +21,29 @@ from qilin_med.errors import UserError, user_errors_end_with_one_line
 if TYPE_CHECKING:
     from qilin_med.harness import Retrieval
 
-HELD_OUT = "heldout"
-
 
 def main() -> None:
     parser = experiment_parser(__doc__)
     parser.add_argument("--models", help="comma-separated: base, pretraining, sft, dpo (default: all)")
     parser.add_argument(
-        "--tasks", help="comma-separated: heldout and names of configs/tasks (default: the experiment's)"
+        "--tasks",
+        help="comma-separated: heldout and names of evaluation.tasks or configs/tasks (default: the experiment's)",
     )
     parser.add_argument(
         "--submission", action="store_true", help="answer C-Eval's test split and write its official file"
     )
     parser.add_argument(
-        "--retrieval", action="store_true", help="ask after passages of the index (results are named <task>_retrieval)"
+        "--retrieval",
+        action="store_true",
+        help="ask after passages of the index: results <task>_retrieval, and with"
+        " retrieval.exam_sources <task>_retrieval_without_exams",
     )
     arguments, experiment = parse_experiment(parser)
 
     from qilin_med.training import quiet_libraries
 
     quiet_libraries()
-    from qilin_med.evaluation import model_folders
+    from qilin_med.evaluation import HELD_OUT, model_folders
 
     folders = _chosen(arguments.models, model_folders(experiment))
     tasks = arguments.tasks.split(",") if arguments.tasks else [HELD_OUT, *experiment.evaluation.tasks]
@@ -75,18 +78,18 @@ def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
 
 
 def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], submission: bool, retrieval: bool) -> None:
-    from qilin_med.comparisons import RETRIEVAL, compare_models
+    from qilin_med.comparisons import compare_models
     from qilin_med.harness import ModelUnderTest, describe_task, run_task, write_submission
 
     settings = {task: _settings(experiment, task, submission) for task in tasks}
-    for task in tasks:
-        describe_task(task, settings[task])  # a wrong name or path is told before any model is loaded
-    passages = _open_retrieval(experiment) if retrieval else None
+    # A wrong name or path is told before any model is loaded.
+    kinds = {task: describe_task(task, settings[task])["task"] for task in tasks}
+    sources = _open_retrievals(experiment) if retrieval else {"": None}
     for name, folder in folders.items():
         model = ModelUnderTest(experiment, name, folder)
-        for task in tasks:
-            is_submitted = submission and task.startswith("ceval")
-            suffix = ("_test" if is_submitted else "") + (RETRIEVAL if retrieval else "")
+        for task, (suffix, passages) in product(tasks, sources.items()):
+            is_submitted = submission and kinds[task].startswith("ceval")
+            suffix = ("_test" if is_submitted else "") + suffix
             result = run_task(model, task, settings[task], passages, suffix)
             if result:
                 print(_line(name, task + suffix, result), flush=True)
@@ -96,13 +99,25 @@ def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], sub
         compare_models(experiment)
 
 
+def _open_retrievals(experiment: Experiment) -> "dict[str, Retrieval]":
+    """By the suffix of their results: all sources, and all but those that stem from exams."""
+    from qilin_med.comparisons import RETRIEVAL, WITHOUT_EXAMS
+
+    opened = {RETRIEVAL: _open_retrieval(experiment)}
+    if exams := experiment.retrieval.exam_sources:
+        excluded = [*experiment.retrieval.exclude_sources, *exams]
+        retrieval = experiment.retrieval.model_copy(update={"exclude_sources": excluded})
+        opened[WITHOUT_EXAMS] = _open_retrieval(experiment.model_copy(update={"retrieval": retrieval}))
+    return opened
+
+
 def _open_retrieval(experiment: Experiment) -> "Retrieval":
     from qilin_med.checkpoints import digest
     from qilin_med.harness import Retrieval
     from qilin_med.retrieval.retriever import open_retriever
 
     retriever = open_retriever(experiment)
-    settings = experiment.retrieval.model_dump(mode="json")
+    settings = experiment.retrieval.model_dump(mode="json", exclude={"exam_sources"})
     return Retrieval(
         lambda questions: retriever.contexts([retriever.query(*question) for question in questions]),
         digest([retriever.fingerprint, settings]),

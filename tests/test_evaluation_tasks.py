@@ -358,6 +358,33 @@ def test_models_are_compared_on_the_same_questions(results, world):
     assert json.loads((Path(world.output_dir) / "eval/comparisons.json").read_text(encoding="utf-8"))
 
 
+def test_one_task_asks_several_sets_of_questions(world, models, results, tmp_path):
+    settings = world.evaluation.tasks["cmexam_letters"]
+    named = settings.model_copy(
+        update={"task": "cmexam_letters", "test": [write_csv(tmp_path / "more.csv", exam_rows(3))]}
+    )
+    result = run_task(models["base"], "children", named)
+    assert (result["task"], result["counts"]["questions"]) == ("cmexam_letters", 3)
+    outputs = [
+        [sample["output"] for sample in samples_of(models["base"], name)] for name in ("children", "cmexam_letters")
+    ]
+    assert outputs[0] == outputs[1][:3]
+
+
+def test_preference_pairs_are_compared(world, tmp_path):
+    """Margins 1 -1 1 1 -1 against 1 1 1 1 1: two gained, none lost, exact p = 2 / 2^2."""
+    experiment = world.model_copy(update={"output_dir": str(tmp_path)})
+    for model, margins in (("base", [1, -1, 1, 1, -1]), ("sft", [1] * 5)):
+        measures = {"preference accuracy": {"value": 0, "margins": margins}}
+        (tmp_path / "eval" / model).mkdir(parents=True)
+        rows = {"preference accuracy": "the same"}
+        (tmp_path / "eval" / model / "heldout.json").write_text(json.dumps({"measures": measures, "rows": rows}))
+    [found] = compare_models(experiment)
+    test = found["metrics"]["preference accuracy"]
+    assert (found["task"], found["first"], found["second"], found["questions"]) == ("heldout", "base", "sft", 5)
+    assert (test["gained"], test["lost"], test["difference"], test["p"]) == (2, 0, 0.4, 0.5)
+
+
 def test_retrieved_text_stands_before_the_question_and_is_recorded(world, models):
     def retrieve(questions):
         return [
@@ -377,6 +404,7 @@ def test_retrieved_text_stands_before_the_question_and_is_recorded(world, models
     ("task", "settings", "message"),
     [
         ("cmexam", {}, "unknown task 'cmexam'; expected one of cmexam_generate"),
+        ("children", {"task": "cmexam"}, "unknown task 'cmexam'; expected one of cmexam_generate"),
         ("cmexam_letters", {"test": ["nowhere.csv"]}, "nowhere.csv: no such file"),
         ("huatuo26m_generate", {"shots": 1}, "this task has no worked examples"),
         ("ceval_letters", {"test": ["tests/conftest.py"]}, "unknown kind of file"),

@@ -35,7 +35,7 @@ from qilin_med.retrieval.intake import cut_corpus
 
 INDEX_FORMAT = 1  # raise it whenever the same inputs and settings give another index
 # Settings that matter to a search alone: free to change without a new index.
-ONLY_FOR_SEARCH = {"index", "exclude_sources", "passages", "max_context_tokens", "query_with_options"}
+ONLY_FOR_SEARCH = {"index", "exclude_sources", "exam_sources", "passages", "max_context_tokens", "query_with_options"}
 LIBRARIES = ("bm25s", "faiss-cpu", "jieba", "tokenizers")
 SHOWN = 4  # differences named in a refusal
 COUNTS = "counts.json"
