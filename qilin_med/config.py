@@ -28,7 +28,9 @@ class Section(BaseModel):
 
 class DataSource(Section):
     path: str
-    """A file, or a folder read recursively in name order. A folder that holds `train-*` files gives only those."""
+    """A file, or a folder read recursively in name order. A folder that holds files of the `split` gives only those."""
+    split: Literal["train", "dev"] = "train"
+    """Part of a built corpus: its `train-*` or its `dev-*` files."""
     text: str = "text"
     """Name of the field that holds a document's text in .json and .jsonl files (pretraining only)."""
 

@@ -22,7 +22,11 @@ SENTENCES = [
     "如果出现胸闷、心慌，立即停药并联系医生。",
 ]
 
-LONGEST = ("test_demo.py", "test_training.py", "test_build.py")  # files to begin with, so that both workers end together
+LONGEST = (
+    "test_demo.py",
+    "test_training.py",
+    "test_build.py",
+)  # files to begin with, so that both workers end together
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,13 +31,15 @@ def chatml(*messages: Message) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def test_folders_are_read_in_name_order_and_train_files_stand_alone(write_lines, tmp_path):
+def test_folders_are_read_in_name_order_and_the_files_of_a_split_stand_alone(write_lines, tmp_path):
     for name in ("b.jsonl", "a/z.txt", "a/MANIFEST.json", "a/notes.md", ".hidden.json"):
         write_lines({}, name=name)
-    for name in ("c/train-1.jsonl", "c/train-0.jsonl", "c/valid.jsonl", "c/inner/x.jsonl"):
+    for name in ("c/train-1.jsonl", "c/train-0.jsonl", "c/dev-0.jsonl", "c/valid.jsonl", "c/inner/x.jsonl"):
         write_lines({}, name=name)
     found = [str(file.relative_to(tmp_path)) for file, _ in find_files(sources(tmp_path))]
     assert found == ["a/z.txt", "b.jsonl", "c/train-0.jsonl", "c/train-1.jsonl"]
+    dev = DataSource(path=str(tmp_path / "c"), split="dev")
+    assert [file.name for file, _ in find_files([dev])] == ["dev-0.jsonl"]
 
 
 @pytest.mark.parametrize(

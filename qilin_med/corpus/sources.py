@@ -30,14 +30,14 @@ Row = dict[str, Any]
 def find_files(sources: list[DataSource]) -> list[tuple[Path, DataSource]]:
     """The data files of all sources, in order; a folder is read recursively in name order.
 
-    A folder that holds `train-*` files gives only those (neither its other files nor its sub-folders, where held-out
-    parts lie). Manifests and hidden names are passed over. UserError: a path is missing, empty or holds nothing usable.
+    A folder that holds files of the source's split, such as `train-*`, gives only those (neither its other files nor its
+    sub-folders, where held-out parts lie). Manifests and hidden names are passed over. UserError: a path is missing, empty or holds nothing usable.
     """
-    return [(file, source) for source in sources for file in _files_of(Path(source.path))]
+    return [(file, source) for source in sources for file in _files_of(Path(source.path), source.split)]
 
 
-def _files_of(path: Path) -> list[Path]:
-    files = _walk(path) if existing(path, EXPECTED_FILES).is_dir() else [path]
+def _files_of(path: Path, split: str) -> list[Path]:
+    files = _walk(path, split) if existing(path, EXPECTED_FILES).is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no usable file in this folder; {EXPECTED_FILES}")
     for file in files:
@@ -47,12 +47,12 @@ def _files_of(path: Path) -> list[Path]:
     return files
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path, split: str) -> list[Path]:
     visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in visible if entry.is_file() and _is_data(entry)]
-    if train := [file for file in files if file.name.startswith("train-")]:
-        return train
-    inner = [file for entry in visible if entry.is_dir() for file in _walk(entry)]
+    if chosen := [file for file in files if file.name.startswith(f"{split}-")]:
+        return chosen
+    inner = [file for entry in visible if entry.is_dir() for file in _walk(entry, split)]
     return sorted(files + inner)
 
 

@@ -1,6 +1,5 @@
 """Corpus files -> the chunks of an index, without documents that repeat evaluation questions."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,6 @@ from qilin_med.retrieval.cutting import Cutter
 
 TOGETHER = 1000  # documents read, compared and cut at once: all texts that are in memory
 LEFT_OUT, SET_ASIDE = "left_out.jsonl", "set_aside.jsonl"
-# What stands between stem, options and answers in running text, and would break the n-grams of short ones.
-MARKS = re.compile(r"^\s*(?:[(（]?[A-Z][)）.．、:：\s]|(?:问|答|患者|医生)[:：])\s*", re.MULTILINE)
 
 
 @dataclass
@@ -46,8 +43,8 @@ class Intake:
         """The chunks to index, streamed."""
         for some in in_chunks(self._documents(), TOGETHER):
             documents = [document for document, _ in some]
-            hits = self.evaluation.find(documents, [MARKS.sub("", document.text) for document in documents])
-            cuts = self.cutter.cut([document.text for document in documents])
+            texts = [document.text for document in documents]
+            hits, cuts = self.evaluation.find(documents, texts), self.cutter.cut(texts)
             for (document, source), spans, hit in zip(some, cuts, hits, strict=True):
                 if not self._is_left_out(document, source, hit, len(spans)):
                     self.counts["documents"]["indexed"] += 1
