@@ -31,7 +31,8 @@ def find_files(sources: list[DataSource]) -> list[tuple[Path, DataSource]]:
     """The data files of all sources, in order; a folder is read recursively in name order.
 
     A folder that holds files of the source's split, such as `train-*`, gives only those (neither its other files nor its
-    sub-folders, where held-out parts lie). Manifests and hidden names are passed over. UserError: a path is missing, empty or holds nothing usable.
+    sub-folders, where held-out parts lie). Manifests and hidden names are passed over. UserError: a path is missing, empty
+    or holds nothing usable.
     """
     return [(file, source) for source in sources for file in _files_of(Path(source.path), source.split)]
 
