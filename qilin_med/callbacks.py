@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from qilin_med.checkpoints import COMPLETE, disk_errors_explained, prune_checkpoints, seal_folder
 from qilin_med.errors import UserError
 from qilin_med.job import Job
+from qilin_med.results import read_metrics
 
 
 def wait_for_all() -> None:
@@ -102,17 +103,6 @@ class MetricsFile(TrainerCallback):
         self.last_time = now
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 class Progress(TrainerCallback):

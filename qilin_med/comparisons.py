@@ -10,15 +10,11 @@ import numpy as np
 
 from qilin_med.checkpoints import write_json
 from qilin_med.config import Experiment
-from qilin_med.evaluation import HELD_OUT, model_folders, read_results
-from qilin_med.harness import read_samples
 from qilin_med.metrics.statistics import Score, mcnemar, paired_bootstrap
+from qilin_med.results import HELD_OUT, RETRIEVAL, SAMPLES, WITHOUT_EXAMS, model_folders, read_results, read_samples
 from qilin_med.tasks.scoring import TASKS, Sample
 
-SAMPLES = ".samples.jsonl"
 MCNEMAR = "McNemar, exact"
-RETRIEVAL = "_retrieval"
-WITHOUT_EXAMS = f"{RETRIEVAL}_without_exams"
 
 
 def compare_models(experiment: Experiment) -> list[dict[str, Any]]:

@@ -14,19 +14,11 @@ import torch
 
 from qilin_med.batches import collate_packed, collate_preferences
 from qilin_med.checkpoints import digest, fingerprint_model, write_json
-from qilin_med.config import STAGES, Experiment, Source, StageName
+from qilin_med.config import Experiment, Source, StageName
 from qilin_med.job import commit, versions
 from qilin_med.losses import sequence_log_probs, token_losses
 from qilin_med.models import DTYPES, forward_hidden, load_model, load_tokenizer, max_positions, output_head
 from qilin_med.rows import PreparedRows, prepare_rows
-
-HELD_OUT = "heldout"  # name of these measures among the results
-
-
-def model_folders(experiment: Experiment) -> dict[str, Path]:
-    """Base and stages of an experiment by name, in order."""
-    stages = {name: experiment.stage_folder(name) / "merged" for name in STAGES if getattr(experiment, name)}
-    return {"base": Path(experiment.model.path), **stages}
 
 
 def evaluate_model(experiment: Experiment, folder: Path, result: Path) -> dict[str, Any]:
@@ -116,13 +108,3 @@ def _batches(rows: PreparedRows, batch_size: int, collate: Any, model: torch.nn.
         indices = range(start, min(start + batch_size, len(rows.dataset)))
         batch = collate([{**rows.dataset[i], "index": i} for i in indices])
         yield {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-def read_results(experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """Result files of the experiment by model name, in order, as far as they are there."""
-    files = {name: result_file(experiment, name) for name in model_folders(experiment)}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
-
-
-def result_file(experiment: Experiment, name: str) -> Path:
-    return Path(experiment.output_dir) / "eval" / name / f"{HELD_OUT}.json"

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +20,11 @@ from qilin_med.errors import UserError
 from qilin_med.job import commit, versions
 from qilin_med.metrics.statistics import Score, bootstrap_interval
 from qilin_med.models import DTYPES, load_model, load_tokenizer
+from qilin_med.prompts import option_lines
+from qilin_med.results import read_samples
 from qilin_med.tasks.questions import Retrieve
 from qilin_med.tasks.scoring import TASKS, Sample, Scoring, accuracy_by_facet, submission
+from qilin_med.tasks.wording import lettered
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -222,6 +224,7 @@ def _sample(scoring: Scoring, raw: dict[str, Any]) -> Sample:
     return {
         "id": row["id"],
         "number": row["number"],
+        "question": _question(row),
         "prompt": prompt,
         "output": results[0] if is_generated else [[c, r[0]] for c, r in zip(choices, results, strict=True)],
         "answer": scoring.answer(row, results),
@@ -230,6 +233,11 @@ def _sample(scoring: Scoring, raw: dict[str, Any]) -> Sample:
         "facets": scoring.facets(row),
         "sources": row["sources"],
     }
+
+
+def _question(row: dict[str, Any]) -> str:
+    """The question as a person reads it: without instructions, examples and passages, with its options."""
+    return "\n".join([row["stem"], *([option_lines(lettered(row))] if "options" in row else [])])
 
 
 def _report(model: ModelUnderTest, task: "Task", scoring: Scoring, samples: list[Sample]) -> dict[str, Any]:
@@ -273,11 +281,6 @@ def with_interval(score: Score) -> dict[str, float]:
 def write_samples(path: Path, samples: list[Sample]) -> None:
     with written_whole(path) as file:
         file.writelines(json.dumps(sample, ensure_ascii=False).encode() + b"\n" for sample in samples)
-
-
-def read_samples(path: Path) -> Iterator[Sample]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def write_submission(model: ModelUnderTest, name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from qilin_med.checkpoints import read_manifest
 from qilin_med.config import STAGES, Experiment
 from qilin_med.errors import UserError
-from qilin_med.evaluation import model_folders, read_results
+from qilin_med.results import model_folders, read_results
 
 _PLACES = {"perplexity": 2, "answer loss": 3, "preference accuracy": 3}
 _SCRIPTS = {"pretraining": "run_pt.sh", "sft": "run_sft.sh", "dpo": "run_dpo.sh"}

@@ -35,6 +35,7 @@ from qilin_med.config import Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.job import Job, check_batch, check_disk, check_rows, commit, count_ranks, differences, versions
 from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank, launch_ranks
+from qilin_med.results import read_metrics
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -319,8 +320,6 @@ def _empty_folder(path: Path) -> Path:
 
 def _manifest(job: Job) -> dict[str, Any]:
     """How the merged folder was made: enough to trace every number measured on it."""
-    from qilin_med.callbacks import read_metrics
-
     rows = read_manifest(job.rows)
     metrics = read_metrics(job.folder / "metrics.jsonl")
     return {

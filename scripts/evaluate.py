@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.config import Experiment, TaskSettings
 from qilin_med.errors import UserError, user_errors_end_with_one_line
+from qilin_med.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, model_folders, result_file
 
 if TYPE_CHECKING:
     from qilin_med.harness import Retrieval
@@ -43,7 +44,6 @@ def main() -> None:
     from qilin_med.training import quiet_libraries
 
     quiet_libraries()
-    from qilin_med.evaluation import HELD_OUT, model_folders
 
     folders = _chosen(arguments.models, model_folders(experiment))
     tasks = arguments.tasks.split(",") if arguments.tasks else [HELD_OUT, *experiment.evaluation.tasks]
@@ -68,7 +68,7 @@ def _is_first() -> bool:
 
 
 def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
-    from qilin_med.evaluation import evaluate_model, result_file
+    from qilin_med.evaluation import evaluate_model
     from qilin_med.report import format_table
 
     results = {
@@ -101,8 +101,6 @@ def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], sub
 
 def _open_retrievals(experiment: Experiment) -> "dict[str, Retrieval]":
     """By the suffix of their results: all sources, and all but those that stem from exams."""
-    from qilin_med.comparisons import RETRIEVAL, WITHOUT_EXAMS
-
     opened = {RETRIEVAL: _open_retrieval(experiment)}
     if exams := experiment.retrieval.exam_sources:
         excluded = [*experiment.retrieval.exclude_sources, *exams]

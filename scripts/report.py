@@ -18,8 +18,8 @@ def main() -> None:
     from qilin_med.training import quiet_libraries
 
     quiet_libraries()
-    from qilin_med.evaluation import read_results
     from qilin_med.report import format_table, write_report
+    from qilin_med.results import read_results
 
     path = write_report(experiment, arguments.config, arguments.overrides)
     print(f"\n{format_table(read_results(experiment))}\n\nreport: {path}")

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qilin_med.comparisons import compare_models
 from qilin_med.config import Experiment, TaskSettings
 from qilin_med.errors import UserError
-from qilin_med.harness import ModelUnderTest, Retrieval, describe_task, read_samples, run_task, write_submission
+from qilin_med.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
 from qilin_med.prompts import HEAD
+from qilin_med.results import read_samples
 from qilin_med.tasks.questions import load_ceval, load_exam
 from qilin_med.tasks.scoring import TASKS
 from qilin_med.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS

@@ -79,7 +79,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
     """{way: {task: questions per second}}."""
     from lm_eval.models.huggingface import HFLM
 
-    from qilin_med.harness import ModelUnderTest, read_samples
+    from qilin_med.harness import ModelUnderTest
+    from qilin_med.results import read_samples
 
     class Plain(ModelUnderTest):
         def _open_hf(self) -> Any:

@@ -1,0 +1,50 @@
+"""What a run wrote, read back without loading a library that computes: models, measures, samples, metrics."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qilin_med.config import STAGES, Experiment
+
+HELD_OUT = "heldout"  # name of the held-out measures among the results
+SAMPLES = ".samples.jsonl"
+RETRIEVAL = "_retrieval"  # ends the names of results with passages before each question
+WITHOUT_EXAMS = f"{RETRIEVAL}_without_exams"
+
+
+def model_folders(experiment: Experiment) -> dict[str, Path]:
+    """Base and stages of an experiment by name, in order."""
+    stages = {name: experiment.stage_folder(name) / "merged" for name in STAGES if getattr(experiment, name)}
+    return {"base": Path(experiment.model.path), **stages}
+
+
+def result_file(experiment: Experiment, model: str) -> Path:
+    """Where a model's held-out measures lie."""
+    return Path(experiment.output_dir) / "eval" / model / f"{HELD_OUT}.json"
+
+
+def read_results(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Held-out measures by model name, in order, as far as they are there."""
+    files = {name: result_file(experiment, name) for name in model_folders(experiment)}
+    return {name: read_json(path) for name, path in files.items() if path.exists()}
+
+
+def read_samples(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
