@@ -413,6 +413,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     raw[last] = value
 
 
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"sft.learning_rate": value} of nested settings."""
+    flat: dict[str, Any] = {}
+    for key, inner in settings.items():
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
+    return flat
+
+
 def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
     """One pydantic problem in a user's words, with the nearest known key for an unknown one."""
     # Unions add the tried type's name to the location; only names of the file are shown.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qilin_med.checkpoints import digest, write_json
-from qilin_med.config import Experiment, StageConfig, StageName
+from qilin_med.config import Experiment, StageConfig, StageName, flatten
 from qilin_med.errors import UserError
 
 # Keys that change how a run is watched or stored, never what it computes: free to change between start and resume.
@@ -106,19 +106,12 @@ def _read_text(path: str | None) -> str | None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` for every leaf that differs between two identities."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
-    return flat
 
 
 def count_ranks(experiment: Experiment, gpus: int) -> int:

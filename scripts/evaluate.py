@@ -69,12 +69,13 @@ def _is_first() -> bool:
 
 def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
     from qilin_med.evaluation import evaluate_model
-    from qilin_med.report import format_table
+    from qilin_med.report.document import markdown_table
+    from qilin_med.report.tables import held_out_table
 
     results = {
         name: evaluate_model(experiment, folder, result_file(experiment, name)) for name, folder in folders.items()
     }
-    print(format_table(results))
+    print(markdown_table(held_out_table(results)))
 
 
 def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], submission: bool, retrieval: bool) -> None:

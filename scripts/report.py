@@ -1,4 +1,4 @@
-"""Write runs/<name>/report.md and print its table.
+"""Write runs/<name>/report.html and report.md, and a model card beside every merged checkpoint.
 
 python scripts/report.py --config configs/demo.json [key.path=value ...]
 """
@@ -10,19 +10,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.report.cards import write_cards
+from qilin_med.report.collect import collect_run
+from qilin_med.report.document import markdown_table
+from qilin_med.report.pages import write_report
+from qilin_med.report.tables import held_out_table
 
 
 def main() -> None:
     arguments, experiment = parse_experiment(experiment_parser(__doc__))
-
-    from qilin_med.training import quiet_libraries
-
-    quiet_libraries()
-    from qilin_med.report import format_table, write_report
-    from qilin_med.results import read_results
-
-    path = write_report(experiment, arguments.config, arguments.overrides)
-    print(f"\n{format_table(read_results(experiment))}\n\nreport: {path}")
+    run = collect_run(experiment)
+    report = write_report(run, arguments.config, arguments.overrides)
+    if run.held_out:
+        print(f"\n{markdown_table(held_out_table(run.held_out))}\n")
+    for line in write_cards(run):
+        print(line)
+    print(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -108,10 +108,12 @@ def test_no_held_out_disease_is_in_fine_tuning_or_preferences(clone, demo):
 
 def test_the_report_holds_the_table_and_how_it_was_made(clone, demo):
     report = (clone / "runs/demo/report.md").read_text(encoding="utf-8")
-    table = [line for line in report.splitlines() if line.startswith("| ")]
-    assert table and all(line in demo for line in table)
-    for words in ("bash run_sft.sh", '"learning_rate"', "fingerprint", "set aside:"):
-        assert words in report
+    table = re.findall(r"^\| (?:model|base|pretraining|sft|dpo) .*$", demo, flags=re.MULTILINE)
+    assert len(table) >= 5 and all(line in report for line in table)
+    page = (clone / "runs/demo/report.html").read_text(encoding="utf-8")
+    for words in ("bash run_sft.sh", "learning_rate", "fingerprint", "set aside", "Qilin-Med SFT", "points more than"):
+        assert words in report and words in page
+    assert "pipeline_tag: text-generation" in (clone / "runs/demo/dpo/merged/README.md").read_text(encoding="utf-8")
 
 
 def test_running_it_again_does_nothing_twice(clone, demo):
@@ -146,6 +148,12 @@ def test_the_readmes_commands_run(clone, demo, shared):
             continue
         if "scripts/evaluate.py" in command:
             assert "cmexam_options: 432 questions" in shell(command, clone)
+            continue
+        if "scripts/report.py" in command:
+            assert "report: runs/demo/report.html" in shell(command, clone)
+            continue
+        if "paper_diff" in command:
+            assert "| pretraining.block_size " in shell(command, clone)
             continue
         if "build_index" in command:
             assert "built" in shell(command, clone)

@@ -17,13 +17,14 @@ LAYERS = [
     ["callbacks", "trainers", "lm", "answers"],
     ["rows", "models", "baichuan", "retrieval", "tasks"],
     ["corpus", "template", "tokenizer", "batches", "losses", "launch", "job", "demo"],
-    ["checkpoints", "cli", "results"],
+    ["checkpoints", "cli", "results", "paper"],
     ["config", "records", "prompts", "metrics", "extraction"],
     ["errors"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = ["config", "records", "errors", "checkpoints", "job", "launch", "template", "rows", "corpus.build",
-                 "retrieval.index", "retrieval.retriever", "retrieval.recall", "results"]  # fmt: skip
+                 "retrieval.index", "retrieval.retriever", "retrieval.recall", "results",
+                 "report.pages", "report.cards"]  # fmt: skip
 
 
 def layer_of(path: Path) -> str:

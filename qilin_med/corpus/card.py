@@ -13,42 +13,8 @@ from qilin_med.corpus.intake import CLEAN, EVALUATION_REASON, NEAR_MISSES, SET_A
 from qilin_med.corpus.output import Written
 from qilin_med.corpus.settings import CorpusSettings, RawSource
 from qilin_med.corpus.shards import read_lines, write_lines
+from qilin_med.paper import CORPUS as PAPER
 
-Figures = tuple[str, str, str]
-# arXiv:2310.09089, Tables 1 to 3: samples, tokens, MB as printed.
-PAPER: dict[StageName, dict[str, tuple[str, Figures]]] = {
-    "pretraining": {
-        "Huatuo-26M encyclopedias": ("QA", ("362K", "281M", "620.8")),
-        "Huatuo-26M medical_knowledge": ("QA", ("796K", "68M", "151.0")),
-        "CMExam": ("QA", ("61K", "23M", "49.3")),
-        "MedQA textbooks": ("plain text", ("8K", "18M", "40.2")),
-        "CPubMed-KG": ("knowledge graph", ("4384K", "132M", "268.4")),
-        "Xywy-KG": ("knowledge graph", ("8K", "22M", "41.7")),
-        "39Health-KG": ("knowledge graph", ("14K", "4M", "8.1")),
-        "Chinese-medical-dialogue-data": ("dialogue", ("800K", "245M", "553.7")),
-        "Medical-Dialogue-System": ("dialogue", ("2726K", "705M", "1500")),
-        "CMD": ("dialogue", ("392K", "624M", "1286")),
-    },
-    "sft": {
-        "Instruct_chat": ("general, single", ("51.6K", "40M", "117.4")),
-        "School Math": ("general, single", ("248K", "57M", "151.5")),
-        "HC3-Chinese": ("general, single", ("12.9K", "3M", "9")),
-        "Alpaca_gpt4_data_zh": ("general, single", ("49K", "14M", "37.1")),
-        "Safety-Prompts": ("general, single", ("100K", "27M", "84.1")),
-        "Train_1M_CN": ("general, single", ("917K", "193M", "503.6")),
-        "Train_2M_CN": ("general, multi", ("2000K", "749M", "1925")),
-        "Train_3.5M_CN": ("general, multi", ("3606K", "1874M", "4551")),
-        "Multiturn_chat": ("general, multi", ("831K", "264M", "705.6")),
-        "CMExam-explanation": ("medical, single", ("46K", "21M", "45.2")),
-        "Chinese-medical-dialogue-data": ("medical, single", ("800K", "245M", "553.7")),
-        "Medical-Dialogue-System": ("medical, multi", ("2726K", "705M", "1500")),
-        "CMD": ("medical, multi", ("392K", "624M", "1286")),
-    },
-    "dpo": {
-        "Zhongjing_rlhf": ("medical", ("2K", "837K", "4.1")),
-        "MedicalGPT": ("medical", ("4K", "687K", "3.1")),
-    },
-}
 TYPES = {
     "text": "plain text", "huatuo": "QA", "exam": "QA", "cpubmed_kg": "knowledge graph", "xywy_kg": "knowledge graph",
     "39health_kg": "knowledge graph",

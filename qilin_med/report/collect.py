@@ -1,0 +1,148 @@
+"""The files of a run, read for its report; what is missing is left out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qilin_med.checkpoints import MANIFEST, read_manifest
+from qilin_med.config import STAGES, Experiment
+from qilin_med.errors import UserError
+from qilin_med.results import (
+    HELD_OUT,
+    RETRIEVAL,
+    SAMPLES,
+    model_folders,
+    read_json,
+    read_metrics,
+    read_results,
+    read_samples,
+)
+
+LABELS = {"base": "base", "pretraining": "CPT", "sft": "SFT", "dpo": "DPO"}
+_HEADLINES = ("average", "accuracy", "rougeL_char")  # only C-Eval has an average, over subjects
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one model scored on one set of questions."""
+
+    model: str
+    name: str
+    file: Path
+    contents: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        return self.contents["task"]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        return self.contents["metrics"]
+
+    @property
+    def headline(self) -> str | None:
+        """The metric that stands for all; None where no answer is known."""
+        return next((name for name in _HEADLINES if name in self.metrics), None)
+
+    @property
+    def set(self) -> str:
+        """Name of the questions, the same with and without retrieval."""
+        return self.name.partition(RETRIEVAL)[0] if self.contents["retrieval"] else self.name
+
+    @property
+    def variant(self) -> str:
+        """ "" or, for example, " with retrieval without exams"."""
+        words = self.name.removeprefix(self.set).strip("_").replace("_", " ")
+        return f" with {words}" if words else ""
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.model] + self.variant
+
+    @property
+    def questions(self) -> int:
+        return self.contents["counts"]["questions"] - self.contents["counts"]["without_gold"]
+
+    def samples(self) -> dict[str, dict[str, Any]]:
+        """By the question's id, in order."""
+        path = self.file.with_name(f"{self.name}{SAMPLES}")
+        return {sample["id"]: sample for sample in read_samples(path)} if path.exists() else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """All of it by model or stage name, in order."""
+
+    experiment: Experiment
+    folder: Path
+    models: dict[str, Path]
+    manifests: dict[str, dict[str, Any]]
+    metrics: dict[str, list[dict[str, Any]]]
+    held_out: dict[str, dict[str, Any]]
+    results: list[Result]
+    comparisons: list[dict[str, Any]]
+    corpus: dict[str, Any] | None
+    """Manifest of the corpus build that the first stage with one was trained on."""
+
+    def settings(self) -> dict[str, Any]:
+        """The experiment with each finished stage as it was trained, not as the file may say now."""
+        trained = {stage: manifest["experiment"][stage] for stage, manifest in self.manifests.items()}
+        return self.experiment.model_dump(mode="json") | trained
+
+    def sets(self) -> list[str]:
+        """Names of the sets of questions."""
+        return list(dict.fromkeys(result.set for result in self.results))
+
+    def test(self, name: str, second: str, first: str | None = None) -> dict[str, Any] | None:
+        """The comparison of a model with the one before it (with `first`: with itself without retrieval)."""
+        for entry in self.comparisons:
+            pair = (entry["first"] == first) if first else (entry["second"] == second)
+            if entry["task"] == name and pair and (entry["second"] in self.models) == (first is None):
+                return entry
+        return None
+
+    def outdated(self) -> list[str]:
+        """Results of a model that was made again since: "sft cmexam_options"."""
+        measured = [(r.model, r.name, r.contents) for r in self.results]
+        measured += [(model, HELD_OUT, contents) for model, contents in self.held_out.items()]
+        return [
+            f"{model} {name}"
+            for model, name, contents in measured
+            if model in self.manifests and contents["model"]["fingerprint"] != self.manifests[model]["fingerprint"]
+        ]
+
+
+def collect_run(experiment: Experiment) -> Run:
+    """Read a run folder. UserError: it holds neither a finished stage nor a result."""
+    folder, models = Path(experiment.output_dir), model_folders(experiment)
+    stages = [stage for stage in STAGES if stage in models]
+    manifests = {stage: read_manifest(models[stage]) for stage in stages if (models[stage] / MANIFEST).exists()}
+    logs = {stage: experiment.stage_folder(stage) / "metrics.jsonl" for stage in stages}
+    comparisons = folder / "eval/comparisons.json"
+    run = Run(
+        experiment=experiment,
+        folder=folder,
+        models=models,
+        manifests=manifests,
+        metrics={stage: rows for stage, path in logs.items() if path.exists() and (rows := read_metrics(path))},
+        held_out=read_results(experiment),
+        results=[result for model in models for result in _read_task_results(folder / "eval" / model, model)],
+        comparisons=read_json(comparisons) if comparisons.exists() else [],
+        corpus=_find_corpus(experiment, stages),
+    )
+    if not (run.manifests or run.held_out or run.results):
+        raise UserError(f"{folder}: no finished stage and no results; run a stage and scripts/evaluate.py first")
+    return run
+
+
+def _read_task_results(folder: Path, model: str) -> list[Result]:
+    files = [path for path in sorted(folder.glob("*.json")) if path.stem != HELD_OUT and "." not in path.stem]
+    return [Result(model, path.stem, path, read_json(path)) for path in files]
+
+
+def _find_corpus(experiment: Experiment, stages: list[str]) -> dict[str, Any] | None:
+    """A build (scripts/build_chimed.py) has its manifest beside the folders of its stages."""
+    sources = [Path(source.path) for stage in stages for source in experiment.stage(stage).data]
+    manifests = [source.parent / "manifest.json" for source in sources]
+    found = [contents for path in manifests if path.exists() and "sources" in (contents := read_json(path))]
+    return found[0] if found else None
