@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from qilin_med.config import load_experiment
-from qilin_med.corpus.card import PAPER as PAPER_TABLES
 from qilin_med.corpus.settings import load_corpus_settings
 from qilin_med.errors import UserError
 from qilin_med.job import check_batch, count_ranks
+from qilin_med.paper import CORPUS as PAPER_TABLES
 from qilin_med.reference import reference
 
 ROOT = Path(__file__).resolve().parents[1]

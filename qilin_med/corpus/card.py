@@ -13,7 +13,7 @@ from qilin_med.corpus.intake import CLEAN, EVALUATION_REASON, NEAR_MISSES, SET_A
 from qilin_med.corpus.output import Written
 from qilin_med.corpus.settings import CorpusSettings, RawSource
 from qilin_med.corpus.shards import read_lines, write_lines
-from qilin_med.paper import CORPUS as PAPER
+from qilin_med.paper import CORPUS
 
 TYPES = {
     "text": "plain text", "huatuo": "QA", "exam": "QA", "cpubmed_kg": "knowledge graph", "xywy_kg": "knowledge graph",
@@ -184,7 +184,7 @@ def _table(stage: StageName, sources: list[dict[str, Any]]) -> list[str]:
     lines = [f"## {TITLES[stage]}", "", "| type | dataset | samples | tokens | MB | paper: samples | tokens | MB |",
              "|---|---|" + "---:|" * 6]  # fmt: skip
     for source in sources:
-        type_, paper = PAPER[stage].get(source["name"], (_type_of(source), ("-", "-", "-")))
+        type_, paper = CORPUS[stage].get(source["name"], (_type_of(source), ("-", "-", "-")))
         ours = (f"{source['train'] + source['dev']:,}", f"{source['tokens']:,}", f"{source['bytes'] / 1e6:,.1f}")
         lines.append(f"| {' | '.join((type_, source['name'], *ours, *paper))} |")
     total = _total(sources, stage)
