@@ -5,6 +5,7 @@ model, its fingerprint and its verification stay as they are.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -12,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from qilin_med.config import STAGES, StageName
 from qilin_med.paper import BASE_MODEL, HUB_BASE_MODEL
 from qilin_med.report.collect import LABELS, Result, Run
-from qilin_med.report.document import markdown_table
+from qilin_med.report.document import Table, markdown_table
 from qilin_med.report.figures import points
 from qilin_med.report.tables import difference_table, held_out_table, metric_table
 
@@ -47,7 +48,7 @@ def model_card(run: Run, stage: StageName) -> ModelCard:
         manifest=manifest,
         stages=[{"label": LABELS[s], **run.manifests[s]} for s in _way_to(run, stage)],
         base=str(run.models["base"]),
-        differences=markdown_table(difference_table(run.settings())),
+        differences=markdown_table(_differences(run, stage)),
         held_out=markdown_table(held_out_table(measured)) if measured else "",
         results=[(result, markdown_table(table)) for result, table in zip(results, tables, strict=True)],
     )
@@ -74,11 +75,17 @@ def _hub_result(result: Result) -> EvalResult:
     metric = result.headline
     return EvalResult(
         task_type=_TASK_TYPES[metric],
-        dataset_type=result.set,
+        dataset_type=result.name,
         dataset_name=result.name,
         metric_type=metric,
         metric_value=round(points(metric, result.metrics[metric]["value"]), 2),
     )
+
+
+def _differences(run: Run, stage: StageName) -> Table:
+    """From the paper, in the stages that made this model."""
+    table, made_by = difference_table(run.settings()), {"seed", "model", "launch", *_way_to(run, stage)}
+    return replace(table, rows=[row for row in table.rows if row[0].split(".")[0] in made_by])
 
 
 def _datasets(run: Run, stage: StageName) -> list[str]:

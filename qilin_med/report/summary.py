@@ -55,7 +55,7 @@ def _change(metric: str, test: dict[str, Any], other: str) -> str:
     difference = points(metric, test["difference"])
     size = f"{abs(difference):.1f} points {'more' if difference > 0 else 'fewer'} than {other}"
     if f"{abs(difference):.1f}" == "0.0":
-        size = f"as much as {other}"
+        return f"as much as {other} ({probability(test)})"
     return f"{size}{', which may be chance' if may_be_chance(test) else ''} ({probability(test)})"
 
 
