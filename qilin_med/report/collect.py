@@ -93,11 +93,12 @@ class Run:
         """Names of the sets of questions."""
         return list(dict.fromkeys(result.set for result in self.results))
 
-    def test(self, name: str, second: str, first: str | None = None) -> dict[str, Any] | None:
-        """The comparison of a model with the one before it (with `first`: with itself without retrieval)."""
+    def test(self, name: str, model: str, retrieval: bool = False) -> dict[str, Any] | None:
+        """The comparison of a model with the one before it, or of its answers with retrieval to those without."""
         for entry in self.comparisons:
-            pair = (entry["first"] == first) if first else (entry["second"] == second)
-            if entry["task"] == name and pair and (entry["second"] in self.models) == (first is None):
+            is_with_itself = entry["second"] not in self.models
+            subject = entry["first"] if is_with_itself else entry["second"]
+            if (entry["task"], subject, is_with_itself) == (name, model, retrieval):
                 return entry
         return None
 

@@ -43,12 +43,11 @@ def describe_result(run: Run, result: Result) -> str:
     said = _STATEMENTS[metric].format(
         model=result.label, share=value, questions=result.questions, set=result.set, interval=interval
     )
-    first = result.model if result.variant else None
-    entry = run.test(result.name, result.model, first)
+    entry = run.test(result.name, result.model, retrieval=bool(result.variant))
     test = entry["metrics"].get(metric) if entry else None
     if test is None:
         return said + "."
-    return f"{said}, {_change(metric, test, 'without retrieval' if first else LABELS[entry['first']])}."
+    return f"{said}, {_change(metric, test, 'without retrieval' if result.variant else LABELS[entry['first']])}."
 
 
 def _change(metric: str, test: dict[str, Any], other: str) -> str:
