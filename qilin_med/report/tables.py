@@ -162,9 +162,9 @@ def _protocol(result: Result, unit: str) -> str:
 
 
 def comparability(run: Run) -> str:
+    """What the reader of our rows beside published ones must know."""
     name = run.experiment.model.path
     base = "" if Path(name).name.lower() == BASE_MODEL else f" The base model of this run is {name}, not Baichuan-7B."
-    """What the reader of our rows beside published ones must know."""
     return (
         f"Published figures (arXiv:2310.09089) as printed.{base} Our rows tell their protocol: they compare with one"
         " another, and with published ones only where model, questions and protocol are the same. Empty: not measured."
