@@ -72,7 +72,7 @@ class Job:
             "seed": self.experiment.seed,
             "model": model,
             self.stage: section,
-            "deepspeed": _read_text(self.section.deepspeed),
+            "deepspeed": self.section.deepspeed and digest(read_deepspeed(self.section.deepspeed)),
             "ranks": self.ranks,
             "device": self.experiment.launch.device,
             "parent fingerprint": self.parent_fingerprint,
@@ -95,11 +95,12 @@ class Job:
         return cls(experiment=experiment, parent=parent, rows=rows, **values)
 
 
-def _read_text(path: str | None) -> str | None:
+def read_deepspeed(path: str | None) -> dict[str, Any] | None:
+    """Contents of a DeepSpeed file (None for none); UserError if it cannot be read."""
     if path is None:
         return None
     try:
-        return digest(json.loads(Path(path).read_text(encoding="utf-8")))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed configuration {path} cannot be read: {error}") from None
 

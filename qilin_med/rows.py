@@ -145,7 +145,7 @@ def row_lengths(dataset: "Dataset") -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- cache
 
 
-def _settings(stage: StageName, section: StageConfig) -> dict[str, Any]:
+def row_settings(stage: StageName, section: StageConfig) -> dict[str, Any]:
     """The settings that change rows; any other may change without tokenising again."""
     names = {
         "pretraining": ("block_size", "isolate_documents"),
@@ -173,7 +173,7 @@ def _describe_inputs(
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "eos": tokenizer.eos_token_id,
         "template": None if is_text else tokenizer.chat_template,
-        "settings": _settings(stage, section),
+        "settings": row_settings(stage, section),
     }
 
 

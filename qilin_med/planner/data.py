@@ -1,0 +1,77 @@
+"""How much data a stage has: its prepared rows, else the built corpus, else what the user says."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qilin_med.checkpoints import read_manifest
+from qilin_med.config import Experiment, PretrainingConfig, SftConfig, StageConfig, StageName
+from qilin_med.rows import packed_length, row_settings
+
+
+@dataclass(frozen=True)
+class Amount:
+    rows: int
+    tokens: float
+    """Without padding; a preference pair's question counts once."""
+    trained: float
+    """Tokens that a loss is taken on."""
+    longest: int | None
+    """Tokens of the longest sequence, None where no one has looked."""
+    source: str
+    """Where these figures are from."""
+
+
+def row_shape(section: StageConfig) -> tuple[int, float]:
+    """(tokens of the longest sequence, share of them that a loss is taken on)."""
+    if isinstance(section, PretrainingConfig):
+        return section.block_size, 1.0
+    whole = section.max_source_length + section.max_target_length
+    length = packed_length(section) if isinstance(section, SftConfig) and section.packing else whole
+    return length, section.max_target_length / whole
+
+
+def find_amount(experiment: Experiment, stage: StageName) -> Amount | None:
+    """Of rows prepared by an earlier run or --dry-run, else of the built corpus; None where neither is there."""
+    return _in_cache(experiment, stage) or _in_corpus(experiment, stage)
+
+
+def _in_cache(experiment: Experiment, stage: StageName) -> Amount | None:
+    """Of the newest rows that were prepared with these settings."""
+    settings = row_settings(stage, experiment.stage(stage))
+    manifests = (Path(experiment.output_dir) / "cache").glob(f"{stage}-*/MANIFEST.json")
+    for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
+        manifest = read_manifest(path.parent)
+        if manifest["inputs"]["settings"] == settings:
+            counts = manifest["counts"]
+            return Amount(
+                counts["rows"], counts["tokens"], counts["trained_tokens"], counts["longest"], f"prepared rows, {path.parent}"
+            )
+    return None
+
+
+def _in_corpus(experiment: Experiment, stage: StageName) -> Amount | None:
+    """Of the built corpus that the stage reads; None if it was not built."""
+    manifest = Path(experiment.stage(stage).data[0].path).parent / "manifest.json"
+    if not manifest.is_file():
+        return None
+    total = json.loads(manifest.read_text(encoding="utf-8"))["totals"].get(stage)
+    if not total or not total["train"]:
+        return None
+    tokens = total["tokens"] * total["train"] / (total["train"] + total["dev"])
+    length, _ = row_shape(experiment.stage(stage))
+    is_packed = stage == "pretraining" or getattr(experiment.stage(stage), "packing", False)
+    rows = tokens / length if is_packed else total["train"]
+    return replace(stated_amount(experiment, stage, rows, tokens), source=f"corpus, {manifest}; role marks left out")
+
+
+def stated_amount(experiment: Experiment, stage: StageName, rows: float | None, tokens: float | None) -> Amount:
+    """From a user's numbers; what is not said follows from rows that are full."""
+    length, targets = row_shape(experiment.stage(stage))
+    # A pair is a question with two answers; the question counts once.
+    full = length * (1 + targets) if stage == "dpo" else length
+    rows = rows or tokens / full
+    tokens = tokens or rows * full
+    scored = 2 * targets / (1 + targets) if stage == "dpo" else targets
+    return Amount(math.ceil(rows), tokens, tokens * scored, None, "as stated")

@@ -1,0 +1,63 @@
+"""Refuse a run that cannot fit this machine before its model is loaded."""
+
+import os
+import shutil
+from pathlib import Path
+
+from qilin_med.config import Experiment
+from qilin_med.errors import UserError
+from qilin_med.planner.advice import describe_change
+from qilin_med.planner.plan import MARGIN, Machines, StagePlan
+from qilin_med.planner.storage import merged_bytes
+
+GIB = 2**30
+
+
+def local_machine(experiment: Experiment) -> Machines:
+    """This machine's CPU ranks, each with its part of the memory that is free."""
+    processes = experiment.launch.processes
+    ranks = 1 if processes == "auto" else processes
+    return Machines(1, ranks, available_memory() / ranks, None)
+
+
+def available_memory() -> int:
+    """Bytes that new processes can have without swapping: the kernel's estimate, or what the container allows."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limits = [(_number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current"))]
+    return min([free, *(limit - used for limit, used in limits if limit is not None and used is not None)])
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no such limit, or "max"
+        return None
+
+
+def check_memory(plan: StagePlan) -> None:
+    """UserError if even a generous reading of the estimate exceeds what a rank has."""
+    if plan.verdict != "does not fit":
+        return
+    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in plan.memory.parts().items() if value > 0.05 * GIB)
+    raise UserError(
+        f"{plan.stage} needs about {plan.memory.total / GIB:.1f} GiB a rank ({parts}), {plan.machines.memory / GIB:.1f}"
+        f" GiB are there; {describe_change(plan)}; or add --force to try it (scripts/plan.py shows every setting)"
+    )
+
+
+def check_disk(plan: StagePlan, folder: Path) -> None:
+    """UserError if the checkpoints and the merged model will not fit on the disk that `folder` lies on."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free + _size_of(folder / "checkpoints")
+    if free < plan.disk * (1 - MARGIN):
+        raise UserError(
+            f"{folder}: {plan.disk / GIB:.1f} GiB needed for {plan.section.keep_checkpoints} + 1 checkpoints and the"
+            f" merged model ({merged_bytes(plan.training) / GIB:.1f} GiB), {free / GIB:.1f} GiB free; free the disk, lower"
+            f" {plan.stage}.keep_checkpoints or set output_dir; --force tries it nevertheless"
+        )
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes that a resumed run's own checkpoints take already."""
+    return sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())

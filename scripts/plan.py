@@ -1,0 +1,86 @@
+"""What an experiment's stages need: memory, time, disk, before anything is downloaded or bought.
+
+python scripts/plan.py --config configs/qilin_med_7b.json --gpus 8 --gpu a100-80g [key.path=value ...]
+python scripts/plan.py --config configs/qilin_med_7b.json --gpus 4 --gpu 3090-24g --stage dpo \\
+    --model-config configs/architectures/baichuan-7b.json --rows dpo=6000
+
+Formulas and how well they agree with what is measured: docs/scaling.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.config import STAGES, Experiment, StageName
+from qilin_med.errors import UserError, user_errors_end_with_one_line
+from qilin_med.planner.architecture import read_architecture
+from qilin_med.planner.data import Amount, find_amount, stated_amount
+from qilin_med.planner.gpus import GPUS
+from qilin_med.planner.plan import Machines, plan_stage
+from qilin_med.planner.preflight import local_machine
+from qilin_med.planner.tables import format_plan, format_total
+
+
+def main() -> None:
+    arguments, experiment = parse_experiment(_parser())
+    stages = arguments.stage or [stage for stage in STAGES if getattr(experiment, stage)]
+    architecture = read_architecture(arguments.model_config or Path(experiment.model.path))
+    rows, tokens = _amounts(arguments.rows), _amounts(arguments.tokens)
+    machines, device = _machines(arguments, experiment)
+    plans = []
+    for stage in stages:
+        amount = _amount(experiment, stage, rows.get(stage), tokens.get(stage))
+        plans.append(plan_stage(experiment, stage, architecture, machines, amount))
+        print(format_plan(plans[-1], device, arguments.mfu), end="\n\n")
+    if len(plans) > 1 and (total := format_total(plans, arguments.mfu)):
+        print(total)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = experiment_parser(__doc__)
+    parser.add_argument("--gpus", type=int, help="GPUs of a machine (default: launch.processes, or 8)")
+    parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="which GPU (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4,
+        help="share of the GPUs' peak that the computed operations reach, recomputed ones included (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage (may be repeated)")
+    parser.add_argument("--model-config", type=Path, help="a model's config.json, where its folder is not there yet")
+    for what in ("rows", "tokens"):
+        parser.add_argument(f"--{what}", nargs="+", default=[], metavar="STAGE=NUMBER", help=f"{what} of the data")
+    return parser
+
+
+def _amounts(values: list[str]) -> dict[str, float]:
+    amounts = {}
+    for value in values:
+        stage, _, number = value.partition("=")
+        try:
+            amounts[STAGES[STAGES.index(stage)]] = float(number)
+        except ValueError:
+            raise UserError(f"'{value}': expected STAGE=NUMBER, for example pretraining=2.122e9") from None
+    return amounts
+
+
+def _amount(experiment: Experiment, stage: StageName, rows: float | None, tokens: float | None) -> Amount | None:
+    if rows or tokens:
+        return stated_amount(experiment, stage, rows, tokens)
+    return find_amount(experiment, stage)
+
+
+def _machines(arguments: argparse.Namespace, experiment: Experiment) -> tuple[Machines, str]:
+    if experiment.launch.device == "cpu":
+        return local_machine(experiment), "CPU process"
+    processes = experiment.launch.processes
+    gpus = arguments.gpus or (8 if processes == "auto" else processes)
+    gpu = GPUS[arguments.gpu]
+    return Machines(arguments.nodes, gpus, gpu.memory, gpu.peak(experiment.model.dtype)), gpu.name
+
+
+if __name__ == "__main__":
+    with user_errors_end_with_one_line():
+        main()
