@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,22 +147,6 @@ def check_rows(job: Job) -> None:
         raise UserError(
             f"{job.stage}: {job.row_count} rows are too few for one batch on each rank ({job.ranks} x"
             f" {job.section.batch_size_per_device} = {together}); lower batch_size_per_device or add data"
-        )
-
-
-def check_disk(job: Job, parameters: int, trainable: int) -> None:
-    """UserError if the checkpoints and the merged model will not fit on the output disk."""
-    weight_bytes = 2 if job.experiment.model.dtype == "bfloat16" else 4
-    saved = trainable if trainable < parameters else parameters
-    checkpoint = saved * (weight_bytes + 12)  # weights, and in fp32 a master copy and two Adam moments
-    # One more checkpoint than kept: the oldest goes only when the newest is complete.
-    needed = checkpoint * (job.section.keep_checkpoints + 1) + parameters * weight_bytes
-    existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"{job.folder}: {needed / 2**30:.1f} GiB needed for {job.section.keep_checkpoints} + 1 checkpoints and the"
-            f" merged model, {free / 2**30:.1f} GiB free; free the disk, lower {job.stage}.keep_checkpoints or set output_dir"
         )
 
 

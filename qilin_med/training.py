@@ -33,7 +33,7 @@ from qilin_med.checkpoints import (
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.config import Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.job import Job, check_batch, check_disk, check_rows, commit, count_ranks, differences, versions
+from qilin_med.job import Job, check_batch, check_rows, commit, count_ranks, differences, versions
 from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank, launch_ranks
 from qilin_med.results import read_metrics
 
@@ -72,13 +72,14 @@ def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", descr
         return
     parser = experiment_parser(description)
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--force", action="store_true", help="start even if memory or disk seem too small")
     parser.add_argument("--restart", action="store_true", help="move what this stage made before aside and start anew")
     with user_errors_end_with_one_line():
         arguments, experiment = parse_experiment(parser)
-        _run_whole_stage(experiment, stage, dry_run=arguments.dry_run, restart=arguments.restart)
+        _run_whole_stage(experiment, stage, dry_run=arguments.dry_run, restart=arguments.restart, force=arguments.force)
 
 
-def _run_whole_stage(experiment: Experiment, stage: StageName, dry_run: bool, restart: bool) -> None:
+def _run_whole_stage(experiment: Experiment, stage: StageName, dry_run: bool, restart: bool, force: bool) -> None:
     experiment.stage(stage)
     folder = experiment.stage_folder(stage)
     with disk_errors_explained(folder), _only_run_in(folder):
@@ -87,10 +88,11 @@ def _run_whole_stage(experiment: Experiment, stage: StageName, dry_run: bool, re
         job = _prepare_job(experiment, stage, dry_run)
         parameters, trainable = _count_parameters(job)
         if not dry_run:
-            check_disk(job, parameters, trainable)
             _refuse_other_settings(job)
             if _is_finished(job):
                 return
+            if not force:
+                _refuse_what_cannot_fit(job)
         _describe(job, parameters, trainable, whole=dry_run)
         if dry_run:
             return
@@ -161,6 +163,18 @@ def _count_parameters(job: Job) -> tuple[int, int]:
     from qilin_med.models import count_parameters
 
     return count_parameters(job.parent, getattr(job.section, "lora", None))
+
+
+def _refuse_what_cannot_fit(job: Job) -> None:
+    """UserError if memory or disk of this machine are certainly too small."""
+    import torch
+
+    from qilin_med.planner.preflight import check_machine
+
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    counts = read_manifest(job.rows)["counts"]
+    if note := check_machine(job, counts["longest"], min(gpus, default=0)):
+        say(note)
 
 
 def _refuse_other_settings(job: Job) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     ["pretraining", "supervised_finetuning", "dpo_training", "scripts"],
     ["report", "reference", "comparisons"],
     ["training", "evaluation", "inspection", "harness"],
-    ["callbacks", "trainers", "lm", "answers"],
+    ["callbacks", "trainers", "lm", "answers", "planner"],
     ["rows", "models", "baichuan", "retrieval", "tasks"],
     ["corpus", "template", "tokenizer", "batches", "losses", "launch", "job", "demo"],
     ["checkpoints", "cli", "results", "paper"],
@@ -24,7 +24,7 @@ LAYERS = [
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = ["config", "records", "errors", "checkpoints", "job", "launch", "template", "rows", "corpus.build",
                  "retrieval.index", "retrieval.retriever", "retrieval.recall", "results",
-                 "report.pages", "report.cards"]  # fmt: skip
+                 "report.pages", "report.cards", "planner.preflight", "planner.tables"]  # fmt: skip
 
 
 def layer_of(path: Path) -> str:

@@ -1,28 +1,25 @@
 """The planner against PEFT, DeepSpeed's own estimators, fake-tensor runs of the whole 7B model, and memory measured here."""
 
-import contextlib
+import gc
 import json
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qilin_med.config import LoraSettings, load_experiment
+from qilin_med.config import LoraSettings
 from qilin_med.losses import token_losses
 from qilin_med.models import forward_hidden, lora_config, output_head
 from qilin_med.planner.architecture import read_architecture
 from qilin_med.planner.compute import Work, training_flops
 from qilin_med.planner.engine import Engine
-from qilin_med.planner.gpus import GPUS
-from qilin_med.planner.memory import Training, end_activations, model_states, moments, plan_memory, step_gradients
-from qilin_med.planner.plan import Machines, plan_stage
+from qilin_med.planner.memory import Training, model_states, moments, plan_memory, step_gradients
 from qilin_med.planner.storage import offloaded_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +136,7 @@ class LiveBytes(TorchDispatchMode):
 def fake_model(planned: Training, path: Path) -> torch.nn.Module:
     """A model of fake tensors on the CPU. To be called in FakeTensorMode; PEFT cannot, so it works on meta tensors."""
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[planned.dtype]
-    with no_fakes():
+    with unset_fake_temporarily():
         model = model_on("meta", path, dtype, planned.lora)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -152,12 +149,6 @@ def fake_model(planned: Training, path: Path) -> torch.nn.Module:
     return model
 
 
-def no_fakes():
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    return unset_fake_temporarily()
-
-
 def update(model: torch.nn.Module, planned: Training) -> None:
     """Forward, our loss, backward, as the trainers do it."""
     shape = planned.rows * planned.sequences, planned.length
@@ -168,31 +159,32 @@ def update(model: torch.nn.Module, planned: Training) -> None:
     loss.backward()
 
 
-CASES = {
-    "cpt": {"checkpointing": False},
-    "cpt recomputed": {"checkpointing": True},
-    "sft": {"lora": LORA, "rows": 8, "length": 512, "targets": 0.5},
-    "sft recomputed": {"lora": LORA, "rows": 16, "length": 512, "targets": 0.5, "checkpointing": True},
+CASES = {  # layers of the 7B model's 32, as every operation on fake tensors takes its time
+    "cpt": (32, {"rows": 4}),
+    "cpt recomputed": (4, {"rows": 32, "checkpointing": True}),
+    "sft": (4, {"lora": LORA, "rows": 8, "length": 512, "targets": 0.5}),
+    "sft recomputed": (4, {"lora": LORA, "rows": 64, "length": 512, "targets": 0.5, "checkpointing": True}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_memory_and_flops_of_the_whole_7b_model(case):
+def test_memory_and_flops_of_the_7b_model(case, tmp_path):
     """Peak within 10%, operations within 2%, of a fake-tensor run of forward, loss and backward."""
-    planned = training(engine=Engine(True, 0), on_gpu=False, **CASES[case])
-    aten, own = torch.ops.aten, torch.ops.torch_nn
-    attention = aten._scaled_dot_product_flash_attention_for_cpu
-    # What the counter does not know: attention on a CPU, and the forward pass of the chunked loss, one opaque operator.
-    unknown = {
-        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
-            g, q, k, v
-        ),
-        own._linear_cross_entropy_batch_chunked_no_reduction: lambda x, w, *_, **__: 2 * x[0] * x[1] * w[0],
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=unknown)
+    layers, settings = CASES[case]
+    config = json.loads(BAICHUAN.read_text()) | {"num_hidden_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned = training(tmp_path, engine=Engine(True, 0), on_gpu=False, **settings)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={  # the counter knows these on a GPU only
+            attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+            backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+        },
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = fake_model(planned, BAICHUAN)
+        model = fake_model(planned, tmp_path)
         with LiveBytes(*model.parameters(), *model.buffers()) as memory:
             update(model, planned)
         model.zero_grad()
@@ -201,8 +193,51 @@ def test_memory_and_flops_of_the_whole_7b_model(case):
     expected = max(
         m.weights + m.gradients + m.activations + m.loss for m in moments(planned) if m.moment != "optimizer step"
     )
-    flops = training_flops(planned, Work(planned.tokens, planned.target_tokens))
+    a, flops = planned.architecture, training_flops(planned, Work(planned.tokens, planned.target_tokens))
+    # The forward pass of the chunked loss is one operator that cannot be looked into.
+    counted = counter.get_total_flops() + 2 * a.embedding * planned.target_tokens
     print(f"{case}: memory {expected / memory.peak - 1:+.1%} of {memory.peak / GIB:.2f} GiB,"
-          f" operations {flops / counter.get_total_flops() - 1:+.2%} of {counter.get_total_flops():.4g}")  # fmt: skip
+          f" operations {flops / counted - 1:+.2%} of {counted:.4g}")  # fmt: skip
     assert expected == pytest.approx(memory.peak, rel=0.10)
-    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert flops == pytest.approx(counted, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ measured, real runs
+
+
+def measured(planned: Training, path: Path) -> float:
+    """By how much this process grows in two updates with AdamW, model included."""
+    gc.collect()
+    before = _memory("VmRSS")
+    model = model_on("cpu", path, torch.float32, planned.lora)
+    if planned.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    for _ in range(2):
+        update(model, planned)
+        optimizer.step()
+        optimizer.zero_grad()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rows": 8}, {"rows": 24, "checkpointing": True}, {"rows": 8, "lora": LORA, "targets": 0.5}],
+    ids=["cpt", "cpt recomputed", "sft"],
+)
+def test_memory_of_small_real_runs(settings, tmp_path):
+    """Within 15%: the allocator's pages and the libraries' scratch memory are in the measurement alone."""
+    config = json.loads(BAICHUAN.read_text())
+    small = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config | small | {"num_hidden_layers": 6}))
+    planned = training(tmp_path, dtype="float32", on_gpu=False, length=256, **settings)
+    memory = plan_memory(planned)
+    found = measured(planned, tmp_path)
+    print(f"{settings}: {(memory.total - memory.other) / found - 1:+.1%} of {found / 2**20:.0f} MiB ({memory.moment})")
+    assert memory.total - memory.other == pytest.approx(found, rel=0.15)

@@ -95,4 +95,3 @@ def _largest_divisor(plan: StagePlan, most: int) -> int | None:
     """Rows at once that split a rank's part of an update evenly, at most `most` and fewer than now."""
     each = plan.rows_per_update // plan.machines.ranks
     return next((rows for rows in range(min(most, plan.training.rows - 1), 0, -1) if each % rows == 0), None)
-

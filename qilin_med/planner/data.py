@@ -46,7 +46,11 @@ def _in_cache(experiment: Experiment, stage: StageName) -> Amount | None:
         if manifest["inputs"]["settings"] == settings:
             counts = manifest["counts"]
             return Amount(
-                counts["rows"], counts["tokens"], counts["trained_tokens"], counts["longest"], f"prepared rows, {path.parent}"
+                counts["rows"],
+                counts["tokens"],
+                counts["trained_tokens"],
+                counts["longest"],
+                f"prepared rows, {path.parent}",
             )
     return None
 

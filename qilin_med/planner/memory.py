@@ -133,7 +133,9 @@ def model_states(training: Training) -> Memory:
     return Memory(
         weights=weights_bytes(t) / (t.ranks if engine.shards_weights else 1) * (not engine.offload_parameters)
         + autocast_weights(t),
-        gradients=0 if engine.offload_optimizer else t.trainable * gradient_bytes(t) / share(t, engine.shards_gradients),
+        gradients=0
+        if engine.offload_optimizer
+        else t.trainable * gradient_bytes(t) / share(t, engine.shards_gradients),
         optimizer=0 if engine.offload_optimizer else t.trainable * optimizer_bytes(t) / share(t, engine.zero >= 1),
         communication=communication_bytes(t),
         other=CUDA_BYTES if t.on_gpu else PYTHON_BYTES,

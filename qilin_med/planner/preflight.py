@@ -6,8 +6,11 @@ from pathlib import Path
 
 from qilin_med.config import Experiment
 from qilin_med.errors import UserError
+from qilin_med.job import Job
 from qilin_med.planner.advice import describe_change
-from qilin_med.planner.plan import MARGIN, Machines, StagePlan
+from qilin_med.planner.architecture import read_architecture
+from qilin_med.planner.data import Amount
+from qilin_med.planner.plan import MARGIN, Machines, StagePlan, plan_stage
 from qilin_med.planner.storage import merged_bytes
 
 GIB = 2**30
@@ -33,6 +36,23 @@ def _number(path: str) -> int | None:
         return int(Path(path).read_text())
     except (OSError, ValueError):  # no such limit, or "max"
         return None
+
+
+def check_machine(job: Job, longest: int, gpu_memory: int) -> str | None:
+    """UserError if memory or disk are too small for a job. `longest`: tokens of its longest sequence; `gpu_memory`: bytes
+    of the smallest GPU. A model whose shape the planner does not know is not refused: then a line says so."""
+    machines = local_machine(job.experiment)
+    if job.experiment.launch.device == "cuda":
+        machines = Machines(1, job.ranks, gpu_memory, None)
+    try:
+        architecture = read_architecture(job.parent)
+    except UserError as error:
+        return f"memory and disk not checked: {error}"
+    amount = Amount(job.row_count, 0, 0, longest, str(job.rows))
+    plan = plan_stage(job.experiment, job.stage, architecture, machines, amount)
+    check_memory(plan)
+    check_disk(plan, job.folder)
+    return None
 
 
 def check_memory(plan: StagePlan) -> None:

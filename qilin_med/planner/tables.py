@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from qilin_med.planner.advice import describe_change
 from qilin_med.planner.compute import training_flops
-from qilin_med.planner.memory import Training, plan_memory
+from qilin_med.planner.memory import plan_memory
 from qilin_med.planner.plan import StagePlan, alternatives, fits, largest_batch
 from qilin_med.planner.storage import checkpoint_bytes, host_bytes, merged_bytes, offloaded_bytes
 
@@ -133,5 +133,3 @@ def format_total(plans: list[StagePlan], utilisation: float) -> str | None:
         return None
     seconds = sum(plan.seconds(value, utilisation) for plan, value in zip(plans, flops, strict=True))
     return f"all stages: {seconds / 86400:,.2f} days at {utilisation:.0%} of the peak"
-
-
