@@ -239,10 +239,8 @@ def norm_bytes(training: Training) -> float:
 def attention_bytes(training: Training) -> float:
     """Queries, keys, values and the output; keys and values are repeated per query head where a mask is passed."""
     t, a, c = training, training.architecture, training.compute_bytes
-    if t.attention == "flash_attention_2":
-        saved = 2 * c * (a.query_width + a.kv_width)
-    else:
-        saved = 4 * c * a.query_width
+    keys = a.kv_width if t.attention == "flash_attention_2" else a.query_width
+    saved = 2 * c * (a.query_width + keys)
     if t.attention == "sdpa":
         saved += c * t.length  # the packed rows' mask as an additive bias, one for all heads
     if t.attention == "eager":

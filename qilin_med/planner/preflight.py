@@ -1,6 +1,5 @@
 """Refuse a run that cannot fit this machine before its model is loaded."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -24,18 +23,20 @@ def local_machine(experiment: Experiment) -> Machines:
 
 
 def available_memory() -> int:
-    """Bytes that new processes can have without swapping: the kernel's estimate, or what the container allows."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limits = [(_number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current"))]
-    return min([free, *(limit - used for limit, used in limits if limit is not None and used is not None)])
-
-
-def _number(path: str) -> int | None:
+    """Bytes that new processes can have without swapping: the kernel's estimate, or what the container leaves."""
+    free = _fields("/proc/meminfo")["MemAvailable:"] * 1024
+    control = Path("/sys/fs/cgroup")
     try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):  # no such limit, or "max"
-        return None
+        limit = int((control / "memory.max").read_text())
+        used = _fields(control / "memory.stat")["anon"]  # cached files give way
+    except (OSError, ValueError, KeyError):  # no container, or none with a limit ("max")
+        return free
+    return min(free, limit - used)
+
+
+def _fields(path: str | Path) -> dict[str, int]:
+    """Name and number at the start of every line."""
+    return {words[0]: int(words[1]) for words in map(str.split, Path(path).read_text().splitlines())}
 
 
 def check_machine(job: Job, longest: int, gpu_memory: int) -> str | None:
@@ -80,4 +81,4 @@ def check_disk(plan: StagePlan, folder: Path) -> None:
 
 def _size_of(folder: Path) -> int:
     """Bytes that a resumed run's own checkpoints take already."""
-    return sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
