@@ -238,7 +238,7 @@ def test_the_papers_machines_are_large_enough():
          "sft.batch_size_per_device=8 sft.global_batch_size=4096"),
         ("pretraining", gpus(8, "3090-24g"), [], "pretraining.deepspeed=configs/deepspeed/zero3.json"),
         ("pretraining", gpus(1, "3090-24g"), ["pretraining.global_batch_size=8"],
-         "pretraining.deepspeed=configs/deepspeed/zero3_offload.json"),
+         "pretraining.deepspeed=configs/deepspeed/zero2_offload.json"),
     ],
 )  # fmt: skip
 def test_the_advice_is_the_cheapest_change_that_fits(stage, machines, overrides, change):
@@ -252,7 +252,7 @@ def test_the_advice_is_the_cheapest_change_that_fits(stage, machines, overrides,
 def test_a_run_that_cannot_fit_is_refused_with_what_to_change(tmp_path, monkeypatch):
     plan = paper("pretraining", gpus(1, "3090-24g"), "pretraining.global_batch_size=8")
     with pytest.raises(
-        UserError, match=r"needs about \d+\.\d GiB .* 24\.0 GiB are there; cheapest change: .*zero3_offload"
+        UserError, match=r"needs about \d+\.\d GiB .* 24\.0 GiB are there; cheapest change: .*zero2_offload"
     ):
         preflight.check_memory(plan)
     usage = shutil.disk_usage(tmp_path)._replace(free=300 * GIB)
