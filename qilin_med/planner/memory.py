@@ -85,7 +85,7 @@ class Memory:
     optimizer: float = 0
     activations: float = 0
     loss: float = 0
-    communication: float = 0
+    buckets: float = 0
     """Reduction buckets, and under ZeRO-3 the gathered parameters."""
     other: float = 0
     moment: str = ""
@@ -117,10 +117,10 @@ def moments(training: Training) -> list[Memory]:
     last = kept + ends + working + (layer if t.checkpointing else 0)
     return [
         replace(states, gradients=early - min(early, matrix), activations=kept + ends, loss=loss, moment="loss"),
-        replace(states, gradients=early + whole_layer, activations=last, moment="backward pass, last layer"),
-        replace(states, gradients=late + whole_layer, activations=layer + working, moment="backward pass, first layer"),
-        replace(states, gradients=every + (matrix if t.engine.shards_gradients else 0), moment="end of backward pass"),
-        replace(states, gradients=every + step_gradients(t), communication=0, moment="optimizer step"),
+        replace(states, gradients=early + whole_layer, activations=last, moment="backward, last layer"),
+        replace(states, gradients=late + whole_layer, activations=layer + working, moment="backward, first layer"),
+        replace(states, gradients=every + (matrix if t.engine.shards_gradients else 0), moment="end of backward"),
+        replace(states, gradients=every + step_gradients(t), buckets=0, moment="optimizer step"),
     ]
 
 
@@ -137,7 +137,7 @@ def model_states(training: Training) -> Memory:
         if engine.offload_optimizer
         else t.trainable * gradient_bytes(t) / share(t, engine.shards_gradients),
         optimizer=0 if engine.offload_optimizer else t.trainable * optimizer_bytes(t) / share(t, engine.zero >= 1),
-        communication=communication_bytes(t),
+        buckets=communication_bytes(t),
         other=CUDA_BYTES if t.on_gpu else PYTHON_BYTES,
     )
 

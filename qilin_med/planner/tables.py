@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from qilin_med.planner.advice import describe_change
 from qilin_med.planner.compute import training_flops
-from qilin_med.planner.memory import plan_memory
+from qilin_med.planner.memory import moments, plan_memory
 from qilin_med.planner.plan import StagePlan, alternatives, fits, largest_batch
 from qilin_med.planner.storage import checkpoint_bytes, host_bytes, merged_bytes, offloaded_bytes
 
@@ -43,14 +43,14 @@ def _heading(plan: StagePlan, device: str) -> list[str]:
 
 
 def _memory_table(plan: StagePlan) -> list[str]:
-    parts = plan.memory.parts()
-    header = [*parts, "total", "there is"]
-    values = [*parts.values(), plan.memory.total, plan.machines.memory]
-    return [
-        *_table([header, [_gib(v) for v in values]]),
-        f"GiB a rank at the fullest moment ({plan.memory.moment}): {plan.verdict};"
-        f" largest batch that fits: {largest_batch(plan.training, plan.machines)}",
-    ]
+    """Fullest moment before the optimizer's step, and the step."""
+    *before, step = moments(plan.training)
+    fullest = max(before, key=lambda memory: memory.total)
+    rows = [["GiB a rank", *step.parts(), "total", "there is"]]
+    for memory in (fullest, step):
+        values = [*memory.parts().values(), memory.total, plan.machines.memory]
+        rows.append([memory.moment, *map(_gib, values)])
+    return [*_table(rows), f"{plan.verdict}; largest batch that fits: {largest_batch(plan.training, plan.machines)}"]
 
 
 def _advice(plan: StagePlan) -> list[str]:
@@ -72,7 +72,7 @@ def _comparison(plan: StagePlan) -> list[str]:
             word = "fits" if fits(memory, plan.machines) else "no"
             cells += [f"{_gib(memory.total)}{mark}", word, str(largest_batch(option, plan.machines))]
         rows.append([*cells, _gib(host_bytes(training))])
-    note = "GiB a rank with activations kept or recomputed, largest batch, GiB of host memory a machine; < is this run"
+    note = "GiB a rank with activations kept or recomputed, largest batch, host GiB a machine; < is this run"
     return [*_table(rows), note]
 
 
@@ -100,7 +100,7 @@ def _storage_lines(plan: StagePlan) -> list[str]:
     host = f"host memory a machine: {_gib(plan.host)} GiB"
     if t.engine.offload_optimizer:
         host += f", {_gib(offloaded_bytes(t))} of it offloaded"
-    return [f"disk: {whole}, merged model{' and adapter' if t.lora else ''} {_gib(merged_bytes(t))}; {host}"]
+    return [f"disk: {whole}, merged model{' and adapter' if t.lora else ''} {_gib(merged_bytes(t))}", host]
 
 
 def _duration(plan: StagePlan, flops: float, utilisation: float) -> str:
