@@ -46,7 +46,7 @@ def _memory_table(plan: StagePlan) -> list[str]:
     """Fullest moment before the optimizer's step, and the step."""
     *before, step = moments(plan.training)
     fullest = max(before, key=lambda memory: memory.total)
-    rows = [["GiB a rank", *step.parts(), "total", "there is"]]
+    rows = [["GiB a rank", *step.parts(), "total", "of"]]
     for memory in (fullest, step):
         values = [*memory.parts().values(), memory.total, plan.machines.memory]
         rows.append([memory.moment, *map(_gib, values)])
