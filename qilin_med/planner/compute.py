@@ -25,6 +25,7 @@ def training_flops(training: Training, work: Work) -> float:
     layers = layers_flops(t, work.tokens)
     # A frozen matrix hands gradients on and gets none; PyTorch's attention recomputes its scores, 5 products for 2.
     linear = matrices_flops(t, work.tokens) * (1 if t.lora else 2) + 2 * adapter_flops(t, work.tokens)
+    linear -= unneeded_flops(t, work.tokens)
     backward = linear + 2.5 * attention_flops(t, work.tokens)
     recomputed = layers - skipped_flops(t, work.tokens) if t.checkpointing else 0
     return layers + backward + recomputed + head_flops(t, work.targets)
@@ -56,6 +57,13 @@ def attention_flops(training: Training, tokens: float) -> float:
     a = training.architecture
     square = 4 * a.layers * a.query_width * training.length * tokens
     return square / 2 if training.attention == "flash_attention_2" else square
+
+
+def unneeded_flops(training: Training, tokens: float) -> float:
+    """Below the first layer's frozen matrices nothing trains, so none needs their gradients (recomputation asks for them)."""
+    a = training.architecture
+    inputs = a.hidden * (a.query_width + 2 * a.kv_width)
+    return 2 * inputs * tokens if training.lora and not training.checkpointing else 0
 
 
 def skipped_flops(training: Training, tokens: float) -> float:
