@@ -12,25 +12,28 @@ from qilin_med.training import run_stage, say, training_arguments
 
 
 def build_trainer(job: Job):
+    from transformers import set_seed
     from trl import DPOConfig
 
-    from qilin_med.models import DTYPES, load_model, load_tokenizer, lora_config
+    from qilin_med.models import load_for_training, load_tokenizer, lora_config
     from qilin_med.rows import open_rows, row_lengths
-    from qilin_med.trainers import PreferenceTrainer
+    from qilin_med.trainers import PreferenceTrainer, reference_fingerprint
 
-    settings = job.experiment.model
     # Truncation is ours (token limits per question and answer), and so is dropout (the paper trains with 0.05).
     arguments = training_arguments(
         job, DPOConfig, beta=job.section.beta, precompute_ref_log_probs=True, max_length=None, disable_dropout=False
     )
     rows = open_rows(job.rows).dataset
     say("reference log-probabilities: computed once, cached beside the rows")
+    model = load_for_training(job)
+    set_seed(job.experiment.seed)  # TRL draws the adapter: the same on every rank
     return PreferenceTrainer(
-        model=load_model(job.parent, settings, DTYPES[settings.dtype]),
+        model=model,
         args=arguments,
+        reference=reference_fingerprint(job),
         train_dataset=rows,
         lengths=row_lengths(rows),
-        processing_class=load_tokenizer(job.parent, settings.template),
+        processing_class=load_tokenizer(job.parent, job.experiment.model.template),
         peft_config=lora_config(job.section.lora),
     )
 

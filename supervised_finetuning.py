@@ -11,18 +11,13 @@ from qilin_med.training import run_stage, training_arguments
 
 
 def build_trainer(job: Job):
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    from qilin_med.models import DTYPES, load_model, lora_config
+    from qilin_med.models import add_adapter, load_for_training
     from qilin_med.rows import open_rows, row_lengths
     from qilin_med.trainers import LanguageModelTrainer
 
     arguments = training_arguments(job)
     rows = open_rows(job.rows).dataset
-    settings = job.experiment.model
-    set_seed(job.experiment.seed)  # the adapter starts random, the same on every rank
-    model = get_peft_model(load_model(job.parent, settings, DTYPES[settings.dtype]), lora_config(job.section.lora))
+    model = add_adapter(load_for_training(job), job)
     lengths = None if job.section.packing else row_lengths(rows)
     return LanguageModelTrainer(model=model, args=arguments, train_dataset=rows, lengths=lengths)
 

@@ -7,6 +7,7 @@ the same thing.
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from qilin_med.batches import collate_packed, collate_preferences
 from qilin_med.checkpoints import digest, fingerprint_model, write_json
 from qilin_med.config import Experiment, Source, StageName
 from qilin_med.job import commit, versions
-from qilin_med.losses import sequence_log_probs, token_losses
-from qilin_med.models import DTYPES, forward_hidden, load_model, load_tokenizer, max_positions, output_head
+from qilin_med.losses import sequence_log_probs, target_losses
+from qilin_med.models import DTYPES, forward_through_head, load_model, load_tokenizer, max_positions
 from qilin_med.rows import PreparedRows, prepare_rows
 
 
@@ -81,10 +82,9 @@ def answer_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> 
 def _mean_token_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> tuple[float, int]:
     total, count = 0.0, 0
     for batch in _batches(rows, batch_size, collate_packed, model):
-        hidden = forward_hidden(model, {key: batch[key] for key in ("input_ids", "position_ids")})
-        targets = batch["labels"][:, 1:]
-        scored = targets != -100
-        total += token_losses(hidden[:, :-1][scored], output_head(model), targets[scored], reduction="sum").item()
+        sum_losses = partial(target_losses, labels=batch["labels"], reduction="sum")
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+        total += forward_through_head(model, inputs, sum_losses).item()
         count += batch["items"]
     return total / count, count
 
@@ -95,8 +95,8 @@ def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: 
     log p(chosen) - log p(rejected) of every pair, in the order of the rows."""
     margins = []
     for batch in _batches(rows, batch_size, collate_preferences, model):
-        hidden = forward_hidden(model, {"input_ids": batch["input_ids"]})
-        chosen, rejected = sequence_log_probs(hidden, output_head(model), batch["labels"]).chunk(2)
+        score = partial(sequence_log_probs, labels=batch["labels"])
+        chosen, rejected = forward_through_head(model, {"input_ids": batch["input_ids"]}, score).chunk(2)
         margins += [round(margin, 4) for margin in (chosen - rejected).tolist()]
     share = sum(margin > 0 for margin in margins) / len(margins)
     error = math.sqrt(share * (1 - share) / len(margins))

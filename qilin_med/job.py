@@ -54,6 +54,15 @@ class Job:
         return self.rows_per_update // (self.section.batch_size_per_device * self.ranks)
 
     @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        """Contents of the stage's DeepSpeed file; UserError if it cannot be read."""
+        return read_deepspeed(self.section.deepspeed)
+
+    @property
+    def zero_stage(self) -> int:
+        return (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+    @property
     def updates(self) -> int:
         if self.section.max_steps:
             return self.section.max_steps
@@ -71,7 +80,7 @@ class Job:
             "seed": self.experiment.seed,
             "model": model,
             self.stage: section,
-            "deepspeed": self.section.deepspeed and digest(read_deepspeed(self.section.deepspeed)),
+            "deepspeed": self.deepspeed and digest(self.deepspeed),
             "ranks": self.ranks,
             "device": self.experiment.launch.device,
             "parent fingerprint": self.parent_fingerprint,
@@ -102,6 +111,20 @@ def read_deepspeed(path: str | None) -> dict[str, Any] | None:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed configuration {path} cannot be read: {error}") from None
+
+
+def check_engine(job: Job) -> None:
+    """UserError if DeepSpeed's file and the stage do not go together."""
+    if job.zero_stage < 3:
+        return
+    file, gather = job.section.deepspeed, "stage3_gather_16bit_weights_on_model_save"
+    if job.section.lora and job.section.lora.quantization:
+        raise UserError(
+            f"{job.stage}.lora.quantization is set, but {file} is ZeRO-3, which cannot split 4-bit weights; use"
+            " configs/deepspeed/zero2.json"
+        )
+    if not job.deepspeed["zero_optimization"].get(gather):
+        raise UserError(f"{file}: without '{gather}': true ZeRO-3 saves checkpoints without weights; add it")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -26,12 +26,17 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Ten
     )  # fmt: skip
 
 
-def sequence_log_probs(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
-    """log p(answer | prompt) of each sequence: [B]. hidden: [B, T, H]; labels: [B, T], unshifted, -100 elsewhere."""
+def target_losses(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+    """`token_losses` at the target positions alone. hidden: [B, T, H]; labels: [B, T], unshifted, -100 elsewhere."""
     targets = labels[:, 1:]
     scored = targets != -100
-    losses = token_losses(hidden[:, :-1][scored], head, targets[scored], reduction="none").float()
-    rows = scored.nonzero()[:, 0]
+    return token_losses(hidden[:, :-1][scored], head, targets[scored], reduction)
+
+
+def sequence_log_probs(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+    """log p(answer | prompt) of each sequence: [B]. Arguments as for `target_losses`."""
+    losses = target_losses(hidden, head, labels, reduction="none").float()
+    rows = (labels[:, 1:] != -100).nonzero()[:, 0]
     return -torch.zeros(len(labels), dtype=torch.float32, device=hidden.device).index_add(0, rows, losses)
 
 

@@ -1,7 +1,7 @@
 """Tokenizers and models: load, adapt, merge."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +11,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
+from transformers.integrations import apply_liger_kernel
 
 from qilin_med.config import LoraSettings, ModelConfig
 from qilin_med.errors import UserError
+from qilin_med.job import Job
 from qilin_med.template import QILIN_TEMPLATE
 
 if TYPE_CHECKING:
-    from peft import LoraConfig  # peft is imported where it is used: it takes seconds, and stage 1 does without
+    from peft import LoraConfig, PeftModel  # peft is imported where it is used: it takes seconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -60,13 +64,62 @@ def load_tokenizer(folder: Path, template: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(folder: Path, settings: ModelConfig, dtype: torch.dtype, **extra: Any) -> PreTrainedModel:
     """The model of a folder, without a cache (rows are packed) and never with remote code."""
+    check_packages(settings)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=settings.attention, trust_remote_code=False, use_safetensors=True
+        folder,
+        dtype=dtype,
+        attn_implementation=settings.attention,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **extra,
     )
     model.config.use_cache = False
     return model
+
+
+def check_packages(settings: ModelConfig) -> None:
+    """UserError if a setting needs a package that is not installed."""
+    wanted = {
+        "flash-attn": ("flash_attn", settings.attention == "flash_attention_2", "model.attention to 'sdpa'"),
+        "liger-kernel": ("liger_kernel", settings.fused_kernels, "model.fused_kernels to false"),
+    }
+    for package, (module, is_wanted, otherwise) in wanted.items():
+        if is_wanted and importlib.util.find_spec(module) is None:
+            raise UserError(f"the package {package} is not installed: pip install {package}, or set {otherwise}")
+
+
+def load_for_training(job: Job) -> PreTrainedModel:
+    """A stage's parent as its ranks train it: precision, 4-bit storage and kernels as the job says."""
+    settings, lora = job.experiment.model, job.section.lora
+    # Where all parameters train, the optimiser needs fp32 ones: DeepSpeed keeps a copy of its own, plain PyTorch none.
+    dtype = DTYPES[settings.dtype] if lora or job.section.deepspeed else torch.float32
+    quantization = {"quantization_config": _nf4(dtype)} if lora and lora.quantization else {}
+    model = load_model(job.parent, settings, dtype, **quantization)
+    if settings.fused_kernels:
+        # The loss stays ours, which never builds the full logits either.
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    return model
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA (Dettmers et al. 2023): NF4 with double quantisation, arithmetic in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def add_adapter(model: PreTrainedModel, job: Job) -> "PeftModel":
+    """The model with the stage's LoRA adapter, its start drawn from the experiment's seed."""
+    from peft import get_peft_model
+
+    set_seed(job.experiment.seed)  # the same on every rank
+    # DeepSpeed wants one precision and keeps fp32 copies itself; without it PEFT makes the adapter fp32.
+    return get_peft_model(model, lora_config(job.section.lora), autocast_adapter_dtype=not job.section.deepspeed)
 
 
 def lora_config(settings: LoraSettings) -> "LoraConfig":
@@ -105,50 +158,63 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@contextmanager
-def capture_hidden_states(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the decoder's last hidden states [B, T, H] of every forward pass inside the block.
+HeadFunction = Callable[[torch.Tensor, torch.nn.Linear], torch.Tensor]
 
-    The pass goes through the outermost wrapper, as DeepSpeed and DDP need; the caller asks it for one position's logits
-    (`logits_to_keep=1`) and computes the loss from the hidden states, so that the full logits never exist.
+
+def forward_through_head(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], compute: HeadFunction
+) -> torch.Tensor:
+    """One forward pass in which the output head returns compute(hidden [B, T, H], head) in place of logits.
+
+    So the full logits never exist, and what reads the head's weight runs inside the head's own call, where ZeRO-3
+    gathers that weight, in the backward pass too.
     """
-    captured: list[torch.Tensor] = []
+    head = unwrap(model).get_output_embeddings()
 
-    def keep(_module: torch.nn.Module, _arguments: Any, output: Any) -> None:
-        captured.append(output.last_hidden_state)
+    def compute_in_weights_dtype(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return compute(hidden, head)
 
-    handle = unwrap(model).get_decoder().register_forward_hook(keep)
+    head.forward = compute_in_weights_dtype
     try:
-        yield captured
+        return model(**inputs, use_cache=False).logits
     finally:
-        handle.remove()
+        del head.forward  # the class's own again
 
 
-def forward_hidden(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """One forward pass up to the last hidden states [B, T, H]."""
-    with capture_hidden_states(model) as captured:
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    return captured[-1]
-
-
-def output_head(model: torch.nn.Module) -> torch.nn.Linear:
-    return unwrap(model).get_output_embeddings()
+def load_checkpoint(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a training checkpoint; UserError if it does not hold every weight in its shape."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    if wrong := {key: names for key, names in report.items() if names}:
+        raise UserError(f"{checkpoint}: not a whole model ({wrong}); it cannot be published")
+    return model
 
 
 def merge_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
-    """The parent with the adapter merged in, in fp32: a merge in bf16 changes 1-2% of the predicted tokens."""
+    """The parent with the adapter merged in, in fp32: a merge in bf16 changes 1-2% of the predicted tokens.
+
+    Also where the adapter trained on 4-bit weights: a folder that is handed on never holds rounded weights.
+    """
     from peft import PeftModel
 
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, trust_remote_code=False)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
-def save_whole_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """Write model and tokenizer as one complete Hugging Face folder; UserError if any weight is not finite."""
+def save_whole_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str, end_ids: set[int]
+) -> None:
+    """Write model and tokenizer as one complete Hugging Face folder, in which generation ends at any of `end_ids`.
+
+    UserError if any weight is not finite.
+    """
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(f"{name} of the trained model is not finite: not published. Lower the learning rate")
     model.to(DTYPES[dtype])
     model.config.use_cache = True  # off in training only; generation without it is many times slower
+    model.generation_config.eos_token_id = sorted(end_ids) if len(end_ids) > 1 else min(end_ids)
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)

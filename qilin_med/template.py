@@ -1,14 +1,15 @@
 """Messages -> token ids and loss mask: the one place that knows how a prompt becomes tokens.
 
-The format itself lies in the tokenizer, as a Jinja chat template with `{% generation %}` marks. It is rendered once per
-conversation shape, with a sentinel in place of every content, and taken apart at the sentinels. The literal pieces
+The format itself lies in the tokenizer, as a Jinja chat template. `{% generation %}` marks in it tell which text is an
+answer; without them (most published models) its generation prompt and the end token do. The template is rendered once
+per conversation shape, with a sentinel in place of every content, and taken apart at the sentinels. The literal pieces
 (role marks, EOS) are tokenised with special tokens parsed, contents always as plain text, so that no text can smuggle
 in a control token; and because only contents are ever cut, role marks survive every limit.
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise
@@ -110,10 +111,11 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
-        """UserError: the tokenizer has no chat template, it has no `{% generation %}` marks, or QILIN_TEMPLATE's role
-        marks or the EOS are no single tokens of this tokenizer."""
+        """UserError: the tokenizer has no chat template, or QILIN_TEMPLATE's role marks or the EOS are no single tokens
+        of this tokenizer."""
         self.tokenizer = tokenizer
         self.template = checked_template(tokenizer)
+        self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         self._layout = cache(self._build_layout)
         self._controls = control_ids(tokenizer)
 
@@ -160,6 +162,11 @@ class ChatTemplate:
                 reason = "chosen and rejected are the same after cutting"
             encoded.append(_set_aside(preference, messages, reason) if reason else pair)
         return encoded
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer: not always the tokenizer's EOS, which in base models ends a document."""
+        return self._layout(("user", "assistant")).turns[0].target[-1][-1]
 
     def encode_prompt(self, messages: Sequence[Message], max_source_length: int) -> Ids:
         """Ids from which a model answers the last question: exactly the prompt part of a training row.
@@ -266,21 +273,47 @@ class ChatTemplate:
         return Layout(turns, tuple(chain.from_iterable(self._pieces(closing))))
 
     def _sections(self, roles: tuple[Role, ...]) -> list[str]:
-        """The rendered text, cut at the borders of its `{% generation %}` blocks."""
+        """The rendered text, cut where answers begin and end."""
+        text, spans = self._render(roles)
+        if not self._is_marked:
+            spans = self._find_answers(text, roles)
+        borders = [0, *chain.from_iterable(spans), len(text)]
+        return [text[start:end] for start, end in pairwise(borders)]
+
+    def _render(self, roles: tuple[Role, ...], **options: bool) -> tuple[str, list[tuple[int, int]]]:
+        """A conversation of sentinels in the template, and the spans of its `{% generation %}` blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": role, "content": f"\ue0f0{index}\ue0f1"} for index, role in enumerate(roles)]
+        options = options or {"return_assistant_tokens_mask": self._is_marked}
         try:
-            [text], [spans] = render_jinja_template(
-                [messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+            texts, spans = render_jinja_template(
+                [messages], chat_template=self.template, **options, **self.tokenizer.special_tokens_map
             )
         except Exception as error:  # templates are programs: they raise what they like
             raise UserError(f"the chat template refuses a conversation of {', '.join(roles)}: {error}") from error
-        borders = [0, *chain.from_iterable(spans), len(text)]
-        return [text[start:end] for start, end in pairwise(borders)]
+        return texts[0], spans[0] if spans else []
+
+    def _find_answers(self, text: str, roles: tuple[Role, ...]) -> Iterator[tuple[int, int]]:
+        """Spans of the answers in a text without marks: from where a model begins to write to the end token.
+
+        A model begins after the template's own prompt for an answer, so whatever the template writes between that
+        prompt and the content (an empty thought, for example) is learnt as part of the answer, as it has to be written.
+        """
+        question = self._render(("user",), add_generation_prompt=False)[0]
+        opening = self._render(("user",), add_generation_prompt=True)[0].removeprefix(question)
+        ends = sorted((t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len)
+        for index in (place for place, role in enumerate(roles) if role == "assistant"):
+            content = f"\ue0f0{index}\ue0f1"
+            before, found, after = text.partition(content)
+            end = next((token for token in reversed(ends) if after.startswith(token)), "")
+            if not (opening and opening in before and found and end):
+                raise UserError(
+                    "this tokenizer's chat template has no {% generation %} marks, and its answers do not stand between"
+                    " its generation prompt and a special token, so they cannot be told from questions; put"
+                    " {% generation %} ... {% endgeneration %} around the answer and its end token in chat_template.jinja"
+                )
+            yield before.rindex(opening) + len(opening), len(before) + len(content) + len(end)
 
     def _pieces(self, section: str) -> list[Piece]:
         parts = SENTINEL.split(section)  # literals at even places, message indices at odd ones
@@ -302,7 +335,7 @@ class ChatTemplate:
         if found != expected:
             raise UserError(
                 f"the chat template does not write a conversation of {', '.join(roles)} message by message with each "
-                "answer, and nothing else, inside {% generation %} ... {% endgeneration %}: mend chat_template.jinja"
+                "answer in a place of its own: mend chat_template.jinja"
             )
 
 
@@ -314,11 +347,6 @@ def checked_template(tokenizer: "PreTrainedTokenizerFast") -> str:
             "in the model folder"
         )
     template = tokenizer.get_chat_template()
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        raise UserError(
-            "this tokenizer's chat template has no {% generation %} marks, so answers cannot be told from questions; "
-            "put {% generation %} ... {% endgeneration %} around the answer and its end token in chat_template.jinja"
-        )
     if template == QILIN_TEMPLATE:
         _check_qilin_marks(tokenizer)
     return template

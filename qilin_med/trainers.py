@@ -1,5 +1,6 @@
 """transformers' Trainer and TRL's DPOTrainer over our own rows, losses and batches."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from transformers import Trainer
 from trl import DPOTrainer
 
 from qilin_med.batches import FilledRows, UpdateSampler, collate_packed, collate_preferences
-from qilin_med.checkpoints import disk_errors_explained
-from qilin_med.losses import preference_losses, sequence_log_probs, token_losses
-from qilin_med.models import forward_hidden, output_head
+from qilin_med.checkpoints import digest, disk_errors_explained
+from qilin_med.job import Job
+from qilin_med.losses import preference_losses, sequence_log_probs, target_losses
+from qilin_med.models import forward_through_head
 
 
 class RowTrainer(Trainer):
@@ -86,25 +88,39 @@ class LanguageModelTrainer(RowTrainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> torch.Tensor:
-        hidden = forward_hidden(model, {key: inputs[key] for key in ("input_ids", "position_ids")})
-        targets = inputs["labels"][:, 1:]
-        scored = targets != -100
-        total = token_losses(hidden[:, :-1][scored], output_head(model), targets[scored], reduction="sum")
+        sum_losses = partial(target_losses, labels=inputs["labels"], reduction="sum")
+        total = forward_through_head(model, {key: inputs[key] for key in ("input_ids", "position_ids")}, sum_losses)
         return self.share_of_update(total, num_items_in_batch)
+
+
+def reference_fingerprint(job: Job) -> str:
+    """What the reference's log-probabilities depend on beside the rows."""
+    quantization = job.section.lora.quantization
+    return digest([job.parent_fingerprint, job.experiment.model.dtype, quantization])
 
 
 class PreferenceTrainer(RowTrainer, DPOTrainer):
     """DPO (stage 3): TRL holds the adapter and the cached reference pass; logits at answer positions only."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reference: str, **kwargs: Any) -> None:
+        self.reference = reference
         super().__init__(*args, data_collator=collate_preferences, **kwargs)
+        if getattr(self.model, "is_loaded_in_4bit", False):
+            # TRL rounds an adapter on 4-bit weights to bf16, too coarse for AdamW; with DeepSpeed, one precision is wanted.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # our rows are tokens already, within our limits
 
+    def _precompute_ref_logps(self, *args: Any) -> Any:
+        # TRL names the cache after a hash of the weights, which ZeRO-3 has taken away by then: all models look alike.
+        self._precompute_model_hash = self.reference
+        return super()._precompute_ref_logps(*args)
+
     def _log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = forward_hidden(model, {"input_ids": inputs["input_ids"]})
-        chosen, rejected = sequence_log_probs(hidden, output_head(model), inputs["labels"]).chunk(2)
+        score = partial(sequence_log_probs, labels=inputs["labels"])
+        chosen, rejected = forward_through_head(model, {"input_ids": inputs["input_ids"]}, score).chunk(2)
         return chosen, rejected
 
     def compute_ref_log_probs(

@@ -33,7 +33,16 @@ from qilin_med.checkpoints import (
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.config import Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.job import Job, check_batch, check_rows, commit, count_ranks, differences, versions
+from qilin_med.job import (
+    Job,
+    check_batch,
+    check_engine,
+    check_rows,
+    commit,
+    count_ranks,
+    differences,
+    versions,
+)
 from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank, launch_ranks
 from qilin_med.results import read_metrics
 
@@ -116,13 +125,14 @@ def _only_run_in(folder: Path) -> Iterator[None]:
 
 def _prepare_job(experiment: Experiment, stage: StageName, dry_run: bool) -> Job:
     """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything."""
-    from qilin_med.models import check_model_folder, load_tokenizer, max_positions
+    from qilin_med.models import check_model_folder, check_packages, load_tokenizer, max_positions
 
     ranks = _count_ranks(experiment, dry_run)
     check_batch(experiment, stage, ranks)
     parent = experiment.parent_folder(stage)
     _explain_missing_parent(experiment, stage, parent)
     check_model_folder(parent)
+    check_packages(experiment.model)
     parent_fingerprint = fingerprint_model(parent)
 
     from qilin_med.rows import prepare_rows
@@ -132,6 +142,7 @@ def _prepare_job(experiment: Experiment, stage: StageName, dry_run: bool) -> Job
     rows = prepare_rows(stage, experiment.stage(stage), tokenizer, max_positions(parent), cache)
     job = Job(experiment, stage, parent, parent_fingerprint, rows.folder, len(rows.dataset), ranks)
     check_rows(job)
+    check_engine(job)
     return job
 
 
@@ -162,7 +173,7 @@ def _explain_missing_parent(experiment: Experiment, stage: StageName, parent: Pa
 def _count_parameters(job: Job) -> tuple[int, int]:
     from qilin_med.models import count_parameters
 
-    return count_parameters(job.parent, getattr(job.section, "lora", None))
+    return count_parameters(job.parent, job.section.lora)
 
 
 def _refuse_what_cannot_fit(job: Job) -> None:
@@ -269,7 +280,7 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
     from transformers import TrainingArguments
 
     section, on_cpu = job.section, job.experiment.launch.device == "cpu"
-    return (kind or TrainingArguments)(
+    arguments = (kind or TrainingArguments)(
         output_dir=str(job.checkpoints),
         seed=job.experiment.seed,
         max_steps=job.updates,
@@ -297,21 +308,35 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
         ddp_find_unused_parameters=False,
         **extra,
     )
+    if job.zero_stage == 3:
+        _connect_for_loading(arguments)
+    return arguments
+
+
+def _connect_for_loading(arguments: "TrainingArguments") -> None:
+    """ZeRO-3 splits a model among the ranks while it loads, before the trainer connects them."""
+    import deepspeed
+
+    _ = arguments.device  # connects the ranks
+    deepspeed.init_distributed(auto_mpi_discovery=False)  # on a CPU DeepSpeed was left out of it
 
 
 def _publish(job: Job, checkpoint: Path) -> None:
     """Merge the final checkpoint and hand it over: the folder appears under its name only when it is whole."""
-    from qilin_med.models import DTYPES, load_model, load_tokenizer, merge_adapter, save_whole_model
+    from qilin_med.models import DTYPES, load_checkpoint, load_tokenizer, merge_adapter, save_whole_model
+    from qilin_med.template import ChatTemplate
 
     say("merging and publishing")
     settings = job.experiment.model
-    if getattr(job.section, "lora", None):
+    if job.section.lora:
         _publish_adapter(job, checkpoint)
         model = merge_adapter(job.parent, checkpoint)
     else:
-        model = load_model(checkpoint, settings, DTYPES[settings.dtype])
+        model = load_checkpoint(checkpoint, DTYPES[settings.dtype])
+    tokenizer = load_tokenizer(job.parent, settings.template)
+    answers_end = set() if job.stage == "pretraining" else {ChatTemplate(tokenizer).end_id}
     temporary = _empty_folder(job.folder / ".merged.part")
-    save_whole_model(model, load_tokenizer(job.parent, settings.template), temporary, settings.dtype)
+    save_whole_model(model, tokenizer, temporary, settings.dtype, {tokenizer.eos_token_id} | answers_end)
     publish_folder(temporary, job.merged, _manifest(job))
     say(f"{job.stage}: finished, {job.merged}")
 

@@ -1,3 +1,5 @@
+from itertools import groupby
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -58,6 +60,15 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=CHATML)
 
 
+@pytest.fixture(scope="module")
+def unmarked_tokenizer(chatml_tokenizer) -> PreTrainedTokenizerFast:
+    """As Qwen's: no marks, a default system text, an empty thought before the newest answer, another EOS token."""
+    template = CHATML.replace("{% generation %}", "{% if loop.last %}<think></think>\n{% endif %}")
+    template = template.replace("{% endgeneration %}", "")
+    default = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+    return with_template(chatml_tokenizer, default + template)
+
+
 @pytest.fixture(params=["small_tokenizer", "chatml_tokenizer"])
 def any_tokenizer(request) -> PreTrainedTokenizerFast:
     return request.getfixturevalue(request.param)
@@ -106,6 +117,19 @@ def test_marks_survive_every_source_limit_and_the_start_of_the_question_stays(te
         if row.cut_sources:
             assert len(before) <= max((limit - 2) // 2, limit - 2 - len(question))
             assert len(kept) >= min(len(question), (limit - 2) // 2)
+
+
+def test_answers_are_found_in_a_template_without_marks(unmarked_tokenizer):
+    record = chat(*TEXTS[:4])
+    [row] = ChatTemplate(unmarked_tokenizer).encode_chat(record, 1000, 1000)
+    messages = as_dicts(record.messages)
+    assert row.input_ids == unmarked_tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    answers = [list(group) for learnt, group in groupby(row.labels, lambda label: label != IGNORED) if learnt]
+    expected = [f"{TEXTS[1]}<|im_end|>", f"<think></think>\n{TEXTS[3]}<|im_end|>"]
+    assert [unmarked_tokenizer.decode(ids) for ids in answers] == expected
+    prompt = unmarked_tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=True)
+    assert ChatTemplate(unmarked_tokenizer).encode_prompt(record.messages[:3], 1000) == prompt["input_ids"]
+    assert ChatTemplate(unmarked_tokenizer).end_id == unmarked_tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_a_limit_below_the_marks_is_refused(template):

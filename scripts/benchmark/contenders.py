@@ -299,7 +299,7 @@ def pad_pairs(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def _lora(job: Job) -> Any:
-    return lora_config(job.section.lora) if hasattr(job.section, "lora") else None
+    return lora_config(job.section.lora) if job.section.lora else None
 
 
 def _model(job: Job) -> torch.nn.Module:
