@@ -43,10 +43,37 @@ one level deep: `"extends": "qilin_med_7b.json"`.
 | `demo_base.json` | trains the demo's base model on general text (called by scripts/make_demo.py) |
 | `demo_chimed.json` | builds the demo's training sets (scripts/build_chimed.py) |
 | `qilin_med_7b.json` | the paper: Baichuan-7B on 8 x A100-80G, complete |
+| `qilin_med_7b_3090x4.json` | the paper's hardware for DPO, four 24 GB cards; shares the run folder of qilin_med_7b.json |
+| `qilin_med_7b_fast.json` | the paper's training in less time: packed SFT rows, FlashAttention 2, Liger's kernels |
+| `qlora_1gpu.json` | all three stages on one 24 GB card: adapters on a base held in 4 bits |
+| `qwen3_8b.json` | another base with its own tokenizer and chat template, all else as in qilin_med_7b.json |
+| `deepspeed/*.json` | ZeRO-2 (the paper) and ZeRO-3, each also with the optimiser (ZeRO-3: and the weights) in CPU memory |
 | `chimed.json` | builds ChiMed from the published files (scripts/build_chimed.py) |
 
 In chimed.json CMExam's val split is kept out of all three sets, so that it can serve for development; the paper trained
 on it (61K rows are train and val together). A corpus file is no experiment file: its keys stand below those.
+
+## Choices where the paper is silent
+
+The variants extend qilin_med_7b.json, so each states only what it changes.
+
+- qilin_med_7b.json: epochs of SFT and DPO, beta, ZeRO-2 and bfloat16 are those of the published scripts or of the
+  library. Activations are recomputed, since 64 rows a card would not fit otherwise. Documents in a block do not see each
+  other, and rows of 8 cards are the global batch of CPT and SFT (8 and 512).
+- qilin_med_7b_3090x4.json: the paper's 8 pairs a card on 4 cards are 32 an update. The files for other machines keep 32.
+- qilin_med_7b_fast.json: a packed SFT row of 1024 tokens holds several conversations, so an update of 512 conversations
+  is fewer rows. 128 rows (131,072 tokens) are 256 tokens a conversation; `--dry-run` prints rows and tokens of your
+  data: set sft.global_batch_size to 512 x tokens / conversations / 1024 for the paper's number of updates. No stage
+  recomputes activations, so a card takes fewer rows at once. flash-attn and liger-kernel have to be installed beside
+  requirements.txt.
+- qlora_1gpu.json: NF4 with double quantisation; for CPT rank 64, alpha 16, dropout 0.1 and learning rate 2e-4, which
+  Dettmers et al. (2023) use for 7B models (2e-4 is also the paper's); for SFT and DPO the paper's own adapters. Global
+  batches stay the paper's through accumulation. The next stage starts from the parent in its own precision with the
+  adapter merged in, not from the rounded weights that the adapter trained on.
+- qwen3_8b.json: hyperparameters stay the paper's, so that the base is the only difference; 2e-4 is high for CPT of such
+  a base. A template without `{% generation %}` marks will do: answers lie between its generation prompt and its end token.
+- deepspeed/*_offload.json: PyTorch's fused AdamW updates in CPU memory (`zero_force_ds_cpu_optimizer` false), so nothing
+  is compiled. ZeRO-3 gathers the weights for every checkpoint.
 """
 EXPERIMENT: dict[str, type[Section]] = {
     "(top level)": Experiment, "model": ModelConfig, "launch": LaunchConfig,
