@@ -77,7 +77,8 @@ class CheckpointSealer(TrainerCallback):
         if state.is_world_process_zero:
             checkpoint = self.job.checkpoints / f"checkpoint-{state.global_step}"
             with disk_errors_explained(checkpoint):
-                seal_folder(checkpoint, COMPLETE, {"step": state.global_step, "job": self.job.fingerprint()})
+                facts = {"step": state.global_step, "job": self.job.fingerprint(), "ranks": self.job.ranks}
+                seal_folder(checkpoint, COMPLETE, facts)
             prune_checkpoints(self.job.checkpoints, self.job.section.keep_checkpoints)
         wait_for_all()
 

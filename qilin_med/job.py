@@ -12,8 +12,10 @@ from qilin_med.checkpoints import digest, write_json
 from qilin_med.config import Experiment, StageConfig, StageName, flatten
 from qilin_med.errors import UserError
 
-# Keys that change how a run is watched or stored, never what it computes: free to change between start and resume.
-_HARMLESS_KEYS = {"report_to", "checkpoint_every", "keep_checkpoints", "data", "parent"}
+# Keys that change how a run is watched, stored or divided, never what it computes: free to change before a resume.
+_HARMLESS_KEYS = {
+    "report_to", "checkpoint_every", "keep_checkpoints", "data", "parent", "batch_size_per_device", "global_batch_size",
+}  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "tokenizers")
 
 
@@ -73,7 +75,8 @@ class Job:
         return math.ceil(self.section.warmup_ratio * self.updates)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result. Two jobs with equal identities end with the same weights."""
+        """What decides the result. Two jobs with equal identities end with the same weights; where ranks or batches of
+        an update differ, up to rounding and dropout."""
         section = {k: v for k, v in self.section.model_dump(mode="json").items() if k not in _HARMLESS_KEYS}
         model = {k: v for k, v in self.experiment.model.model_dump(mode="json").items() if k != "path"}
         return {
@@ -81,7 +84,7 @@ class Job:
             "model": model,
             self.stage: section,
             "deepspeed": self.deepspeed and digest(self.deepspeed),
-            "ranks": self.ranks,
+            "rows per update": self.rows_per_update,
             "device": self.experiment.launch.device,
             "parent fingerprint": self.parent_fingerprint,
             "rows": self.rows.name,

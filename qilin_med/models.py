@@ -79,14 +79,15 @@ def load_model(folder: Path, settings: ModelConfig, dtype: torch.dtype, **extra:
     return model
 
 
-def check_packages(settings: ModelConfig) -> None:
+def check_packages(settings: ModelConfig, training: bool = False) -> None:
     """UserError if a setting needs a package that is not installed."""
-    wanted = {
-        "flash-attn": ("flash_attn", settings.attention == "flash_attention_2", "model.attention to 'sdpa'"),
-        "liger-kernel": ("liger_kernel", settings.fused_kernels, "model.fused_kernels to false"),
-    }
-    for package, (module, is_wanted, otherwise) in wanted.items():
-        if is_wanted and importlib.util.find_spec(module) is None:
+    wanted = []
+    if settings.attention == "flash_attention_2":
+        wanted.append(("flash-attn", "model.attention to 'sdpa'"))
+    if settings.fused_kernels and training:
+        wanted.append(("liger-kernel", "model.fused_kernels to false"))
+    for package, otherwise in wanted:
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
             raise UserError(f"the package {package} is not installed: pip install {package}, or set {otherwise}")
 
 

@@ -1,5 +1,6 @@
 """transformers' Trainer and TRL's DPOTrainer over our own rows, losses and batches."""
 
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qilin_med.checkpoints import digest, disk_errors_explained
 from qilin_med.job import Job
 from qilin_med.losses import preference_losses, sequence_log_probs, target_losses
 from qilin_med.models import forward_through_head
+from qilin_med.universal import is_universal
 
 
 class RowTrainer(Trainer):
@@ -73,6 +75,18 @@ class RowTrainer(Trainer):
                 totals = self.accelerator.reduce(torch.stack(list(self.update_metrics.values())), "sum").tolist()
                 logs.update(zip(self.update_metrics, totals, strict=True))
         super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:
+        if resume_from_checkpoint and is_universal(Path(resume_from_checkpoint)):
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        return super().train(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and is_universal(Path(checkpoint)):
+            # ZeRO-3's loader gives all parameter groups one counter of steps, which each of them would raise.
+            for state in self.deepspeed.optimizer.optimizer.state.values():
+                state["step"] = deepcopy(state["step"])
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         with disk_errors_explained(Path(self.args.output_dir)):

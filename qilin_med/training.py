@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qilin_med.checkpoints import (
+    COMPLETE,
     disk_errors_explained,
     fingerprint_model,
     newest_complete,
@@ -45,6 +46,7 @@ from qilin_med.job import (
 )
 from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank, launch_ranks
 from qilin_med.results import read_metrics
+from qilin_med.universal import convert_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -132,7 +134,7 @@ def _prepare_job(experiment: Experiment, stage: StageName, dry_run: bool) -> Job
     parent = experiment.parent_folder(stage)
     _explain_missing_parent(experiment, stage, parent)
     check_model_folder(parent)
-    check_packages(experiment.model)
+    check_packages(experiment.model, training=True)
     parent_fingerprint = fingerprint_model(parent)
 
     from qilin_med.rows import prepare_rows
@@ -230,7 +232,9 @@ def _train(job: Job) -> Path:
 def _launch(job: Job, checkpoint: Path | None) -> Path:
     failure = None
     quiet = {**_QUIET, "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": job.experiment.launch.device}
-    command = [sys.executable, sys.argv[0], *(["--resume", str(checkpoint)] if checkpoint else [])]
+    universal = job.folder / ".universal.part"
+    resume = ["--resume", str(_for_these_ranks(job, checkpoint, universal))] if checkpoint else []
+    command = [sys.executable, sys.argv[0], *resume]
     try:
         launch_ranks(
             [*command, "--job", str(job.folder / "job.json")],
@@ -240,6 +244,7 @@ def _launch(job: Job, checkpoint: Path | None) -> Path:
         )
     except RanksFailed as error:
         failure = error
+    shutil.rmtree(universal, ignore_errors=True)
     newest, lines = newest_complete(job.checkpoints, job.fingerprint())
     for line in lines:
         say(line)
@@ -253,6 +258,16 @@ def _launch(job: Job, checkpoint: Path | None) -> Path:
     if newest is None:
         raise UserError(f"{job.stage} was stopped before its first checkpoint; run the same command to start again")
     return newest
+
+
+def _for_these_ranks(job: Job, checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint itself, or where DeepSpeed split its optimiser among another number of ranks, a copy in `folder`
+    that these ranks can load."""
+    ranks = read_manifest(checkpoint, COMPLETE)["ranks"]
+    if ranks == job.ranks or job.zero_stage == 0:
+        return checkpoint
+    say(f"{checkpoint.name} was written by {ranks} ranks: converting it for {job.ranks}")
+    return convert_checkpoint(checkpoint, _empty_folder(folder))
 
 
 def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     ["training", "evaluation", "inspection", "harness"],
     ["callbacks", "trainers", "lm", "answers", "planner"],
     ["rows", "models", "baichuan", "retrieval", "tasks"],
-    ["corpus", "template", "tokenizer", "batches", "losses", "launch", "job", "demo"],
+    ["corpus", "template", "tokenizer", "batches", "losses", "launch", "job", "demo", "universal"],
     ["checkpoints", "cli", "results", "paper"],
     ["config", "records", "prompts", "metrics", "extraction"],
     ["errors"],
