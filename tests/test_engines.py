@@ -149,9 +149,7 @@ def test_adapters_on_4_bit_weights_are_merged_into_whole_ones(world, plain):
     for stage in STAGES:
         one, two = (losses(run, stage) for run in runs)
         torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
-        rounding = abs(one[0] - losses(plain, stage)[0])
         assert one[-1] < one[0]
-        assert rounding == 0 if stage == "dpo" else 1e-6 < rounding < 0.05  # the base is rounded, but not much
         folder = runs[0] / stage
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
         before, after = weights(parent), weights(folder / "merged")
@@ -163,10 +161,12 @@ def test_adapters_on_4_bit_weights_are_merged_into_whole_ones(world, plain):
             torch.testing.assert_close(weight, before[name] + change, rtol=0, atol=1e-6)
         assert len(adapter) == 2 * 7 * SIZES["num_hidden_layers"]
         parent = folder / "merged"
+    rounding = abs(losses(runs[0], "pretraining")[0] - losses(plain, "pretraining")[0])
+    assert 1e-6 < rounding < 0.05  # the base is rounded, but not much
     assert math.isclose(losses(runs[0], "dpo")[0], math.log(2), abs_tol=1e-6)
 
 
-def test_another_base_with_its_own_template_goes_through_all_stages(world, plain):
+def test_another_base_with_its_own_template_goes_through_all_stages(world):
     """Qwen3's architecture, tied embeddings, a byte-level vocabulary, ChatML without marks, another EOS token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
