@@ -49,5 +49,5 @@ def run_stage(settings: Path, stage: str, *overrides: str) -> Path:
     script = [str(ROOT / SCRIPTS[stage])]
     forking = SimpleNamespace(Popen=ForkedRank, DEVNULL=None)
     with mock.patch("qilin_med.launch.subprocess", forking), mock.patch.object(sys, "argv", script):
-        training._run_whole_stage(experiment, stage, dry_run=False, restart=False)
+        training._run_whole_stage(experiment, stage, dry_run=False, restart=False, force=False)
     return experiment.stage_folder(stage)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qilin_med.config import STAGES, LoraSettings, load_experiment
 from qilin_med.errors import UserError
 from qilin_med.losses import token_losses
-from qilin_med.models import forward_hidden, lora_config, output_head
+from qilin_med.models import forward_through_head, lora_config
 from qilin_med.planner import preflight
 from qilin_med.planner.advice import cheapest_change
 from qilin_med.planner.architecture import read_architecture
@@ -161,10 +161,12 @@ def update(model: torch.nn.Module, planned: Training) -> None:
     """Forward, our loss, backward, as the trainers do it."""
     shape = planned.rows * planned.sequences, planned.length
     ids, positions = torch.zeros(shape, dtype=torch.long), torch.arange(planned.length).expand(shape)
-    hidden = forward_hidden(model, {"input_ids": ids, "position_ids": positions}).flatten(0, 1)[: planned.target_tokens]
-    loss = token_losses(hidden, output_head(model), ids.flatten()[: planned.target_tokens], "sum")
-    del hidden
-    loss.backward()
+
+    def loss(hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
+        scored = slice(planned.target_tokens)
+        return token_losses(hidden.flatten(0, 1)[scored], head, ids.flatten()[scored], "sum")
+
+    forward_through_head(model, {"input_ids": ids, "position_ids": positions}, loss).backward()
 
 
 CASES = {  # layers of the 7B model's 32, as every operation on fake tensors takes its time
