@@ -106,6 +106,8 @@ class LaunchConfig(Section):
     """Ranks on this machine. "auto": one per visible GPU, or one on a CPU."""
     threads_per_process: PositiveInt = 1
     """CPU threads of each rank. More threads than cores in total slow a CPU run several times."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30
+    """How long a node waits for the others to join it, and a rank for the others in one exchange, before giving up."""
 
 
 class LoraSettings(Section):

@@ -6,9 +6,9 @@ with a page of its own traceback. What is written on disk decides here whether a
 """
 
 import ctypes
+import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,72 +16,66 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from qilin_med.errors import UserError
+from qilin_med.nodes import Team
 
 _GRACE = 60.0  # seconds that the other ranks get to finish what they write once one has failed
 _MESSAGES = "QILIN_MED_MESSAGES"  # folder in which ranks leave the message of a user's error
 
 
 class RanksFailed(RuntimeError):
-    """Ranks ended badly and left no message of their own; str() says which and how."""
+    """Ranks ended badly and left no message of their own; str() says which, how, and what to do."""
 
 
 def is_rank() -> bool:
     return _MESSAGES in os.environ
 
 
-def find_port() -> int:
-    """MASTER_PORT if set (UserError if something listens there), else a free port."""
-    wanted = os.environ.get("MASTER_PORT", "0")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", int(wanted)))
-        except (OSError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"MASTER_PORT={wanted} cannot be used ({error}); unset it to let a free port be found"
-            ) from None
-        return probe.getsockname()[1]
+@dataclass(frozen=True)
+class Outcome:
+    """How the ranks of one machine ended: what they met, by rank."""
+
+    errors: dict[str, str]  # a user's errors
+    tracebacks: dict[str, str]
+    exits: dict[str, str]  # exits other than 0, in words
 
 
-def launch_ranks(command: list[str], ranks: int, threads: int, environment: dict[str, str]) -> None:
-    """Run `command` once per rank with torch's rendezvous variables and wait for all of them.
+def run_ranks(command: list[str], ranks: list[int], team: Team, environment: dict[str, str]) -> Outcome:
+    """Run `command` once per rank of this node (`ranks`: of every node) and wait for all of them.
 
-    SIGTERM and SIGINT go on to the ranks, which save a checkpoint and end. Raises the ranks' own UserError, or
-    RanksFailed.
+    SIGTERM and SIGINT go on to the ranks, which save a checkpoint and end.
     """
+    first, count = sum(ranks[: team.place.node]), ranks[team.place.node]
     with tempfile.TemporaryDirectory(prefix="qilin-med-") as messages:
-        shared = {
-            **os.environ, **environment, _MESSAGES: messages, "OMP_NUM_THREADS": str(threads),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_port()),
-            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        }  # fmt: skip
-        processes: list[subprocess.Popen[bytes]] = []
+        shared = {**os.environ, **environment, **team.environment(sum(ranks)), _MESSAGES: messages}
+        processes: dict[int, subprocess.Popen[bytes]] = {}
         forward = _forward_signals_to(processes)
         try:
-            for rank in range(ranks):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for local in range(count):
+                rank = first + local
+                own = {"RANK": str(rank), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(count)}
                 silent = None if rank == 0 else subprocess.DEVNULL  # rank 0 alone speaks; errors of all are heard
-                processes.append(subprocess.Popen(command, env=shared | own, start_new_session=True, stdout=silent))
-            _wait_for_all(processes)
+                processes[rank] = subprocess.Popen(command, env=shared | own, start_new_session=True, stdout=silent)
+            _wait_for_all(list(processes.values()), team)
         finally:
             forward.restore()
-            for process in processes:
+            for process in processes.values():
                 process.poll() is None and process.kill()
-        _raise_what_ranks_said(Path(messages), processes)
+        return _gather_outcome(Path(messages), processes)
 
 
 class _forward_signals_to:
     """Hand SIGTERM and SIGINT to the ranks for as long as they run."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, processes: dict[int, subprocess.Popen[bytes]]) -> None:
         self.processes = processes
         self.before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _forward(self, number: int, _frame: object) -> None:
-        for process in self.processes:
+        for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
@@ -90,27 +84,40 @@ class _forward_signals_to:
             signal.signal(number, handler)
 
 
-def _wait_for_all(processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = None
+def _wait_for_all(processes: list[subprocess.Popen[bytes]], team: Team) -> None:
+    deadline = math.inf
     while any(process.poll() is None for process in processes):
-        if deadline is None and any(process.poll() not in (None, 0) for process in processes):
+        failed = team.in_trouble() or any(process.poll() not in (None, 0) for process in processes)
+        if failed and deadline == math.inf:
+            team.say(failing=True)
             deadline = time.monotonic() + _GRACE
-        if deadline is not None and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             for process in processes:
                 process.poll() is None and process.kill()
         time.sleep(0.1)
 
 
-def _raise_what_ranks_said(messages: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    said = sorted({path.read_text(encoding="utf-8") for path in messages.glob("error-*")})
-    if said:
+def _gather_outcome(messages: Path, processes: dict[int, subprocess.Popen[bytes]]) -> Outcome:
+    def read(kind: str) -> dict[str, str]:
+        paths = sorted(messages.glob(f"{kind}-*"))
+        return {path.name.removeprefix(f"{kind}-"): path.read_text(encoding="utf-8") for path in paths}
+
+    exits = {f"rank {rank}": _describe_exit(p.returncode) for rank, p in processes.items() if p.returncode}
+    return Outcome(read("error"), read("traceback"), exits)
+
+
+def raise_failures(outcomes: list[Outcome]) -> None:
+    """Raise the user's errors that ranks met on any node; RanksFailed, with tracebacks shown, if they met others."""
+    if said := sorted({text for outcome in outcomes for text in outcome.errors.values()}):
         # The other ranks' complaints about a lost connection are no news then.
         raise UserError("; ".join(said))
-    for path in sorted(messages.glob("traceback-*")):
-        print(f"{path.name.removeprefix('traceback-')}:\n{path.read_text(encoding='utf-8')}", file=sys.stderr)
-    bad = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
-    if bad:
-        raise RanksFailed(", ".join(f"rank {rank} {_describe_exit(code)}" for rank, code in bad.items()))
+    for outcome in outcomes:
+        for rank, text in outcome.tracebacks.items():
+            print(f"{rank}:\n{text}", file=sys.stderr)
+    exits = {rank: text for outcome in outcomes for rank, text in outcome.exits.items()}
+    if exits:
+        listed = ", ".join(f"{rank} {text}" for rank, text in exits.items())
+        raise RanksFailed(f"{listed}. The messages above tell more; run the same command to continue")
 
 
 def _describe_exit(code: int) -> str:

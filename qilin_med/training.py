@@ -44,7 +44,9 @@ from qilin_med.job import (
     differences,
     versions,
 )
-from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank, launch_ranks
+from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank
+from qilin_med.nodes import NodeLost, Place, Team, find_place, other_nodes_started
+from qilin_med.ranks import follow, train_on_all_nodes
 from qilin_med.results import read_metrics
 from qilin_med.universal import convert_checkpoint
 
@@ -57,6 +59,7 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "true",
     "DS_ACCELERATOR": "cpu",  # for the first process, which only prepares and merges
     "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # Progress draws the only bar
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
@@ -87,30 +90,51 @@ def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", descr
     parser.add_argument("--restart", action="store_true", help="move what this stage made before aside and start anew")
     with user_errors_end_with_one_line():
         arguments, experiment = parse_experiment(parser)
-        _run_whole_stage(experiment, stage, dry_run=arguments.dry_run, restart=arguments.restart, force=arguments.force)
+        experiment.stage(stage)
+        if arguments.dry_run:
+            _show_stage(experiment, stage, find_place())
+        else:
+            _take_part(experiment, stage, find_place(), arguments.restart, arguments.force)
 
 
-def _run_whole_stage(experiment: Experiment, stage: StageName, dry_run: bool, restart: bool, force: bool) -> None:
-    experiment.stage(stage)
+def _show_stage(experiment: Experiment, stage: StageName, place: Place) -> None:
     folder = experiment.stage_folder(stage)
     with disk_errors_explained(folder), _only_run_in(folder):
-        if restart and not dry_run and folder.exists():
+        job = _prepare_job(experiment, stage, place.nodes * _count_ranks(experiment, place.slots, dry_run=True))
+        _describe(job, *_count_parameters(job), whole=True)
+
+
+def _take_part(experiment: Experiment, stage: StageName, place: Place, restart: bool, force: bool) -> None:
+    """Run the stage as node 0, or follow node 0 as one of the other nodes."""
+    own_ranks = _count_ranks(experiment, place.slots)
+    asked = {"stage": stage, "experiment": experiment.model_dump(mode="json"), "libraries": versions()}
+    with other_nodes_started(place):
+        team = Team(place, patience=60 * experiment.launch.timeout_minutes)
+        if place.node:
+            sys.exit(follow(team, own_ranks, asked))
+        with team.last_word():
+            _run_whole_stage(experiment, stage, team.agree_on_ranks(own_ranks, asked), team, restart, force)
+
+
+def _run_whole_stage(
+    experiment: Experiment, stage: StageName, ranks: list[int], team: Team, restart: bool, force: bool
+) -> None:
+    folder = experiment.stage_folder(stage)
+    with disk_errors_explained(folder), _only_run_in(folder):
+        if restart and folder.exists():
             say(f"moved what was there to {set_aside(folder, 'before')}")
-        job = _prepare_job(experiment, stage, dry_run)
+        job = _prepare_job(experiment, stage, sum(ranks))
         parameters, trainable = _count_parameters(job)
-        if not dry_run:
-            _refuse_other_settings(job)
-            if _is_finished(job):
-                return
-            if not force:
-                _refuse_what_cannot_fit(job)
-        _describe(job, parameters, trainable, whole=dry_run)
-        if dry_run:
+        _refuse_other_settings(job)
+        if _is_finished(job):
             return
+        if not force:
+            _refuse_what_cannot_fit(job, len(ranks))
+        _describe(job, parameters, trainable, whole=False)
         job.folder.mkdir(parents=True, exist_ok=True)
         write_json(Path(experiment.output_dir) / "config.json", experiment.model_dump(mode="json"))
         job.save(job.folder / "job.json")
-        _publish(job, _train(job))
+        _publish(job, _train(job, ranks, team))
 
 
 @contextmanager
@@ -125,11 +149,10 @@ def _only_run_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _prepare_job(experiment: Experiment, stage: StageName, dry_run: bool) -> Job:
+def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> Job:
     """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything."""
     from qilin_med.models import check_model_folder, check_packages, load_tokenizer, max_positions
 
-    ranks = _count_ranks(experiment, dry_run)
     check_batch(experiment, stage, ranks)
     parent = experiment.parent_folder(stage)
     _explain_missing_parent(experiment, stage, parent)
@@ -148,9 +171,13 @@ def _prepare_job(experiment: Experiment, stage: StageName, dry_run: bool) -> Job
     return job
 
 
-def _count_ranks(experiment: Experiment, dry_run: bool) -> int:
+def _count_ranks(experiment: Experiment, slots: int | None = None, dry_run: bool = False) -> int:
+    """Ranks on this node: `slots` where a hostfile says so, else as launch.processes says."""
     import torch
 
+    if slots:
+        launch = experiment.launch.model_copy(update={"processes": slots})
+        experiment = experiment.model_copy(update={"launch": launch})
     gpus = torch.cuda.device_count()
     if dry_run and experiment.launch.device == "cuda" and gpus == 0:
         processes = experiment.launch.processes
@@ -178,15 +205,15 @@ def _count_parameters(job: Job) -> tuple[int, int]:
     return count_parameters(job.parent, job.section.lora)
 
 
-def _refuse_what_cannot_fit(job: Job) -> None:
-    """UserError if memory or disk of this machine are certainly too small."""
+def _refuse_what_cannot_fit(job: Job, nodes: int) -> None:
+    """UserError if memory or disk of this machine, one of `nodes` alike, are certainly too small."""
     import torch
 
     from qilin_med.planner.preflight import check_machine
 
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     counts = read_manifest(job.rows)["counts"]
-    if note := check_machine(job, counts["longest"], min(gpus, default=0)):
+    if note := check_machine(job, nodes, counts["longest"], min(gpus, default=0)):
         say(note)
 
 
@@ -215,34 +242,27 @@ def _is_finished(job: Job) -> bool:
     return True
 
 
-def _train(job: Job) -> Path:
+def _train(job: Job, ranks: list[int], team: Team) -> Path:
     """Train up to the last update, from the newest complete checkpoint on; returns the final checkpoint."""
     checkpoint, lines = newest_complete(job.checkpoints, job.fingerprint())
     for line in lines:
         say(line)
     if checkpoint is None or step_of(checkpoint) < job.updates:
         say(f"continuing from {checkpoint.name}" if checkpoint else "starting")
-        checkpoint = _launch(job, checkpoint)
+        checkpoint = _launch(job, checkpoint, ranks, team)
     if step_of(checkpoint) < job.updates:
         print(f"stopped at step {step_of(checkpoint)} of {job.updates}; run the same command to continue", flush=True)
         sys.exit(130)
     return checkpoint
 
 
-def _launch(job: Job, checkpoint: Path | None) -> Path:
+def _launch(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> Path:
     failure = None
-    quiet = {**_QUIET, "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": job.experiment.launch.device}
     universal = job.folder / ".universal.part"
-    resume = ["--resume", str(_for_these_ranks(job, checkpoint, universal))] if checkpoint else []
-    command = [sys.executable, sys.argv[0], *resume]
+    resume = _for_these_ranks(job, checkpoint, universal) if checkpoint else None
     try:
-        launch_ranks(
-            [*command, "--job", str(job.folder / "job.json")],
-            job.ranks,
-            job.experiment.launch.threads_per_process,
-            quiet | {"TENSORBOARD_LOGGING_DIR": str(job.folder / "tensorboard")},
-        )
-    except RanksFailed as error:
+        train_on_all_nodes(job, resume, ranks, team)
+    except (RanksFailed, NodeLost) as error:
         failure = error
     shutil.rmtree(universal, ignore_errors=True)
     newest, lines = newest_complete(job.checkpoints, job.fingerprint())
@@ -250,11 +270,7 @@ def _launch(job: Job, checkpoint: Path | None) -> Path:
         say(line)
     done = newest is not None and step_of(newest) == job.updates
     if failure and not done:
-        last = newest or "none"
-        raise UserError(
-            f"{job.stage} did not finish: {failure}. Last complete checkpoint: {last}. The messages above tell more;"
-            " run the same command to continue"
-        )
+        raise UserError(f"{job.stage} did not finish: {failure}. Last complete checkpoint: {newest or 'none'}")
     if newest is None:
         raise UserError(f"{job.stage} was stopped before its first checkpoint; run the same command to start again")
     return newest
@@ -321,6 +337,7 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
         disable_tqdm=True,  # Progress shows more
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_timeout=round(60 * job.experiment.launch.timeout_minutes),
         **extra,
     )
     if job.zero_stage == 3:

@@ -14,16 +14,16 @@ LAYERS = [
     ["pretraining", "supervised_finetuning", "dpo_training", "scripts"],
     ["report", "reference", "comparisons"],
     ["training", "evaluation", "inspection", "harness"],
-    ["callbacks", "trainers", "lm", "answers", "planner"],
-    ["rows", "models", "baichuan", "retrieval", "tasks"],
-    ["corpus", "template", "tokenizer", "batches", "losses", "launch", "job", "demo", "universal"],
+    ["callbacks", "trainers", "lm", "answers", "planner", "ranks"],
+    ["rows", "models", "baichuan", "retrieval", "tasks", "launch"],
+    ["corpus", "template", "tokenizer", "batches", "losses", "nodes", "job", "demo", "universal"],
     ["checkpoints", "cli", "results", "paper"],
     ["config", "records", "prompts", "metrics", "extraction"],
     ["errors"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-WITHOUT_TORCH = ["config", "records", "errors", "checkpoints", "job", "launch", "template", "rows", "corpus.build",
-                 "retrieval.index", "retrieval.retriever", "retrieval.recall", "results",
+WITHOUT_TORCH = ["config", "records", "errors", "checkpoints", "job", "nodes", "launch", "ranks", "template", "rows",
+                 "corpus.build", "retrieval.index", "retrieval.retriever", "retrieval.recall", "results",
                  "report.pages", "report.cards", "planner.preflight", "planner.tables"]  # fmt: skip
 
 

@@ -241,7 +241,7 @@ def train_here(world: Path, stage: str, overrides: list[str]) -> list[float]:
     """Losses of a stage trained in this process, on one rank."""
     from qilin_med.callbacks import MetricsFile
 
-    job = training._prepare_job(load_experiment(world / "c.json", overrides), stage, dry_run=False)
+    job = training._prepare_job(load_experiment(world / "c.json", overrides), stage, ranks=1)
     job.folder.mkdir(parents=True)
     trainer = importlib.import_module(SCRIPTS[stage].removesuffix(".py")).build_trainer(job)
     trainer.add_callback(MetricsFile(job.folder / "metrics.jsonl"))
@@ -384,7 +384,7 @@ def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, ov
     ]
     with pytest.raises(UserError) as error:
         experiment = load_experiment(world / "c.json", overrides)
-        job = training._prepare_job(experiment, stage, dry_run=False)
+        job = training._prepare_job(experiment, stage, training._count_ranks(experiment))
         training._count_parameters(job)
         job.identity()
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -39,12 +39,11 @@ def _fields(path: str | Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for words in map(str.split, Path(path).read_text().splitlines())}
 
 
-def check_machine(job: Job, longest: int, gpu_memory: int) -> str | None:
-    """UserError if memory or disk are too small for a job. `longest`: tokens of its longest sequence; `gpu_memory`: bytes
+def check_machine(job: Job, nodes: int, longest: int, gpu_memory: int) -> str | None:
+    """UserError if memory or disk are too small for a job on `nodes` machines like this one. `longest`: tokens of its longest sequence; `gpu_memory`: bytes
     of the smallest GPU. A model whose shape the planner does not know is not refused: then a line says so."""
-    machines = local_machine(job.experiment)
-    if job.experiment.launch.device == "cuda":
-        machines = Machines(1, job.ranks, gpu_memory, None)
+    memory = gpu_memory if job.experiment.launch.device == "cuda" else local_machine(job.experiment).memory
+    machines = Machines(nodes, job.ranks // nodes, memory, None)
     try:
         architecture = read_architecture(job.parent)
     except UserError as error:

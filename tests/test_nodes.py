@@ -1,0 +1,276 @@
+"""Several machines, as two network namespaces of this one: joined by ssh or Slurm, killed, preempted, continued."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qilin_med import ranks
+from qilin_med.callbacks import read_metrics
+from qilin_med.checkpoints import COMPLETE, verify_folder
+from qilin_med.errors import UserError
+from qilin_med.nodes import Place, Team, find_place, read_hostfile
+
+ROOT = Path(__file__).resolve().parents[1]
+ADDRESSES = ("10.77.31.1", "10.77.31.2")
+UPDATES = 60
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[tuple[str, str]]:
+    """Names of two network namespaces that reach each other at ADDRESSES."""
+    names = tuple(f"qm{os.getpid()}-{node}" for node in range(2))
+    try:
+        for name in names:
+            ip(f"netns add {name}")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs `ip` and the right to make network namespaces")
+    try:
+        ip(f"link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}")
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip(f"-n {name} addr add {address}/24 dev eth0")
+            for link in ("lo", "eth0"):
+                ip(f"-n {name} link set {link} up")
+        yield names
+    finally:
+        for name in names:
+            kill_machine(name)
+            ip(f"netns del {name}")
+
+
+def kill_machine(name: str) -> None:
+    for pid in subprocess.check_output(["ip", "netns", "pids", name], text=True).split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, small_tokenizer) -> Path:
+    """A folder with a tiny base model, text and an experiment file."""
+    folder, source = tmp_path_factory.mktemp("nodes"), random.Random(0)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(small_tokenizer), **sizes)).save_pretrained(folder / "base")
+    small_tokenizer.save_pretrained(folder / "base")
+    lines = ("".join(source.choices(["发热", "头痛", "饮食", "休息", "药"], k=20)) for _ in range(100))
+    (folder / "cpt.txt").write_text("\n".join(lines), encoding="utf-8")
+    experiment = {
+        "name": "nodes", "seed": 5, "output_dir": str(folder / "run"),
+        "model": {"path": str(folder / "base"), "template": "qilin", "dtype": "float32"},
+        "launch": {"device": "cpu", "processes": 1},
+        "pretraining": {
+            "data": [str(folder / "cpt.txt")], "block_size": 32, "epochs": 1, "max_steps": UPDATES,
+            "batch_size_per_device": 4, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.01,
+            "checkpoint_every": 10, "deepspeed": "configs/deepspeed/zero2.json", "report_to": [],
+        },
+    }  # fmt: skip
+    (folder / "c.json").write_text(json.dumps(experiment), encoding="utf-8")
+    return folder
+
+
+def write_commands(folder: Path, **texts: str) -> Path:
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def command(world: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "pretraining.py"), "--config", str(world / "c.json"), *arguments]
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder / "pretraining" / "metrics.jsonl")]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def test_two_machines_train_like_one_killed_and_preempted(machines, world, tmp_path):
+    """Node 1 is killed, then Slurm preempts: the losses are those of two ranks on one machine, bit for bit.
+
+    ssh and Slurm are played by scripts; pdsh, the namespaces and the training are real.
+    """
+    folder = world / "run" / "pretraining"
+    lost = start_over_ssh(machines, world, tmp_path)
+    wait_until((folder / "checkpoints" / "checkpoint-10" / COMPLETE).exists, lost)
+    kill_machine(machines[1])
+    one_machine = start(command(world, f"output_dir={tmp_path}/one", "launch.processes=2"))
+    said, _ = lost.communicate(timeout=300)
+    assert lost.returncode == 2, said
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("error: pretraining did not finish: node 1") and "was lost" in last
+    assert "run the same command on all nodes" in last and "checkpoint-" in last
+    assert 10 <= len(losses(world / "run")) < UPDATES
+    said, _ = one_machine.communicate(timeout=300)
+    assert one_machine.returncode == 0, said
+
+    slurm = play_slurm(machines, tmp_path)
+    job = submit(world, slurm)
+    preempted, updates = job(), len(losses(world / "run"))
+    wait_until(lambda: len(losses(world / "run")) > updates + 2, preempted)
+    preempted.send_signal(signal.SIGUSR1)
+    said, _ = preempted.communicate(timeout=300)
+    assert preempted.returncode == 130 and "continuing from checkpoint-" in said, said
+    assert (slurm / "scontrol.log").read_text().splitlines()[-1] == "requeue 1"
+    assert not (folder / "merged").exists()
+    continued = job()
+    said, _ = continued.communicate(timeout=300)
+    assert continued.returncode == 0 and "continuing from checkpoint-" in said, said
+    verify_folder(folder / "merged")
+    assert losses(world / "run") == losses(tmp_path / "one")
+    assert len(losses(world / "run")) == UPDATES
+
+
+def start_over_ssh(machines: tuple[str, str], world: Path, folder: Path) -> subprocess.Popen:
+    """The stage on both machines: one command on the first, and a hostfile."""
+    if not shutil.which("pdsh"):
+        pytest.skip("needs pdsh")
+    ssh = f'''while [ "${{1#-}}" != "$1" ]; do shift; done
+[ "$1" = {ADDRESSES[1]} ] && shift && exec ip netns exec {machines[1]} bash -c "$*"'''
+    path = f"{write_commands(folder / 'ssh', ssh=ssh)}:{os.environ['PATH']}"
+    (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    return start(["ip", "netns", "exec", machines[0], *command(world)], PATH=path, HOSTFILE=str(folder / "hostfile"))
+
+
+def play_slurm(machines: tuple[str, str], folder: Path) -> Path:
+    """Slurm's commands, each with a log of its calls; srun runs one task in each namespace."""
+    folder = folder / "slurm"
+    log = f'echo "$*" >>{folder}/$(basename $0).log'
+    return write_commands(
+        folder,
+        sbatch=f"{log}; wc -l <{folder}/sbatch.log",
+        scontrol=f'{log}; [ "$1" = requeue ] || printf "%s\\n" {" ".join(ADDRESSES)}',
+        scancel=f"{log}; kill -TERM $(cat {folder}/tasks)",
+        srun=f"""while [ "${{1#-}}" != "$1" ]; do shift; done
+SLURM_NODEID=0 ip netns exec {machines[0]} "$@" & first=$!
+SLURM_NODEID=1 ip netns exec {machines[1]} "$@" & second=$!
+echo $first $second >{folder}/tasks
+wait $second; wait $first""",
+    )
+
+
+def submit(world: Path, slurm: Path) -> Callable[[], subprocess.Popen]:
+    """Hand in the three stages as a user does; returns what starts the first job, as Slurm does."""
+    environment = {"PATH": f"{slurm}:{os.environ['PATH']}", "CONFIG": str(world / "c.json"), "NODES": "2"}
+    submitted = start(["bash", str(ROOT / "scripts" / "slurm" / "submit.sh")], **environment)
+    said, _ = submitted.communicate(timeout=60)
+    assert submitted.returncode == 0, said
+    calls = (slurm / "sbatch.log").read_text().splitlines()
+    assert ["--dependency=afterok:1 " in calls[1], "--dependency=afterok:2 " in calls[2]] == [True, True]
+    assert "--dependency" not in calls[0] and "--nodes=2" in calls[0]
+    job = ["bash", *calls[0].split()[-2:]]
+    assert job[1:] == ["scripts/slurm/stage.sbatch", "run_pt.sh"]
+    names = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "any",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    del environment["NODES"]
+    return lambda: start(job, **environment, **names)
+
+
+# ---------------------------------------------------------------------------------------------------- who takes part
+
+
+@pytest.fixture
+def variables(monkeypatch) -> pytest.MonkeyPatch:
+    for name in ("NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_places_follow_from_the_environment(variables, tmp_path):
+    assert find_place() == Place()
+    for name, value in {"NODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}.items():
+        variables.setenv(name, value)
+    assert find_place() == Place(node=2, nodes=3, address="head", port=1234)
+    (tmp_path / "hostfile").write_text("# ours\nworker-1 slots=8\n\nworker-2 slots=4  # smaller\n")
+    for name in ("NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        variables.delenv(name)
+    variables.setenv("HOSTFILE", str(tmp_path / "hostfile"))
+    assert find_place() == Place(0, 2, "worker-1", 29500, slots=8, to_start=("worker-2",))
+    variables.setenv("NODE_RANK", "1")
+    assert find_place() == Place(1, 2, "worker-1", 29500, slots=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"NODES": "2"}, "NODE_RANK and MASTER_ADDR not set"),
+        ({"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "expected 0 to 1"),
+        ({"NODES": "two"}, "NODES=two: expected a whole number"),
+        ({"HOSTFILE": "nowhere"}, "nowhere cannot be read"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(variables, settings, words):
+    for name, value in settings.items():
+        variables.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        find_place()
+
+
+@pytest.mark.parametrize(
+    "line", ["worker-1", "worker-1 slots=0", "worker-1 gpus=2", "worker-1 slots=1 more", "a slots=1"]
+)
+def test_a_line_that_is_no_host_is_named(tmp_path, line):
+    (tmp_path / "hostfile").write_text(f"a slots=2\n{line}\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_hostfile(tmp_path / "hostfile")
+
+
+@pytest.fixture
+def two_nodes() -> tuple[Team, Team]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return tuple(Team(Place(node, 2, "127.0.0.1", port), patience=1) for node in range(2))
+
+
+def test_ranks_are_counted_over_nodes_that_were_asked_for_the_same(two_nodes):
+    leader, follower = two_nodes
+    with pytest.raises(UserError, match="node 1 of 2 nodes did not join"):
+        leader.agree_on_ranks(8, {})
+    asked = {"stage": "sft", "libraries": {"torch": "2.13.0"}}
+    follower.say(joined={"ranks": 4, "asked": asked})
+    assert leader.agree_on_ranks(8, asked) == [8, 4]
+    with pytest.raises(UserError, match=r"node 1 .*\(libraries.torch: 2.12.0 -> 2.13.0\)"):
+        leader.agree_on_ranks(8, asked | {"libraries": {"torch": "2.12.0"}})
+
+
+def test_every_node_ends_with_node_0s_word(two_nodes, monkeypatch):
+    leader, follower = two_nodes
+    monkeypatch.setattr(ranks, "_DELAY", 0)
+    leader.say(order={"job": "nowhere/job.json", "fingerprint": "", "resume": None, "ranks": [1, 1]})
+    with ThreadPoolExecutor() as pool:
+        following = pool.submit(ranks.follow, follower, 1, {})
+        with pytest.raises(UserError, match="is not the file that node 0 wrote"), leader.last_word():
+            leader.wait_for("outcome")
+        with pytest.raises(UserError, match=r"node 1 \(.*\): .*nowhere/job.json is not the file"):
+            following.result()
