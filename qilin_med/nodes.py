@@ -2,7 +2,7 @@
 
 Node 0 prepares, decides and publishes, as one machine alone does. The other nodes join it, run their ranks when it says
 so, and end with its last word. They meet in a TCP store on node 0, in which every node keeps one JSON record about
-itself, renewed every second; the ranks meet in the same store. A machine alone is a team of one.
+itself, renewed several times a second; the ranks meet in the same store. A machine alone is a team of one.
 """
 
 import json
@@ -50,7 +50,7 @@ def find_place() -> Place:
     """From HOSTFILE, or from NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; without them this machine is alone."""
     hosts = read_hostfile(Path(os.environ["HOSTFILE"])) if "HOSTFILE" in os.environ else {}
     nodes = len(hosts) or _number("NODES", 1)
-    if nodes == 1:
+    if nodes <= 1:
         return Place(port=_number("MASTER_PORT", 0), slots=next(iter(hosts.values()), None))
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]
     if missing and not hosts:
@@ -160,7 +160,7 @@ class Team:
             while True:
                 beat += 1
                 self._exchange(beat)
-                time.sleep(1)
+                time.sleep(0.3)
         except RuntimeError:  # the connection to node 0 is closed
             self.heard = dict.fromkeys(self.heard, -math.inf)
 
@@ -173,7 +173,7 @@ class Team:
                 heard = json.loads(self.store.get(f"node {node}"))
                 if heard != self.records.get(node):
                     self.heard[node] = time.monotonic()
-                    self.records[node] = heard
+                    self.records = {**self.records, node: heard}  # readers keep the dictionary that they look at
 
     def say(self, **facts: Any) -> None:
         self.own = {**self.own, **facts}

@@ -1,6 +1,7 @@
 """Several machines, as two network namespaces of this one: joined by ssh or Slurm, killed, preempted, continued."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -21,7 +22,7 @@ from qilin_med import ranks
 from qilin_med.callbacks import read_metrics
 from qilin_med.checkpoints import COMPLETE, verify_folder
 from qilin_med.errors import UserError
-from qilin_med.nodes import Place, Team, find_place, read_hostfile
+from qilin_med.nodes import NodeLost, Place, Team, find_place, read_hostfile
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
@@ -245,18 +246,22 @@ def test_a_line_that_is_no_host_is_named(tmp_path, line):
         read_hostfile(tmp_path / "hostfile")
 
 
-@pytest.fixture
-def two_nodes() -> tuple[Team, Team]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return tuple(Team(Place(node, 2, "127.0.0.1", port), patience=1) for node in range(2))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def two_nodes() -> tuple[Team, Team]:
+    port = free_port()
+    return tuple(Team(Place(node, 2, "127.0.0.1", port), patience=30) for node in range(2))
 
 
 def test_ranks_are_counted_over_nodes_that_were_asked_for_the_same(two_nodes):
     leader, follower = two_nodes
     with pytest.raises(UserError, match="node 1 of 2 nodes did not join"):
-        leader.agree_on_ranks(8, {})
+        leader.wait_for("joined", patience=0.1)
     asked = {"stage": "sft", "libraries": {"torch": "2.13.0"}}
     follower.say(joined={"ranks": 4, "asked": asked})
     assert leader.agree_on_ranks(8, asked) == [8, 4]
@@ -274,3 +279,17 @@ def test_every_node_ends_with_node_0s_word(two_nodes, monkeypatch):
             leader.wait_for("outcome")
         with pytest.raises(UserError, match=r"node 1 \(.*\): .*nowhere/job.json is not the file"):
             following.result()
+
+
+def test_a_killed_node_0_is_noticed_at_once():
+    port = free_port()
+    leader = multiprocessing.get_context("fork").Process(
+        target=lambda: Team(Place(0, 2, "127.0.0.1", port), patience=1).wait_for("never")
+    )
+    leader.start()
+    follower = Team(Place(1, 2, "127.0.0.1", port), patience=30)
+    while not follower.records:
+        time.sleep(0.05)
+    leader.kill()
+    with pytest.raises(NodeLost, match=r"node 0 \(127.0.0.1:\d+\) was lost"):
+        follower.wait_for("last_word")

@@ -13,6 +13,7 @@ TIME=${TIME:-24:00:00}         # of one run of a job; a stage that takes longer 
 SBATCH_OPTIONS=${SBATCH_OPTIONS:-}  # for example "--partition=gpu --account=lab"
 STAGES=${STAGES:-pt sft dpo}
 
+case " $* " in *" --restart "*) echo "error: --restart would begin anew at every requeue; move the old folder aside first" >&2; exit 2 ;; esac
 mkdir -p runs/slurm
 after=()
 for stage in $STAGES; do
