@@ -135,8 +135,8 @@ def _command_for_others() -> str:
 class Team:
     """This node among the others: what it says of itself, and what it hears.
 
-    Node 0 hears all others; they hear node 0. Records are read and written in a thread of their own, so that an
-    address that no longer answers holds up nothing else.
+    Node 0 hears all others; they hear node 0. Inside `with`, records are read and written in a thread of their own, so
+    that an address that no longer answers holds up nothing else.
     """
 
     def __init__(self, place: Place, patience: float) -> None:
@@ -151,16 +151,26 @@ class Team:
         self.sent: dict[str, Any] = {}
         self.records: dict[int, dict[str, Any]] = {}
         self.heard = dict.fromkeys([0] if place.node else range(1, place.nodes), -math.inf)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_in_touch, daemon=True)
+
+    def __enter__(self) -> "Team":
         if self.heard:
-            threading.Thread(target=self._keep_in_touch, daemon=True).start()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A thread that returns from native code while the interpreter shuts down aborts the process.
+        self._over.set()
+        if self.heard:
+            self._thread.join(timeout=5)
 
     def _keep_in_touch(self) -> None:
         beat = 0
         try:
-            while True:
+            while not self._over.wait(0.3):
                 beat += 1
                 self._exchange(beat)
-                time.sleep(0.3)
         except RuntimeError:  # the connection to node 0 is closed
             self.heard = dict.fromkeys(self.heard, -math.inf)
 

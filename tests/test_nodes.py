@@ -253,9 +253,13 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def two_nodes() -> tuple[Team, Team]:
+def two_nodes() -> Iterator[tuple[Team, Team]]:
     port = free_port()
-    return tuple(Team(Place(node, 2, "127.0.0.1", port), patience=30) for node in range(2))
+    with (
+        Team(Place(0, 2, "127.0.0.1", port), patience=30) as leader,
+        Team(Place(1, 2, "127.0.0.1", port), patience=30) as follower,
+    ):
+        yield leader, follower
 
 
 def test_ranks_are_counted_over_nodes_that_were_asked_for_the_same(two_nodes):
@@ -283,13 +287,16 @@ def test_every_node_ends_with_node_0s_word(two_nodes, monkeypatch):
 
 def test_a_killed_node_0_is_noticed_at_once():
     port = free_port()
-    leader = multiprocessing.get_context("fork").Process(
-        target=lambda: Team(Place(0, 2, "127.0.0.1", port), patience=1).wait_for("never")
-    )
+
+    def lead() -> None:
+        with Team(Place(0, 2, "127.0.0.1", port), patience=1) as team:
+            team.wait_for("never")
+
+    leader = multiprocessing.get_context("fork").Process(target=lead)
     leader.start()
-    follower = Team(Place(1, 2, "127.0.0.1", port), patience=30)
-    while not follower.records:
-        time.sleep(0.05)
-    leader.kill()
-    with pytest.raises(NodeLost, match=r"node 0 \(127.0.0.1:\d+\) was lost"):
-        follower.wait_for("last_word")
+    with Team(Place(1, 2, "127.0.0.1", port), patience=30) as follower:
+        while not follower.records:
+            time.sleep(0.05)
+        leader.kill()
+        with pytest.raises(NodeLost, match=r"node 0 \(127.0.0.1:\d+\) was lost"):
+            follower.wait_for("last_word")
