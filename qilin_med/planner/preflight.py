@@ -40,8 +40,11 @@ def _fields(path: str | Path) -> dict[str, int]:
 
 
 def check_machine(job: Job, nodes: int, longest: int, gpu_memory: int) -> str | None:
-    """UserError if memory or disk are too small for a job on `nodes` machines like this one. `longest`: tokens of its longest sequence; `gpu_memory`: bytes
-    of the smallest GPU. A model whose shape the planner does not know is not refused: then a line says so."""
+    """UserError if memory or disk are too small for a job on `nodes` machines like this one.
+
+    `longest`: tokens of its longest sequence; `gpu_memory`: bytes of the smallest GPU. A model whose shape the planner
+    does not know is not refused: then a line says so.
+    """
     memory = gpu_memory if job.experiment.launch.device == "cuda" else local_machine(job.experiment).memory
     machines = Machines(nodes, job.ranks // nodes, memory, None)
     try:
