@@ -14,6 +14,7 @@ from unittest import mock
 
 from qilin_med import training
 from qilin_med.config import load_experiment
+from qilin_med.nodes import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"pretraining": "pretraining.py", "sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}
@@ -49,5 +50,5 @@ def run_stage(settings: Path, stage: str, *overrides: str) -> Path:
     script = [str(ROOT / SCRIPTS[stage])]
     forking = SimpleNamespace(Popen=ForkedRank, DEVNULL=None)
     with mock.patch("qilin_med.launch.subprocess", forking), mock.patch.object(sys, "argv", script):
-        training._run_whole_stage(experiment, stage, dry_run=False, restart=False, force=False)
+        training._take_part(experiment, stage, Place(), restart=False, force=False)
     return experiment.stage_folder(stage)
