@@ -132,6 +132,11 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
         self._precompute_model_hash = self.reference
         return super()._precompute_ref_logps(*args)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Under DeepSpeed the library rounds all floats of a batch to the weights' precision: bf16 spoils log-probabilities.
+        exact = {name: values.to(self.args.device) for name, values in inputs.items() if name.startswith("ref_")}
+        return {**super()._prepare_inputs(inputs), **exact}
+
     def _log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         score = partial(sequence_log_probs, labels=inputs["labels"])
         chosen, rejected = forward_through_head(model, {"input_ids": inputs["input_ids"]}, score).chunk(2)

@@ -166,6 +166,16 @@ def test_adapters_on_4_bit_weights_are_merged_into_whole_ones(world, plain):
     assert math.isclose(losses(runs[0], "dpo")[0], math.log(2), abs_tol=1e-6)
 
 
+def test_dpo_starts_at_ln_2_in_bf16(world):
+    """The reference's log-probabilities are not rounded to the weights' precision, which is up to 0.25 at 64."""
+    deepspeed = "dpo.deepspeed=configs/deepspeed/zero2.json"
+    run_stage(
+        world / "c.json", "dpo", f"output_dir={world / 'bf16'}", f"dpo.parent={world / 'base'}", "dpo.max_steps=1",
+        "model.dtype=bfloat16", deepspeed,
+    )  # fmt: skip
+    assert math.isclose(losses(world / "bf16", "dpo")[0], math.log(2), abs_tol=1e-6)
+
+
 def test_another_base_with_its_own_template_goes_through_all_stages(world):
     """Qwen3's architecture, tied embeddings, a byte-level vocabulary, ChatML without marks, another EOS token."""
     backend = Tokenizer(models.BPE())
