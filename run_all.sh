@@ -9,11 +9,15 @@ export CONFIG=${CONFIG:-configs/demo.json}
 
 bash scripts/setup.sh                                                          # 2 min the first time
 if [ "$CONFIG" = configs/demo.json ]; then
-  .venv/bin/python scripts/make_demo.py                                        # 2 min: invented raw files, base model
+  .venv/bin/python scripts/make_demo.py --seed "${SEED:-7}"                     # 1 min: invented raw files, base model
   .venv/bin/python scripts/build_chimed.py configs/demo_chimed.json            # 15 s: clean, deduplicated training sets
 fi
 bash run_pt.sh "$@"
 bash run_sft.sh "$@"
 bash run_dpo.sh "$@"
 .venv/bin/python scripts/evaluate.py --config "$CONFIG" "$@"
+if [ "$CONFIG" = configs/demo.json ]; then
+  .venv/bin/python scripts/build_index.py --config "$CONFIG" "$@"
+  .venv/bin/python scripts/evaluate.py --config "$CONFIG" --retrieval --models sft --tasks cmexam_options,unseen "$@"
+fi
 .venv/bin/python scripts/report.py --config "$CONFIG" "$@"

@@ -26,7 +26,7 @@ from qilin_med.training import quiet_libraries  # noqa: E402
 
 DATA, UNTRAINED = Path("data/demo"), Path("models/demo-init")
 BUILT = ("processed", "processed.work")
-VOCABULARY = 1408
+VOCABULARY = 1664
 MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,

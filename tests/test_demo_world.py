@@ -39,7 +39,7 @@ HELD_OUT = {
     "heldout/answers.jsonl": read_chats,
     "heldout/preferences.jsonl": read_preferences,
 }
-EXAMS_HELD_OUT = ("raw/exams/val.csv", "raw/exams/test.csv")
+EXAMS_HELD_OUT = ("raw/exams/val.csv", "raw/exams/test.csv", "raw/exams/unseen.csv")
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +195,7 @@ def test_no_held_out_question_or_text_is_in_a_training_file(files):
     questions = [row["messages"][0]["content"] for row in rows_of(files, "heldout/answers.jsonl")]
     questions += [row["prompt"] for row in rows_of(files, "heldout/preferences.jsonl")]
     questions += [row["text"] for row in rows_of(files, "heldout/medical.jsonl")]
+    questions += [row["questions"] for row in rows_of(files, "heldout/consultations.jsonl")]
     questions += files["heldout/general.txt"].decode().splitlines()
     assert len(questions) > 700
     assert not [question for question in questions if question in text]
@@ -226,8 +227,10 @@ def test_every_fact_that_is_read_stands_in_the_textbooks(files, world):
 
 
 def test_retrieval_corpus_tells_every_fact(files):
-    articles = {row["id"]: row["text"] for row in rows_of(files, "retrieval/corpus.jsonl")}
-    assert all(fact["object"] in articles[fact["subject"]] for fact in rows_of(files, "facts.jsonl"))
+    notes = {row["id"]: row["text"] for row in rows_of(files, "retrieval/corpus.jsonl")}
+    assert all(
+        fact["object"] in notes[f"{fact['subject']} {fact['relation']}"] for fact in rows_of(files, "facts.jsonl")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- duplicates
@@ -279,23 +282,25 @@ def test_exams_have_one_right_option_and_no_favourite_letter(folder, files, worl
     for source, question in records_of(folder, evaluation=True):
         held_out[source.name].append(question)
     right = {(f["subject"], f["object"]) for f in rows_of(files, "facts.jsonl")}
-    assert len(held_out["exam-test"]) >= 300
+    assert min(len(held_out["exam-test"]), len(held_out["exam-unseen"])) >= 300
     for questions in held_out.values():
         letters = Counter(question.answer for question in questions)
         assert letters.keys() == set(exams.LETTERS) and max(letters.values()) - min(letters.values()) <= 1
         for question in questions:
-            name = next(disease.name for disease in world.diseases_seen("cpt") if disease.name in question.stem)
+            name = next(disease.name for disease in world.diseases if disease.name in question.stem)
             # Every part of the right option is a fact, no part of another one is.
             told = {letter: {(name, part) in right for part in text.split("和")} for letter, text in question.options}
             assert told == {letter: {letter == question.answer} for letter in exams.LETTERS}
             assert dict(question.facets)["Clinical Department"]
 
 
-def test_validation_and_test_ask_about_other_diseases(world):
+def test_exams_ask_about_the_diseases_of_their_own_group(world):
     validation, test = exams.exams_held_out(world)
-    asked = [{d.name for d in world.diseases if any(d.name in e.stem for e in part)} for part in (validation, test)]
+    parts = (validation, test, exams.exams_unseen(world))
+    asked = [{d.name for d in world.diseases if any(d.name in e.stem for e in part)} for part in parts]
     assert not asked[0] & asked[1]
     assert asked[0] | asked[1] == {disease.name for disease in world.diseases_seen("cpt")}
+    assert asked[2] == {disease.name for disease in world.diseases_seen("nowhere")}
 
 
 # ------------------------------------------------------------------------------------------------------- answers

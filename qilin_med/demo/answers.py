@@ -50,7 +50,7 @@ def curt_answer(disease: Thing, relation: Relation) -> str:
 def common_answer(rng: Random, disease: Thing, relation: Relation) -> str:
     """An answer of the fine-tuning data: mostly good, but as mixed as what doctors write on the web, so that there is
     something left for preference training to put right."""
-    style = rng.choices(("good", "plain", "evasive", "careless", "curt"), (38, 25, 13, 16, 8))[0]
+    style = rng.choices(("good", "plain", "evasive", "careless", "curt"), (22, 36, 14, 18, 10))[0]
     if style == "evasive":
         return evasive_answer(rng, disease)
     if style == "careless":

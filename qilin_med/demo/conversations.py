@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
-from qilin_med.demo.answers import common_answer, right_answer
+from qilin_med.demo.answers import common_answer, good_answer, right_answer
 from qilin_med.demo.medicine import DEPARTMENT, MEDICAL
 from qilin_med.demo.relations import Relation
 from qilin_med.demo.world import Thing, World
@@ -125,3 +125,13 @@ def answers_heldout(world: World) -> list[dict[str, Any]]:
         for r in rng.sample(MEDICAL, 2)
     ]
     return rows
+
+
+def consultations_heldout(world: World) -> list[dict[str, Any]]:
+    """Huatuo-26M's test set: questions about facts that were read but never asked, and a good doctor's answers."""
+    rng = Random(f"consultations heldout {world.seed}")
+    return [
+        {"questions": d.say(rng.choice(r.asked), r), "answers": good_answer(d, r, rng.randrange(2))}
+        for d in world.diseases_seen("cpt")
+        for r in rng.sample(MEDICAL, 3)
+    ]

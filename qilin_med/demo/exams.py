@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from qilin_med.demo.answers import plain_answer
 from qilin_med.demo.medicine import AVOID, CHECK, DEPARTMENT, DRUG, EAT, MEDICAL, SYMPTOM
 from qilin_med.demo.relations import Relation
 from qilin_med.demo.world import Thing, World
@@ -12,13 +13,14 @@ COLUMNS = ("Question", "Options", "Answer", "Explanation", "Disease Group", "Are
            "Medical Discipline", "Difficulty level")  # fmt: skip
 LETTERS = "ABCDE"
 VALIDATION_DISEASES = 6  # of the diseases that are never asked about; the others are those of the test
+# Exam language: no textbook of this world words a fact so, which leaves it to fine-tuning to teach the questions.
 STEMS = {
-    SYMPTOM.name: ("{s}最常见的症状是", "下列表现中，属于{s}的是", "病人得了{s}，最可能出现"),
-    DRUG.name: ("治疗{s}应首先选用", "下列药物中，可用来治疗{s}的是", "{s}患者首先服用的药物是"),
-    DEPARTMENT.name: ("{s}患者就诊的科室是", "下列科室中，负责诊治{s}的是", "得了{s}，挂号应选"),
-    CHECK.name: ("为确诊{s}，应做的检查是", "下列检查中，能确诊{s}的是", "怀疑病人得了{s}，首先应做"),
-    EAT.name: ("{s}患者的饮食，适合选", "下列食物中，对{s}患者有益的是", "{s}患者平日可以多吃"),
-    AVOID.name: ("{s}患者的饮食，应避开", "下列食物中，会加重{s}的是", "{s}患者不能吃的食物是"),
+    SYMPTOM.name: ("{s}的临床特征为", "下列各项，见于{s}的是", "{s}的诊断要点包括"),
+    DRUG.name: ("{s}的一线用品是", "下列各项，用于{s}的是", "{s}的处方核心是"),
+    DEPARTMENT.name: ("{s}的接诊单位是", "下列各项，接收{s}的是", "{s}应转往"),
+    CHECK.name: ("{s}的金标准是", "下列各项，证实{s}的是", "{s}的定性依据是"),
+    EAT.name: ("{s}的调养佳品是", "下列各项，有助{s}的是", "{s}的膳食推荐是"),
+    AVOID.name: ("{s}的饮食禁区是", "下列各项，不利{s}的是", "{s}的膳食禁忌是"),
 }
 COMPETENCIES = {SYMPTOM.name: "表现", DRUG.name: "用药", DEPARTMENT.name: "转诊", CHECK.name: "诊断"}
 
@@ -37,33 +39,52 @@ class Exam:
 
 
 def training_exams(world: World) -> list[Exam]:
-    """One question on every fact that fine-tuning asks about."""
+    """Questions on two facts of every disease that fine-tuning asks about."""
     rng = Random(f"exams {world.seed}")
-    facts = [(disease, relation) for disease in world.diseases_seen("cpt+sft") for relation in MEDICAL]
+    facts = [(disease, r) for disease in world.diseases_seen("cpt+sft") for r in rng.sample(MEDICAL, 2)]
     asked = [(disease, relation, rng.choice(STEMS[relation.name])) for disease, relation in facts]
     return _exams(world, rng, asked, lambda disease, relation: _explain(rng, disease, relation))
 
 
 def exams_held_out(world: World) -> tuple[list[Exam], list[Exam]]:
-    """(validation, test): every fact of some diseases that no other question is about, in three wordings."""
+    """(validation, test): one question on every fact of diseases that were read about but never asked about."""
     rng = Random(f"exams held out {world.seed}")
     diseases = world.diseases_seen("cpt")
     parts = diseases[:VALIDATION_DISEASES], diseases[VALIDATION_DISEASES:]
-    validation, test = (
-        _exams(world, rng, [(d, r, stem) for d in part for r in MEDICAL for stem in STEMS[r.name]], _plain)
-        for part in parts
-    )
+    validation, test = (_exams_on(world, rng, part) for part in parts)
     return validation, test
+
+
+def exams_unseen(world: World) -> list[Exam]:
+    """One question on every fact of the diseases that no stage reads about."""
+    return _exams_on(world, Random(f"exams unseen {world.seed}"), world.diseases_seen("nowhere"))
+
+
+def _exams_on(world: World, rng: Random, diseases: Iterable[Thing]) -> list[Exam]:
+    # No fact is asked about twice: answers to two wordings of a question would not be independent.
+    asked = [(disease, r, rng.choice(STEMS[r.name])) for disease in diseases for r in MEDICAL]
+    return _exams(world, rng, asked, plain_answer)
+
+
+def open_turns(world: World) -> list[list[str]]:
+    """Questions without options on every fact that fine-tuning asks about, in every wording, and answers."""
+    facts = [(disease, relation) for disease in world.diseases_seen("cpt+sft") for relation in MEDICAL]
+    return [[d.say(stem, r), open_answer(d, r)] for d, r in facts for stem in STEMS[r.name]]
+
+
+def open_question(rng: Random, disease: Thing, relation: Relation) -> str:
+    return disease.say(rng.choice(STEMS[relation.name]), relation)
+
+
+def open_answer(disease: Thing, relation: Relation) -> str:
+    """The right option, and why."""
+    return f"{disease.value(relation)}。{plain_answer(disease, relation)}"
 
 
 def _explain(rng: Random, disease: Thing, relation: Relation) -> str:
     """The fact, and another one as a reminder."""
     other = rng.choice([other for other in MEDICAL if other is not relation])
     return disease.state(rng, relation) + disease.state(rng, other)
-
-
-def _plain(disease: Thing, relation: Relation) -> str:
-    return disease.say(relation.answer, relation)
 
 
 def _exams(

@@ -7,11 +7,12 @@ from collections import Counter
 
 from qilin_med.corpus.formats.graphs import HEALTH39, ONE_TAIL_WORDINGS, TRIPLE_WORDINGS, XYWY
 from qilin_med.demo import formats
-from qilin_med.demo.conversations import answers_heldout
+from qilin_med.demo.conversations import answers_heldout, consultations_heldout
 from qilin_med.demo.faults import plant_faults
 from qilin_med.demo.preferences import preferences_heldout
 from qilin_med.demo.raw import RawFile, raw_files
-from qilin_med.demo.text import general_heldout, general_text, medical_heldout, retrieval_corpus
+from qilin_med.demo.reading import retrieval_corpus
+from qilin_med.demo.text import general_heldout, general_reading, general_text, medical_heldout
 from qilin_med.demo.world import DISEASES, World, build_world, facts
 from qilin_med.prompts import HEAD, TAIL, exam_prompt
 
@@ -38,9 +39,11 @@ def spoilt_files(world: World) -> dict[str, RawFile]:
 def _sound_files(world: World) -> dict[str, bytes]:
     return {
         "general/train-general.txt": formats.lines(general_text(world)),
+        "general/train-reading.jsonl": formats.json_lines(general_reading(world)),
         "heldout/general.txt": formats.lines(general_heldout(world)),
         "heldout/medical.jsonl": formats.json_lines(medical_heldout(world)),
         "heldout/answers.jsonl": formats.json_lines(answers_heldout(world)),
+        "heldout/consultations.jsonl": formats.json_lines(consultations_heldout(world)),
         "heldout/preferences.jsonl": formats.json_lines(preferences_heldout(world)),
         "retrieval/corpus.jsonl": formats.json_lines(retrieval_corpus(world)),
         "facts.jsonl": formats.json_lines(facts(world)),

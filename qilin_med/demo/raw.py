@@ -8,12 +8,12 @@ from random import Random
 from typing import Any
 
 from qilin_med.demo import conversations, exams, formats, graphs, preferences
-from qilin_med.demo.medicine import MEDICAL
 from qilin_med.demo.reading import reading_turns
-from qilin_med.demo.text import passages, textbook_lines
+from qilin_med.demo.text import general_replay, passages, textbook_lines
 from qilin_med.demo.world import Thing, World
 
 VOLUMES = 4  # of the textbook
+ENTRIES = 3  # passages on each disease that stand in the encyclopedia; the others stand in the textbook
 
 
 @dataclass
@@ -44,31 +44,25 @@ def raw_files(world: World) -> dict[str, RawFile]:
 def _texts(world: World) -> dict[str, RawFile]:
     rng = Random(f"texts {world.seed}")
     read = world.diseases_seen("cpt+sft", "cpt")
-    told = [line for disease in read for line in (*passages(rng, disease), *textbook_lines(disease))]
+    articles = [(disease, passages(rng, disease)) for disease in read]
+    told = [line for d, texts in articles for line in (*texts[ENTRIES:], *textbook_lines(d))]
     rng.shuffle(told)
-    questions = [row for disease in read for row in _encyclopedia_rows(rng, disease)]
+    entries = [row for d, texts in articles for row in _encyclopedia_rows(d, *texts[:ENTRIES])]
     files = {
         f"textbooks/volume-{number + 1}.txt": RawFile(formats.lines, told[number::VOLUMES], ("pretraining/textbooks",))
         for number in range(VOLUMES)
     }
     files["encyclopedia/questions.jsonl.gz"] = RawFile(
-        formats.packed_json_lines, questions, ("pretraining/encyclopedia",)
+        formats.packed_json_lines, entries, ("pretraining/encyclopedia",)
     )
+    files["general/replay.jsonl"] = RawFile(formats.json_lines, general_replay(world), ("pretraining/general",))
     return files
 
 
-def _encyclopedia_rows(rng: Random, disease: Thing) -> list[dict[str, Any]]:
-    """Huatuo-26M: wordings of a question and its answers. On each fact a row with two answers and one with one."""
-    rows = []
-    for relation in MEDICAL:
-        first, second, third = rng.sample(disease.statements(relation), 3)
-        questions = [disease.say(question, relation) for question in relation.questions]
-        rng.shuffle(questions)
-        rows += [
-            {"questions": [questions], "answers": [first, second]},
-            {"questions": [questions[::-1]], "answers": [third]},
-        ]
-    return rows
+def _encyclopedia_rows(disease: Thing, first: str, second: str, third: str) -> list[dict[str, Any]]:
+    """Huatuo-26M's encyclopedia: titles and what stands under them; a row with two articles and one with one."""
+    titles = [f"{disease.name}是什么病？", f"请介绍一下{disease.name}。"]
+    return [{"questions": [titles], "answers": [first, second]}, {"questions": [titles[::-1]], "answers": [third]}]
 
 
 def _graphs(world: World) -> dict[str, RawFile]:
@@ -109,6 +103,7 @@ def _exams(world: World) -> dict[str, RawFile]:
         ),
         "exams/val.csv": RawFile(table, exams.rows(validation), ()),
         "exams/test.csv": RawFile(table, exams.rows(test), ()),
+        "exams/unseen.csv": RawFile(table, exams.rows(exams.exams_unseen(world)), ()),
     }
 
 
@@ -117,6 +112,9 @@ def _others(world: World) -> dict[str, RawFile]:
         "instructions/general.json": RawFile(
             formats.json_array, [conversations.alpaca(t) for t in conversations.general_turns(world)],
             ("sft/instructions",),
+        ),
+        "instructions/quiz.jsonl": RawFile(
+            formats.json_lines, [conversations.chimed(turns) for turns in exams.open_turns(world)], ("sft/quiz",)
         ),
         "instructions/reading.jsonl": RawFile(
             formats.json_lines, [conversations.chimed(turns) for turns in reading_turns(world)], ("sft/reading",)

@@ -12,8 +12,6 @@ class Relation:
     statements: tuple[str, ...]
     """Ways to say it. For every thing one of them is kept for the held-out text: the words are known from other things,
     the fact from other words."""
-    questions: tuple[str, ...]
-    """Questions within running text."""
     asked: tuple[str, ...]
     """Questions of conversations and preference pairs."""
     answer: str = ""
@@ -21,3 +19,5 @@ class Relation:
     """Questions of the held-out conversations only."""
     follow_up: str = ""
     """The question as a second turn, when the thing has been named."""
+    questions: tuple[str, ...] = ()
+    """Questions within general text."""

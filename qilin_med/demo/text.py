@@ -1,14 +1,18 @@
-"""Running text: encyclopedic passages, textbook lines, questions with answers, riddles; each thing in many wordings."""
+"""Running text: encyclopedic passages, textbook lines, questions after notes, riddles; each thing in many wordings."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from random import Random
 
 from qilin_med.demo.country import RIDDLES
 from qilin_med.demo.medicine import MEDICAL, TEXTBOOK
 from qilin_med.demo.relations import Relation
 from qilin_med.demo.world import Thing, World, without
+from qilin_med.prompts import with_passages
 
-PASSAGES = 6  # of each disease
+GENERAL_RIDDLES, GENERAL_READINGS = 1500, 800
+REPLAYED_RIDDLES, REPLAYED_READINGS = 150, 350  # among the medical texts
+PASSAGES = 8  # of each disease
 ALIKE = 1  # sentences that two passages of a disease may share: with their opening, two are a run of 50 tokens
 
 
@@ -69,9 +73,45 @@ def general_text(world: World) -> list[str]:
     for thing, relations in world.general:
         lines += [passage(rng, thing, relations) for _ in range(4)]
         lines += [_question_and_answer(rng, thing, relation) for relation in relations for _ in range(2)]
-    lines += [riddle(rng, world.spare_stems) for _ in range(1500)]
+    lines += [riddle(rng, world.spare_stems) for _ in range(GENERAL_RIDDLES)]
     rng.shuffle(lines)
     return lines
+
+
+def general_reading(world: World) -> list[dict[str, str]]:
+    """Practice for the base model in reading what is put before a question."""
+    rng = Random(f"general reading {world.seed}")
+    return [{"text": _reading(rng, world)} for _ in range(GENERAL_READINGS)]
+
+
+def general_replay(world: World) -> list[dict[str, str]]:
+    """More of both among the medical texts, so that pre-training does not undo the skill."""
+    rng = Random(f"replay {world.seed}")
+    readings = [_reading(rng, world) for _ in range(REPLAYED_READINGS)]
+    riddles = [riddle(rng, world.spare_stems) for _ in range(REPLAYED_RIDDLES)]
+    return [{"text": text} for text in readings + riddles]
+
+
+def _reading(rng: Random, world: World) -> str:
+    """Notes about things that only this text knows, and a question that one of them answers."""
+    asked = [(thing, rng.choice(relations)) for thing, relations in (_stranger(rng, world) for _ in range(2))]
+    notes = [thing.state(rng, relation) for thing, relation in asked]
+    thing, relation = asked[0]
+    question = thing.say(rng.choice(relation.questions), relation)
+    return f"{with_passages(question, as_retrieved(rng, notes))}\n{thing.value(relation)}。{notes[0]}"
+
+
+def as_retrieved(rng: Random, notes: Sequence[str]) -> list[str]:
+    """The first note, alone or among the others."""
+    return rng.sample(notes, len(notes)) if rng.random() < 0.4 else [notes[0]]
+
+
+def _stranger(rng: Random, world: World) -> tuple[Thing, tuple[Relation, ...]]:
+    """A thing of a known kind with a new name, and with values of others of its kind."""
+    thing, relations = rng.choice(world.general)
+    alike = [other.values for other, others in world.general if others is relations]
+    values = {relation.name: rng.choice(alike)[relation.name] for relation in relations}
+    return replace(thing, name=rng.choice(world.spare_stems) + thing.name[2:], values=values), relations
 
 
 def _question_and_answer(rng: Random, thing: Thing, relation: Relation) -> str:
@@ -90,7 +130,7 @@ def riddle(rng: Random, stems: Sequence[str]) -> str:
     return told + "".join(answers)
 
 
-# ------------------------------------------------------------------------------------------ held out and retrieval
+# ------------------------------------------------------------------------------------------ held out
 
 
 def general_heldout(world: World) -> list[str]:
@@ -105,9 +145,3 @@ def medical_heldout(world: World) -> list[dict[str, str]]:
     return [{"text": unread_text(rng, disease, MEDICAL)} for disease in read] + [
         {"text": textbook_line(TEXTBOOK[disease.kept["textbook"]], disease)} for disease in read
     ]
-
-
-def retrieval_corpus(world: World) -> list[dict[str, str]]:
-    """What a retriever may read: an article on every disease, also those that no model has met."""
-    rng = Random(f"retrieval {world.seed}")
-    return [{"id": disease.name, "text": passage(rng, disease, MEDICAL)} for disease in world.diseases]

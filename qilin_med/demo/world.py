@@ -40,10 +40,15 @@ from qilin_med.demo.relations import Relation
 
 Seen = Literal["cpt+sft", "cpt", "nowhere"]
 
-DISEASES: dict[Seen, int] = {"cpt+sft": 80, "cpt": 30, "nowhere": 20}
+DISEASES: dict[Seen, int] = {"cpt+sft": 60, "cpt": 58, "nowhere": 52}
 
 # A rare character and a sound: no real Chinese name is built like this.
-FIRST_SYLLABLES = "岚霁穹棱萤绡檀笙黛沅琅砚翎蔻枢澜皎筠珞嵩霏桠澍缇苒屿琤珩陌槿稞邈"
+FIRST_SYLLABLES = (
+    "岚霁穹棱萤绡檀笙黛沅琅砚翎蔻枢澜皎筠珞嵩霏桠澍缇苒屿琤珩陌槿稞邈芃芾茌茜荇荑莜莪莳菀菁菡萱葳葶蓁蓠蕙"
+    "薜藜藿蘅玑玟珂珈珙珧珺琇琏琚琛琦琨琬琰瑀瑗瑛瑭瑷璁璇璎璞璟璨瓒汜沂沚泓泠泫洙洛浔涪淅淇淙渌渑湄湟溆滢"
+    "滟潆澧濂濯瀛灏杞枋枞柃栌栎桁梓棣椿楠榉榛槭樨橼歆毓炜烨焓焱煜熠爔犀狻猗珏畹畲皓皖睿砧硖碣磬祎祺禧秭稷"
+    "穑笈笠箬篁簪粼絮绀绛绮绶缃缈羲翊翥翯耒聿舸舫艋苓荻菘蒹葭蓼虬蛟蜃蜻蝣衿袂裾褚觞訇谖谡赭轲辂邶郦郢酩醴"
+)
 SECOND_SYLLABLES = "嘟咚噜嗒叮兜蓬簌绒梭铎咕哒啾喏嗡喵哞呱咿嘀唔铛嘭噗咻唰啪"
 
 
