@@ -19,8 +19,6 @@ from qilin_med.corpus.shards import read_lines, save, write_lines
 from qilin_med.records import Chat, Document, Preference, Question, SetAside
 
 NOT_WORDS = re.compile(r"[\W_]+")
-# What opens an option or a turn: it would break the n-grams of short ones.
-MARKS = re.compile(r"^\s*(?:[(（]?[A-Z][)）.．、:：\s]|(?:问|答|患者|医生|病人)[:：])\s*", re.MULTILINE)
 ITEMS = "items.jsonl"
 KNOWN_BITS = 24
 FEWEST_NGRAMS = 4  # shorter questions are found by the question itself alone
@@ -43,7 +41,7 @@ def bare(text: str) -> str:
 
 def whole_questions(record: AnyRecord) -> list[str]:
     """Everything of an evaluation item, in the ways in which it is written down: stem and options with and without
-    letters (which stand between options on one line), or question and answer."""
+    letters (which break every n-gram that reaches over a short option), or question and answer."""
     if isinstance(record, Question):
         texts = [text for _, text in record.options]
         lettered = [letter + text for letter, text in record.options]
@@ -116,7 +114,7 @@ class Index:
 
     def find(self, records: Sequence[AnyRecord], texts: Iterable[str]) -> Iterator[Hit | None]:
         """The evaluation question that each record repeats most, if at all. `texts`: all words of each record."""
-        hits = self._find_by_ngrams([bare(MARKS.sub("", text)) for text in texts])
+        hits = self._find_by_ngrams([bare(text) for text in texts])
         for record, hit in zip(records, hits, strict=True):
             same = next((self._by_key[key] for key in question_keys(record) if key in self._by_key), None)
             yield Hit(same["item"], same["file"], 1.0) if same else hit

@@ -1,5 +1,6 @@
 """Corpus files -> the chunks of an index, without documents that repeat evaluation questions."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from qilin_med.retrieval.cutting import Cutter
 
 TOGETHER = 1000  # documents read, compared and cut at once: all texts that are in memory
 LEFT_OUT, SET_ASIDE = "left_out.jsonl", "set_aside.jsonl"
+# What stands between stem, options and answers in running text, and would break the n-grams of short ones.
+MARKS = re.compile(r"^\s*(?:[(（]?[A-Z][)）.．、:：\s]|(?:问|答|患者|医生)[:：])\s*", re.MULTILINE)
 
 
 @dataclass
@@ -43,8 +46,8 @@ class Intake:
         """The chunks to index, streamed."""
         for some in in_chunks(self._documents(), TOGETHER):
             documents = [document for document, _ in some]
-            texts = [document.text for document in documents]
-            hits, cuts = self.evaluation.find(documents, texts), self.cutter.cut(texts)
+            hits = self.evaluation.find(documents, [MARKS.sub("", document.text) for document in documents])
+            cuts = self.cutter.cut([document.text for document in documents])
             for (document, source), spans, hit in zip(some, cuts, hits, strict=True):
                 if not self._is_left_out(document, source, hit, len(spans)):
                     self.counts["documents"]["indexed"] += 1
