@@ -197,3 +197,17 @@ def test_the_readmes_commands_run(clone, demo, shared):
             continue
         assert "--dry-run" in command, f"not under test: {command}"
         shell(command, clone)
+
+
+def test_the_docs_commands_run(clone, demo):
+    """Commands of docs/ that the READMEs do not have, with the demo's settings in place of the paper's."""
+    elsewhere = ("NODES=", "HOSTFILE=", "build_chimed", "convert_baichuan")  # tests/test_nodes.py, test_build.py, above
+    not_here = ("accelerate launch", "scripts/setup.sh", "bash run_pt.sh &&", "export ")
+    lines = [command for page in sorted((clone / "docs").glob("*.md")) for command in commands_of(page)]
+    lines = [line.replace("configs/qilin_med_7b.json", "configs/demo.json") for line in dict.fromkeys(lines)]
+    known = (*commands_of(clone / "README.md"), "bash run_pt.sh --dry-run")
+    commands = [line for line in lines if line not in known and not any(word in line for word in elsewhere + not_here)]
+    assert len(commands) >= 3
+    for command in commands:
+        command = re.sub("^python ", ".venv/bin/python ", command)
+        shell(command.replace("cmexam_generate,cmexam_letters", "unseen"), clone)
