@@ -18,7 +18,7 @@ from qilin_med.checkpoints import digest, fingerprint_model, write_json
 from qilin_med.config import Experiment, Source, StageName
 from qilin_med.job import commit, versions
 from qilin_med.losses import sequence_log_probs, target_losses
-from qilin_med.models import DTYPES, forward_through_head, load_model, load_tokenizer, max_positions
+from qilin_med.models import forward_through_head, load_for_inference, load_tokenizer, max_positions
 from qilin_med.rows import PreparedRows, prepare_rows
 
 
@@ -36,8 +36,7 @@ def evaluate_model(experiment: Experiment, folder: Path, result: Path) -> dict[s
     }
     if result.exists() and (old := json.loads(result.read_text(encoding="utf-8"))).items() >= facts.items():
         return old
-    device = experiment.launch.device
-    model = load_model(folder, experiment.model, DTYPES[experiment.model.dtype]).to(device).eval()
+    model = load_for_inference(folder, experiment.model, experiment.launch.device)
     measures = {}
     for name, (measure, prepared) in rows.items():
         measures[name] = measure(model, prepared, experiment.evaluation.batch_size)

@@ -19,7 +19,7 @@ from qilin_med.corpus.shards import written_whole
 from qilin_med.errors import UserError
 from qilin_med.job import commit, versions
 from qilin_med.metrics.statistics import Score, bootstrap_interval
-from qilin_med.models import DTYPES, load_model, load_tokenizer
+from qilin_med.models import load_for_inference, load_tokenizer
 from qilin_med.prompts import option_lines
 from qilin_med.results import read_samples
 from qilin_med.tasks.questions import Retrieve
@@ -77,8 +77,7 @@ class ModelUnderTest:
     def _open_hf(self) -> Any:
         from qilin_med.lm import SharedPrefixLM
 
-        settings = self.experiment.model
-        model = load_model(self.folder, settings, DTYPES[settings.dtype]).to(_device(self.experiment)).eval()
+        model = load_for_inference(self.folder, self.experiment.model, _device(self.experiment))
         return SharedPrefixLM(model, self.tokenizer, self.experiment.evaluation.batch_size)
 
     def _open_vllm(self) -> Any:

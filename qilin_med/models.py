@@ -79,6 +79,11 @@ def load_model(folder: Path, settings: ModelConfig, dtype: torch.dtype, **extra:
     return model
 
 
+def load_for_inference(folder: Path, settings: ModelConfig, device: str) -> PreTrainedModel:
+    """The model in the experiment's number format on `device`, in evaluation mode."""
+    return load_model(folder, settings, DTYPES[settings.dtype]).to(device).eval()
+
+
 def check_packages(settings: ModelConfig, training: bool = False) -> None:
     """UserError if a setting needs a package that is not installed."""
     wanted = []

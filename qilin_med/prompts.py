@@ -31,6 +31,12 @@ def option_lines(options: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{letter} {text}" for letter, text in options)
 
 
+def plain_dialogue(turns: Iterable[tuple[str, str]], question: str) -> str:
+    """What a model that reads plain text answers from: earlier (question, answer) turns as worked examples stand in an
+    evaluation, a blank line after each, and the question on a line of its own."""
+    return "".join(f"{asked}\n{answer}\n\n" for asked, answer in turns) + f"{question}\n"
+
+
 def with_passages(question: str, passages: Sequence[str]) -> str:
     """The question after numbered passages, the most relevant first; without passages the question as it is.
 

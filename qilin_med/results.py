@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qilin_med.config import STAGES, Experiment
+from qilin_med.errors import UserError
 
 HELD_OUT = "heldout"  # name of the held-out measures among the results
 SAMPLES = ".samples.jsonl"
@@ -17,6 +18,19 @@ def model_folders(experiment: Experiment) -> dict[str, Path]:
     """Base and stages of an experiment by name, in order."""
     stages = {name: experiment.stage_folder(name) / "merged" for name in STAGES if getattr(experiment, name)}
     return {"base": Path(experiment.model.path), **stages}
+
+
+def existing_models(experiment: Experiment, names: list[str] | None = None) -> dict[str, Path]:
+    """The named (None: all) of `model_folders`; UserError: a name is unknown, or its folder is not there."""
+    folders = model_folders(experiment)
+    names = names or list(folders)
+    if unknown := [name for name in names if name not in folders]:
+        raise UserError(f"unknown model '{unknown[0]}'; this experiment has {', '.join(folders)}")
+    if missing := [name for name in names if not folders[name].is_dir()]:
+        raise UserError(
+            f"{missing[0]}: {folders[missing[0]]} does not exist; run its stage first, or name other models"
+        )
+    return {name: folders[name] for name in names}
 
 
 def result_file(experiment: Experiment, model: str) -> Path:

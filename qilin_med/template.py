@@ -64,6 +64,15 @@ class EncodedPreference:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """Ids from which a model answers. `is_cut`: a text of the last question lost its end."""
+
+    ids: Ids
+    is_cut: bool
+    dropped_turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class TurnLayout:
     """How a template writes one question (with a system text, if any) and its answer."""
 
@@ -168,8 +177,8 @@ class ChatTemplate:
         """The token that ends an answer: not always the tokenizer's EOS, which in base models ends a document."""
         return self._layout(("user", "assistant")).turns[0].target[-1][-1]
 
-    def encode_prompt(self, messages: Sequence[Message], max_source_length: int) -> Ids:
-        """Ids from which a model answers the last question: exactly the prompt part of a training row.
+    def encode_prompt(self, messages: Sequence[Message], max_source_length: int) -> EncodedPrompt:
+        """What a model answers the last question from: exactly the prompt part of a training row.
 
         Earlier turns as in `encode_preferences`. UserError: the text holds a role mark, or the last message is no
         question."""
@@ -178,7 +187,7 @@ class ChatTemplate:
         [ids] = self._encode_contents([messages])
         if reason := self._reason_against(messages, ids):
             raise UserError(f"this prompt cannot be used: {reason}")
-        return self._prompt(messages, ids, max_source_length)[0]
+        return self._prompt(messages, ids, max_source_length)
 
     # ------------------------------------------------------------------------------------------------ contents
 
@@ -233,13 +242,15 @@ class ChatTemplate:
         return EncodedChat(ids, labels, cut_sources, cut_targets)
 
     def _pair(self, messages: Sequence[Message], contents: list[Ids], max_source: int, max_target: int):
-        prompt, source_is_cut, dropped = self._prompt(messages[:-2], contents[:-2], max_source)
+        prompt = self._prompt(messages[:-2], contents[:-2], max_source)
         [turn] = self._layout(("user", "assistant")).turns
         chosen, rejected = (_fill_target(turn, [[], answer], max_target) for answer in contents[-2:])
-        return EncodedPreference(prompt, chosen[0], rejected[0], int(source_is_cut), chosen[1] + rejected[1], dropped)
+        cut_targets = chosen[1] + rejected[1]
+        return EncodedPreference(
+            prompt.ids, chosen[0], rejected[0], int(prompt.is_cut), cut_targets, prompt.dropped_turns
+        )
 
-    def _prompt(self, messages: Sequence[Message], contents: list[Ids], max_source: int) -> tuple[Ids, bool, int]:
-        """Ids up to the answer to the last question, whether a text was cut, how many earlier turns were dropped."""
+    def _prompt(self, messages: Sequence[Message], contents: list[Ids], max_source: int) -> EncodedPrompt:
         system, turns = _split_system(contents, messages)
         earlier, [question] = turns[:-1], turns[-1]
         kept, (prompt, is_cut) = 0, self._prompt_with(system, [], question, max_source)
@@ -248,7 +259,7 @@ class ChatTemplate:
             if longer_is_cut or len(longer) > max_source:
                 break
             kept, prompt = kept + 1, longer
-        return prompt, is_cut, len(earlier) - kept
+        return EncodedPrompt(prompt, is_cut, len(earlier) - kept)
 
     def _prompt_with(self, system: list[Ids], earlier: list[list[Ids]], question: Ids, max_source: int):
         contents = [*system, *chain.from_iterable(earlier), question]

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.config import Experiment, TaskSettings
-from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, model_folders, result_file
+from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_file
 
 if TYPE_CHECKING:
     from qilin_med.harness import Retrieval
@@ -45,22 +45,12 @@ def main() -> None:
 
     quiet_libraries()
 
-    folders = _chosen(arguments.models, model_folders(experiment))
+    folders = existing_models(experiment, arguments.models.split(",") if arguments.models else None)
     tasks = arguments.tasks.split(",") if arguments.tasks else [HELD_OUT, *experiment.evaluation.tasks]
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise UserError(f"{name}: {folder} does not exist; run its stage first, or leave it out of --models")
     if HELD_OUT in tasks and _is_first():
         _measure_held_out(experiment, folders)
     if asked := [task for task in tasks if task != HELD_OUT]:
         _ask(experiment, folders, asked, arguments.submission, arguments.retrieval)
-
-
-def _chosen(wanted: str | None, folders: dict[str, Path]) -> dict[str, Path]:
-    names = wanted.split(",") if wanted else list(folders)
-    if unknown := set(names) - set(folders):
-        raise UserError(f"--models: unknown {', '.join(sorted(unknown))}; this experiment has {', '.join(folders)}")
-    return {name: folders[name] for name in names}
 
 
 def _is_first() -> bool:

@@ -161,6 +161,7 @@ def test_the_readmes_commands_run(clone, demo, shared):
         "bash run_tests.sh": "runs these tests",
         "export CONFIG=configs/qilin_med_7b.json": "used below",
         "bash run_pt.sh && bash run_sft.sh && bash run_dpo.sh": "needs eight GPUs",
+        ".venv/bin/python scripts/chat.py --config configs/demo.json --web": "tests/test_chat.py opens the page",
     }
     settings = {"CONFIG": "configs/qilin_med_7b.json"}
     for command in commands:
@@ -187,6 +188,9 @@ def test_the_readmes_commands_run(clone, demo, shared):
         if "scripts/plan.py" in command:
             assert "8 x a100-80g, ZeRO-2, bfloat16" in shell(command, clone)
             continue
+        if "scripts/chat.py" in command:
+            assert "For research only" in shell(f"echo 头痛怎么办？ | {command}", clone)
+            continue
         if "build_index" in command:
             assert "built" in shell(command, clone)
             continue
@@ -201,12 +205,18 @@ def test_the_readmes_commands_run(clone, demo, shared):
 
 def test_the_docs_commands_run(clone, demo):
     """Commands of docs/ that the READMEs do not have, with the demo's settings in place of the paper's."""
-    elsewhere = ("NODES=", "HOSTFILE=", "build_chimed", "convert_baichuan")  # tests/test_nodes.py, test_build.py, above
+    # tests/test_nodes.py, test_build.py, above, test_chat.py
+    elsewhere = ("NODES=", "HOSTFILE=", "build_chimed", "convert_baichuan", "scripts/chat.py")
     not_here = ("accelerate launch", "scripts/setup.sh", "bash run_pt.sh &&", "export ")
+    others_programs = ("pip install", "transformers serve", "curl ", "vllm serve", "convert_hf_to_gguf.py")
     lines = [command for page in sorted((clone / "docs").glob("*.md")) for command in commands_of(page)]
     lines = [line.replace("configs/qilin_med_7b.json", "configs/demo.json") for line in dict.fromkeys(lines)]
     known = (*commands_of(clone / "README.md"), "bash run_pt.sh --dry-run")
-    commands = [line for line in lines if line not in known and not any(word in line for word in elsewhere + not_here)]
+    commands = [
+        line
+        for line in lines
+        if line not in known and not any(word in line for word in elsewhere + not_here + others_programs)
+    ]
     assert len(commands) >= 3
     for command in commands:
         command = re.sub("^python ", ".venv/bin/python ", command)

@@ -16,7 +16,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import write_model
 
 from qilin_med.comparisons import compare_models
 from qilin_med.config import Experiment, TaskSettings
@@ -70,16 +70,6 @@ def write_ceval(path: Path) -> str:
                     lines.append(f"{number},{SUBJECTS[subject][0]}{split}{number}____。,甲,乙,丙,丁{answer}")
                 archive.writestr(f"{split}/{subject}_{split}.csv", "\n".join(lines) + "\n")
     return str(path)
-
-
-def write_model(folder: Path, tokenizer, seed: int, positions: int = 512) -> None:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import only from lines below its own.
 LAYERS = [
     ["pretraining", "supervised_finetuning", "dpo_training", "scripts"],
-    ["report", "reference", "comparisons"],
+    ["report", "reference", "comparisons", "terminal", "page"],
     ["training", "evaluation", "inspection", "harness"],
-    ["callbacks", "trainers", "lm", "answers", "planner", "ranks"],
+    ["callbacks", "trainers", "lm", "answers", "planner", "ranks", "chat"],
     ["rows", "models", "baichuan", "retrieval", "tasks", "launch"],
     ["corpus", "template", "tokenizer", "batches", "losses", "nodes", "job", "demo", "universal"],
     ["checkpoints", "cli", "results", "paper"],

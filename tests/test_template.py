@@ -100,7 +100,7 @@ def test_whole_texts_equal_the_tokenizers_own_template(any_tokenizer, system, co
 def test_a_prompt_equals_the_templates_generation_prompt(any_tokenizer):
     messages = chat(*TEXTS[:3], system="你是一位医生。").messages
     own = any_tokenizer.apply_chat_template(as_dicts(messages), add_generation_prompt=True, return_dict=True)
-    assert ChatTemplate(any_tokenizer).encode_prompt(messages, 1000) == own["input_ids"]
+    assert ChatTemplate(any_tokenizer).encode_prompt(messages, 1000).ids == own["input_ids"]
 
 
 @pytest.mark.parametrize("system", ["", TEXTS[5] * 2])
@@ -128,7 +128,7 @@ def test_answers_are_found_in_a_template_without_marks(unmarked_tokenizer):
     expected = [f"{TEXTS[1]}<|im_end|>", f"<think></think>\n{TEXTS[3]}<|im_end|>"]
     assert [unmarked_tokenizer.decode(ids) for ids in answers] == expected
     prompt = unmarked_tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=True)
-    assert ChatTemplate(unmarked_tokenizer).encode_prompt(record.messages[:3], 1000) == prompt["input_ids"]
+    assert ChatTemplate(unmarked_tokenizer).encode_prompt(record.messages[:3], 1000).ids == prompt["input_ids"]
     assert ChatTemplate(unmarked_tokenizer).end_id == unmarked_tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
@@ -196,7 +196,7 @@ def test_a_prompt_keeps_the_newest_earlier_turns_that_fit_and_counts_the_others(
         kept_both = limit >= len(last) + sum(lengths[2:])
         assert cut.prompt_ids == whole.prompt_ids[-len(last) - sum(lengths[2:]) * kept_both :]
         assert (cut.dropped_turns, cut.cut_sources) == (2 - kept_both, 0)
-        assert cut.prompt_ids == template.encode_prompt(history, limit)
+        assert cut.prompt_ids == template.encode_prompt(history, limit).ids
     assert whole.chosen_ids == [*plain("好的答案"), eos] and whole.rejected_ids == [*plain("坏的答案"), eos]
 
 

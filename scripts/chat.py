@@ -1,0 +1,56 @@
+"""Talk to a base model or stage of an experiment.
+
+    python scripts/chat.py --config configs/demo.json --model dpo
+    python scripts/chat.py --config configs/demo.json --model sft --retrieval < questions.txt > answers.txt
+    python scripts/chat.py --config configs/demo.json --web
+
+The first talks in the terminal: /new starts over, Ctrl-C stops an answer, Ctrl-D or /exit ends. The second asks the lines
+of a file as one conversation. The third serves a page on which two models answer the same question side by side. Answers
+are greedy, as in evaluation; evaluation.chat says who is asked in the chat template. For research: no medical advice.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.results import existing_models, model_folders
+
+
+def main() -> None:
+    parser = experiment_parser(__doc__)
+    parser.add_argument("--model", help="base, pretraining, sft or dpo (default: the experiment's last stage)")
+    parser.add_argument("--retrieval", action="store_true", help="put passages of the index before each question")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer (default 256)")
+    parser.add_argument("--web", action="store_true", help="serve a page instead of the terminal")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page (default 7860)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of the page (default 127.0.0.1: this machine only)"
+    )
+    arguments, experiment = parse_experiment(parser)
+
+    from qilin_med.training import quiet_libraries
+
+    folders = model_folders(experiment)
+    [(name, folder)] = existing_models(experiment, [arguments.model or list(folders)[-1]]).items()
+    quiet_libraries()
+    from qilin_med.chat import ChatModel
+    from qilin_med.retrieval.retriever import open_retriever
+
+    retriever = open_retriever(experiment) if arguments.retrieval else None
+    if arguments.web:
+        from qilin_med.page import Models, serve
+
+        there = {name: folder for name, folder in folders.items() if folder.is_dir()}
+        serve(Models(experiment, there, arguments.max_new_tokens), name, retriever, arguments.host, arguments.port)
+        return
+    from qilin_med.terminal import talk
+
+    talk(ChatModel(experiment, name, folder, arguments.max_new_tokens), retriever)
+
+
+if __name__ == "__main__":
+    with user_errors_end_with_one_line():
+        main()

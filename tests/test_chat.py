@@ -1,0 +1,292 @@
+"""Chat asks and answers as evaluation does, in the terminal, from a pipe and on the page, with tiny random models."""
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_model
+from transformers import AutoModelForCausalLM
+
+from qilin_med.chat import NOTICE, ChatModel, look_up
+from qilin_med.config import Experiment, TaskSettings, load_experiment
+from qilin_med.errors import UserError
+from qilin_med.harness import ModelUnderTest, Retrieval, read_samples, run_task
+from qilin_med.prompts import plain_dialogue
+from qilin_med.results import existing_models
+from qilin_med.retrieval.index import build, plan_index
+from qilin_med.retrieval.prompting import Passage, Prompt
+from qilin_med.retrieval.retriever import Retriever, open_retriever
+from qilin_med.terminal import talk
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+QUESTIONS = ["发热三天怎么办", "头痛伴呕吐", "血压偏高可以吃辛辣吗"]
+CORPUS = ["发热三天应当先量体温，再决定是否用药。", "头痛伴呕吐请到神经内科就诊。", "血压偏高建议低盐饮食，忌辛辣。"]
+LENGTH = 24
+POSITIONS = {"base": 512, "sft": 8192}
+TURNS = [("发热", "量体温。"), ("咳嗽", "多饮水，请到呼吸科就诊。"), ("头痛", "请休息。")]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, small_tokenizer) -> tuple[str, list[str]]:
+    """An experiment file and overrides: a base, an sft stage, a corpus; no dpo stage was run."""
+    folder = tmp_path_factory.mktemp("chat")
+    write_model(folder / "base", small_tokenizer, 3, POSITIONS["base"])  # seeds of long greedy answers
+    write_model(folder / "run/sft/merged", small_tokenizer, 4, POSITIONS["sft"])
+    rows = [json.dumps({"text": text, "id": f"书{number}"}, ensure_ascii=False) for number, text in enumerate(CORPUS)]
+    (folder / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return str(ROOT / "configs/demo.json"), [
+        f"model.path={folder / 'base'}", f"output_dir={folder / 'run'}", f"retrieval.corpus=[\"{folder / 'corpus.jsonl'}\"]",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experiment(settings) -> Experiment:
+    experiment = load_experiment(*settings)
+    build(plan_index(experiment))
+    return experiment
+
+
+@pytest.fixture(scope="module")
+def folders(experiment) -> dict[str, Path]:
+    return {"base": Path(experiment.model.path), "sft": experiment.stage_folder("sft") / "merged"}
+
+
+@pytest.fixture(scope="module")
+def retriever(experiment) -> Retriever:
+    return open_retriever(experiment)
+
+
+@pytest.fixture(scope="module", params=["base", "sft"])
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name, experiment, folders) -> ChatModel:
+    return ChatModel(experiment, name, folders[name], LENGTH)
+
+
+def whole(model: ChatModel, turns, asked: Prompt) -> str:
+    *_, answer = model.stream(model.prompt(turns, asked))
+    return answer
+
+
+def in_template(tokenizer, turns, question: str) -> list[int]:
+    messages = [{"role": role, "content": text} for turn in turns
+                for role, text in zip(("user", "assistant"), turn, strict=True)]  # fmt: skip
+    messages.append({"role": "user", "content": question})
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
+
+
+@pytest.mark.parametrize("with_passages", [False, True])
+def test_prompts_and_answers_are_evaluations(name, model, experiment, folders, retriever, with_passages, tmp_path):
+    rows = [json.dumps({"questions": [text], "answers": ["应当就诊。"]}, ensure_ascii=False) for text in QUESTIONS]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    own = experiment.model_copy(update={"output_dir": str(tmp_path)})
+    task = TaskSettings(test=[str(tmp_path / "asked.jsonl")], max_new_tokens=LENGTH)
+    retrieval = (
+        Retrieval(lambda asked: retriever.contexts([text for text, _ in asked]), "index") if with_passages else None
+    )
+    under_test = ModelUnderTest(own, name, folders[name])
+    run_task(under_test, "huatuo26m_generate", task, retrieval)
+    samples = list(read_samples(under_test.results / "huatuo26m_generate.samples.jsonl"))
+    assert len(samples) == len(QUESTIONS)
+    for sample, text in zip(samples, QUESTIONS, strict=True):
+        asked = look_up(retriever if with_passages else None, text)
+        assert bool(asked.passages) == with_passages and asked.sources == sample["sources"]
+        assert model.prompt([], asked).ids == model.tokenizer(sample["prompt"]).input_ids
+        assert whole(model, [], asked) == sample["output"] != ""
+
+
+def test_an_answer_grows_to_what_the_model_generates_after_the_template(experiment, folders):
+    chat = ChatModel(experiment, "sft", folders["sft"], 200)
+    ids = in_template(chat.tokenizer, TURNS, QUESTIONS[0])
+    prompt = chat.prompt(TURNS, Prompt(QUESTIONS[0], ()))
+    assert (prompt.ids, prompt.note) == (ids, "")
+    with torch.no_grad():
+        generated = AutoModelForCausalLM.from_pretrained(folders["sft"]).generate(
+            torch.tensor([ids]), max_new_tokens=200, do_sample=False
+        )
+    texts = list(chat.stream(prompt))
+    assert texts[-1] == chat.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
+    assert len(set(texts)) > 10 and all(later.startswith(text) for text, later in pairwise(texts))
+
+
+def test_plain_text_goes_on_after_a_blank_line_and_ends_at_one(experiment, folders):
+    chat = ChatModel(experiment, "base", folders["base"], LENGTH)
+    prompt = chat.prompt(TURNS[:1], Prompt("头痛", ()))
+    assert prompt.ids == chat.tokenizer("发热\n量体温。\n\n头痛\n").input_ids
+    assert prompt.until == "\n\n" and chat.prompt([], Prompt("头痛", ())).until is None
+
+
+def test_closing_an_answer_stops_the_model(experiment, folders):
+    chat = ChatModel(experiment, "sft", folders["sft"], 8000)
+    before = set(threading.enumerate())
+    growing = chat.stream(chat.prompt([], Prompt("头痛", ())))
+    next(growing)
+    [generating] = set(threading.enumerate()) - before
+    assert generating.is_alive()
+    growing.close()
+    assert not generating.is_alive()
+
+
+def test_the_oldest_turns_go_first_and_it_is_said(name, experiment, folders, model):
+    def own_prompt(turns) -> list[int]:
+        if name == "base":
+            return model.tokenizer(plain_dialogue(turns, question)).input_ids
+        return in_template(model.tokenizer, turns, question)
+
+    question = QUESTIONS[2] * 2
+    for kept in range(3):
+        expected = own_prompt(TURNS[3 - kept :])
+        chat = ChatModel(experiment, name, folders[name], POSITIONS[name] - len(expected))
+        prompt = chat.prompt(TURNS, Prompt(question, ()))
+        assert (prompt.ids, prompt.note) == (expected, f"no room for the oldest turns, {3 - kept} left out")
+
+
+def test_what_does_not_fit_is_said(experiment, folders, model):
+    short = ChatModel(experiment, "sft", folders["sft"], 8192 - 20)
+    cut = short.prompt([], Prompt("头痛" * 30, ()))
+    assert len(cut.ids) == 20 and "was cut" in cut.note
+    with pytest.raises(UserError, match="lower retrieval"):
+        short.prompt([], Prompt("头痛" * 30, (Passage("书@0-9", "书", "书", "头痛" * 29, 1.0),)))
+    with pytest.raises(UserError, match="expected 1 to 8176"):
+        ChatModel(experiment, "sft", folders["sft"], 8190)
+    assert model.prompt([("发热", " ")], Prompt("头痛", ())).ids == model.prompt([], Prompt("头痛", ())).ids
+
+
+def test_models_that_cannot_be_asked_are_named(experiment, folders):
+    assert existing_models(experiment, ["base", "sft"]) == folders
+    with pytest.raises(UserError, match="unknown model 'dop'; this experiment has base, pretraining, sft, dpo"):
+        existing_models(experiment, ["dop"])
+    with pytest.raises(UserError, match="merged does not exist; run its stage first"):
+        existing_models(experiment)
+
+
+# ------------------------------------------------------------------------------------------------- terminal and pipe
+
+
+def test_lines_are_one_conversation_until_it_starts_over(experiment, folders, monkeypatch, capsys):
+    chat = ChatModel(experiment, "sft", folders["sft"], LENGTH)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("头痛\n\n再问\n<reserved_102>\n/new\n头痛\n/exit\n不问\n"))
+    capsys.readouterr()  # what loading printed
+    talk(chat, None)
+    out, err = capsys.readouterr()
+    first = whole(chat, [], Prompt("头痛", ()))
+    second = whole(chat, [("头痛", first)], Prompt("再问", ()))
+    assert out == f"{first}\n{second}\n{first}\n" and first != second
+    assert err.splitlines() == [
+        NOTICE, "error: this prompt cannot be used: contains a role mark", "(a new conversation)"
+    ]  # fmt: skip
+
+
+def command(settings, *arguments: str) -> list[str]:
+    config, overrides = settings
+    return [sys.executable, str(ROOT / "scripts/chat.py"), "--config", config, *arguments, *overrides]
+
+
+def test_a_pipe_gets_the_answers_and_errors_are_one_line(settings, experiment, folders, retriever):
+    arguments = command(settings, "--model", "sft", "--retrieval", "--max-new-tokens", str(LENGTH))
+    run = subprocess.run(arguments, input=QUESTIONS[0].encode(), capture_output=True, timeout=300)
+    asked = look_up(retriever, QUESTIONS[0])
+    assert run.returncode == 0, run.stderr.decode()
+    assert run.stdout.decode() == whole(ChatModel(experiment, "sft", folders["sft"], LENGTH), [], asked) + "\n"
+    assert run.stderr.decode().splitlines() == [
+        NOTICE, f"【1】{CORPUS[0]} (corpus.jsonl, 书0@0-{len(CORPUS[0])})",
+        *(f"【{number}】{p.text} ({p.source}, {p.id})" for number, p in enumerate(asked.passages[1:], 2)),
+    ]  # fmt: skip
+    run = subprocess.run(command(settings), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2 and run.stderr.startswith("error: dpo: ") and run.stderr.count("\n") == 1
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(settings):
+    ours, theirs = pty.openpty()
+    run = subprocess.Popen(
+        command(settings, "--model", "sft", "--max-new-tokens", "8000"), stdin=theirs, stdout=theirs, stderr=theirs,
+        env={**os.environ, "TERM": "dumb"}, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+
+    def read_until(is_enough, seconds: int = 400) -> str:
+        read, deadline = b"", time.monotonic() + seconds
+        while not is_enough(read.decode(errors="replace")):
+            assert select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0], read.decode(errors="replace")
+            read += os.read(ours, 65536)
+        return read.decode(errors="replace")
+
+    try:
+        started = read_until(lambda text: text.endswith("> "))
+        assert NOTICE in started and "Ctrl-C stops an answer" in started
+        os.write(ours, "头痛\n".encode())
+        read_until(lambda text: len(text) > 40)
+        run.send_signal(signal.SIGINT)
+        read_until(lambda text: "(stopped)" in text and text.endswith("> "))
+        os.write(ours, b"/new\n")
+        read_until(lambda text: "(a new conversation)" in text and text.endswith("> "))
+        os.write(ours, b"\x04")
+        assert run.wait(120) == 0
+    finally:
+        run.kill()
+        os.close(ours)
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
+def test_the_page_shows_two_answers_and_talks_to_no_one_else(experiment, folders, retriever):
+    from playwright.sync_api import expect, sync_playwright
+
+    from qilin_med.page import Models, build_page, launch
+
+    connected: set[str] = set()
+    sys.addaudithook(lambda event, details: connected.add(str(details[1][0])) if event == "socket.connect" else None)
+    asked = look_up(retriever, QUESTIONS[1])
+    answers = [whole(ChatModel(experiment, name, folders[name], 12), [], asked) for name in folders]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = build_page(Models(experiment, folders, 12), "sft", retriever)
+    launch(page, "127.0.0.1", port)
+    try:
+        with pytest.raises(UserError, match="choose another --port"):
+            launch(build_page(Models(experiment, folders, 12), "sft", None), "127.0.0.1", port)
+        with (
+            sync_playwright() as playwright,
+            playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser,
+        ):
+            shown = browser.new_page()
+            shown.set_default_timeout(60_000)
+            expect.set_options(timeout=60_000)
+            requests: list[str] = []
+            shown.on("request", lambda request: requests.append(request.url))
+            shown.goto(f"http://127.0.0.1:{port}")
+            expect(shown.get_by_text(NOTICE)).to_be_visible()
+            shown.locator("textarea").fill(QUESTIONS[1])
+            shown.locator("textarea").press("Enter")
+            for column, answer in enumerate(answers):
+                bot = shown.locator(".bot.message").nth(column)
+                expect(bot).to_have_text(" ".join(answer.split()))
+            shown.get_by_text(f"Passages ({len(asked.passages)})").click()
+            expect(shown.get_by_text(CORPUS[1])).to_be_visible()
+            shown.get_by_text("New conversation").click()
+            expect(shown.locator(".bot.message")).to_have_count(0)
+    finally:
+        page.close()
+    assert requests and all(url.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:")) for url in requests)
+    assert connected <= {"127.0.0.1", "/"}
