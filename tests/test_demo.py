@@ -31,7 +31,7 @@ def shell(command: str, folder: Path, code: int = 0, **environment: str) -> str:
 def commands_of(readme: Path) -> list[str]:
     """Lines of the README's bash blocks, comments off."""
     blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = (line.split(" # ")[0].strip() for block in blocks for line in block.splitlines())
+    lines = (line.split(" # ")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines())
     return [line for line in lines if line]
 
 
@@ -205,18 +205,14 @@ def test_the_readmes_commands_run(clone, demo, shared):
 
 def test_the_docs_commands_run(clone, demo):
     """Commands of docs/ that the READMEs do not have, with the demo's settings in place of the paper's."""
-    # tests/test_nodes.py, test_build.py, above, test_chat.py
-    elsewhere = ("NODES=", "HOSTFILE=", "build_chimed", "convert_baichuan", "scripts/chat.py")
+    elsewhere = ("NODES=", "HOSTFILE=", "build_chimed", "convert_baichuan", "scripts/chat.py")  # other tests, or above
     not_here = ("accelerate launch", "scripts/setup.sh", "bash run_pt.sh &&", "export ")
-    others_programs = ("pip install", "transformers serve", "curl ", "vllm serve", "convert_hf_to_gguf.py")
+    of_others = ("pip install", "transformers serve", "curl ", "vllm serve", "convert_hf_to_gguf.py")
     lines = [command for page in sorted((clone / "docs").glob("*.md")) for command in commands_of(page)]
     lines = [line.replace("configs/qilin_med_7b.json", "configs/demo.json") for line in dict.fromkeys(lines)]
     known = (*commands_of(clone / "README.md"), "bash run_pt.sh --dry-run")
-    commands = [
-        line
-        for line in lines
-        if line not in known and not any(word in line for word in elsewhere + not_here + others_programs)
-    ]
+    left_out = (*elsewhere, *not_here, *of_others)
+    commands = [line for line in lines if line not in known and not any(word in line for word in left_out)]
     assert len(commands) >= 3
     for command in commands:
         command = re.sub("^python ", ".venv/bin/python ", command)
