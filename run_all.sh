@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on a fresh machine: setup, demo data and base model, three stages, evaluation, report.
 #   bash run_all.sh                                      the demo, minutes on two CPU cores
+#   SEED=8 bash run_all.sh seed=8                        the same in another world, with rows in another order
 #   CONFIG=configs/qilin_med_7b.json bash run_all.sh     the paper, with data/processed and models/baichuan-7b in place
 # Run it again after any interruption: finished steps are skipped, an interrupted one continues.
 set -euo pipefail
@@ -9,7 +10,7 @@ export CONFIG=${CONFIG:-configs/demo.json}
 
 bash scripts/setup.sh                                                          # 2 min the first time
 if [ "$CONFIG" = configs/demo.json ]; then
-  .venv/bin/python scripts/make_demo.py --seed "${SEED:-7}"                     # 1 min: invented raw files, base model
+  .venv/bin/python scripts/make_demo.py --seed "${SEED:-7}"                     # 2 min: invented raw files, base model
   .venv/bin/python scripts/build_chimed.py configs/demo_chimed.json            # 15 s: clean, deduplicated training sets
 fi
 bash run_pt.sh "$@"

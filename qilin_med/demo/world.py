@@ -7,7 +7,7 @@ seed: the same seed gives the same bytes, another seed another world.
 Diseases fall into three groups, and each stage sees less of them than the one before:
   "cpt+sft"  read about in continued pre-training, asked about in fine-tuning and in preference training;
   "cpt"      read about, never asked: held-out questions and pairs are about these;
-  "nowhere"  in no training file: only the corpus for retrieval and facts.jsonl know them.
+  "nowhere"  in no training file: only the corpus for retrieval, an exam of their own and facts.jsonl know them.
 """
 
 from collections.abc import Sequence
