@@ -81,6 +81,9 @@ def load_model(folder: Path, settings: ModelConfig, dtype: torch.dtype, **extra:
 
 def load_for_inference(folder: Path, settings: ModelConfig, device: str) -> PreTrainedModel:
     """The model in the experiment's number format on `device`, in evaluation mode."""
+    if settings.attention == "flash_attention_2":
+        # The choices of a question are branches of one row (lm.py), which takes a mask; FlashAttention has none.
+        settings = settings.model_copy(update={"attention": "sdpa"})
     return load_model(folder, settings, DTYPES[settings.dtype]).to(device).eval()
 
 

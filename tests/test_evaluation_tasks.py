@@ -22,6 +22,7 @@ from qilin_med.comparisons import compare_models
 from qilin_med.config import Experiment, TaskSettings
 from qilin_med.errors import UserError
 from qilin_med.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
+from qilin_med.models import load_for_inference
 from qilin_med.prompts import HEAD
 from qilin_med.results import read_samples
 from qilin_med.tasks.questions import load_ceval, load_exam
@@ -141,6 +142,23 @@ def test_likelihoods_are_sums_of_log_probabilities(results, models, name, task):
             assert found == pytest.approx(expected, abs=2e-4)
         best = max(range(len(sample["output"])), key=lambda i: sample["output"][i][1])
         assert sample["answer"] == "ABCDE"[best]
+
+
+@pytest.mark.parametrize("task", ["cmexam_generate", "ceval_generate", "huatuo26m_generate"])
+def test_generated_answers_are_those_of_one_question_at_a_time(results, models, task):
+    model = models["sft"]
+    for sample in samples_of(model, task):
+        inputs = model.tokenizer(sample["prompt"], return_tensors="pt", return_token_type_ids=False)
+        longest = results["sft", task]["max_new_tokens"]
+        output = model.lm.lm.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+        answer = model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert sample["output"] == answer
+
+
+def test_inference_needs_no_flash_attention(world):
+    """Its kernels take no masks, and choices of a question are told apart by one."""
+    flash = world.model.model_copy(update={"attention": "flash_attention_2"})
+    assert load_for_inference(Path(flash.path), flash, "cpu").config._attn_implementation == "sdpa"
 
 
 def test_prompts_are_the_papers(results, models):

@@ -3,19 +3,21 @@
     python scripts/benchmark.py evaluate
     python scripts/benchmark.py evaluate --model runs/demo/dpo/merged --questions test.csv --limit 200 --output evaluate.json
 
-"ours" is the path of scripts/evaluate.py: reading the files, asking, scoring, intervals, writing results. "HFLM" is the
-same with lm-evaluation-harness's own model class. "one at a time" is `model.generate`, greedy, on one prompt of
-cmexam_generate after the other, which is how published evaluation scripts ask. Loading the model is in none of them.
+"ours" is the path of scripts/evaluate.py: reading the files, asking, scoring, intervals, writing results; "ours, 2 ranks"
+the same under torchrun, with the threads dealt out. "HFLM" is ours with lm-evaluation-harness's own model class. "one at a
+time" is `model.generate`, greedy, on one prompt of cmexam_generate after the other, which is how published evaluation
+scripts ask. Loading the model is in none of them.
 """
 
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from machine import describe_machine, describe_moment
 
@@ -23,7 +25,11 @@ from qilin_med.config import Experiment, TaskSettings
 from qilin_med.errors import UserError
 from qilin_med.job import commit, versions
 
+if TYPE_CHECKING:
+    from qilin_med.harness import ModelUnderTest
+
 ROOT = Path(__file__).resolve().parents[2]
+RANK = "RANK"  # of torchrun
 TASKS = ("cmexam_letters", "cmexam_options", "cmexam_generate")
 
 
@@ -37,12 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--limit", type=int, default=256, help="questions asked (default: %(default)s)")
     parser.add_argument(
-        "--one-at-a-time", type=int, default=24, help="questions asked one at a time (default: %(default)s)"
+        "--one-at-a-time", type=int, default=64, help="questions asked one at a time (default: %(default)s)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions at once (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="of ours, all ranks; 1: leave it out (default: %(default)s)"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall",
         help="time by the wall clock, or by the process's CPU clock: with --threads 1 that is the one to trust on a"
@@ -63,7 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
-        rates = measure(arguments, Path(folder))
+        rates = (measure_rank if RANK in os.environ else measure)(arguments, Path(folder))
+    if not rates:
+        return
     print(
         f"{format_table(rates)}\n\n{arguments.model}, {arguments.limit} questions, batches of {arguments.batch_size}, at most"
         f" {arguments.max_new_tokens} new tokens, {arguments.threads} threads, {arguments.clock} clock; {describe_moment()}"
@@ -87,17 +98,34 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
             ours = super()._open_hf()
             return HFLM(pretrained=ours.model, tokenizer=self.tokenizer, batch_size=ours.batch_size)
 
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
-    rates: dict[str, dict[str, float]] = {}
-    for way, kind in (("ours", ModelUnderTest), ("HFLM", Plain)):
-        experiment = describe_experiment(arguments, work / way)
-        model = kind(experiment, "sft", arguments.model)
-        rates[way] = {task: time_task(model, task, experiment.evaluation.tasks[task], clock) for task in TASKS}
-        if way == "ours":
-            prompts = [sample["prompt"] for sample in read_samples(model.results / "cmexam_generate.samples.jsonl")]
-            rate = time_one_at_a_time(model.lm.lm, prompts[: arguments.one_at_a_time], arguments.max_new_tokens, clock)
-            rates["one at a time"] = dict.fromkeys(TASKS, rate)
+    model, ours = time_tasks(ModelUnderTest, arguments, work / "ours")
+    prompts = [sample["prompt"] for sample in read_samples(model.results / "cmexam_generate.samples.jsonl")]
+    rate = time_one_at_a_time(model.lm.lm, prompts[: arguments.one_at_a_time], arguments)
+    rates = {"ours": ours, "one at a time": dict.fromkeys(TASKS, rate)}
+    rates["HFLM"] = time_tasks(Plain, arguments, work / "HFLM")[1]
+    if arguments.ranks > 1:
+        rates[f"ours, {arguments.ranks} ranks"] = measure_ranks(arguments, work / "ranks.json")
     return rates
+
+
+def measure_ranks(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
+    """Questions per second of this script's ranks together."""
+    passed = ["model", "questions", "limit", "max_new_tokens", "batch_size", "device", "clock"]
+    options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in passed]
+    threads = max(arguments.threads // arguments.ranks, 1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={arguments.ranks}"]
+    command = [*launcher, sys.argv[0], "evaluate", *options, f"--threads={threads}", f"--output={output}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    return json.loads(output.read_text(encoding="utf-8"))["questions_per_second"]["ours"]
+
+
+def measure_rank(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """{"ours": {task: questions per second of all ranks}} on the first rank, else {}."""
+    from qilin_med.harness import ModelUnderTest
+
+    _, rates = time_tasks(ModelUnderTest, arguments, work)
+    return {"ours": rates} if int(os.environ[RANK]) == 0 else {}
 
 
 def describe_experiment(arguments: argparse.Namespace, folder: Path) -> Experiment:
@@ -122,33 +150,42 @@ def describe_experiment(arguments: argparse.Namespace, folder: Path) -> Experime
     )
 
 
-def time_task(model: Any, task: str, settings: TaskSettings, clock: Callable[[], float]) -> float:
+def time_tasks(
+    kind: "type[ModelUnderTest]", arguments: argparse.Namespace, folder: Path
+) -> "tuple[ModelUnderTest, dict[str, float]]":
     import lm_eval.evaluator  # noqa: F401 (seconds, once in a process)
 
     from qilin_med.harness import run_task
 
+    experiment = describe_experiment(arguments, folder)
+    model, rates = kind(experiment, "sft", arguments.model), {}
     _ = model.lm.max_length  # loads the model
-    start = clock()
-    result = run_task(model, task, settings)
-    return result["counts"]["questions"] / (clock() - start)
+    for task in TASKS:
+        start = now(arguments)
+        result = run_task(model, task, experiment.evaluation.tasks[task])
+        asked = result["counts"]["questions"] if result else 0  # the first rank counts for all
+        rates[task] = asked / (now(arguments) - start)
+    return model, rates
 
 
-def time_one_at_a_time(lm: Any, prompts: list[str], max_new_tokens: int, clock: Callable[[], float]) -> float:
-    start = clock()
+def time_one_at_a_time(lm: Any, prompts: list[str], arguments: argparse.Namespace) -> float:
+    start = now(arguments)
     for prompt in prompts:
         inputs = lm.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(lm.device)
-        output = lm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = lm.model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         lm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return len(prompts) / (clock() - start)
+    return len(prompts) / (now(arguments) - start)
+
+
+def now(arguments: argparse.Namespace) -> float:
+    """Seconds of the clock that was asked for."""
+    return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
 
 
 def format_table(rates: dict[str, dict[str, float]]) -> str:
     lines = ["| questions/s | " + " | ".join(TASKS) + " |", "|---|" + "---|" * len(TASKS)]
     for way, of_task in rates.items():
-        cells = [f"{rate:.4g}" + _against(rates["ours"][task], rate, way) for task, rate in of_task.items()]
+        others = rates.get("one at a time", of_task)
+        cells = [f"{rate:.4g} ({rate / others[task]:.2g} x)" for task, rate in of_task.items()]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _against(ours: float, rate: float, way: str) -> str:
-    return "" if way == "ours" else f" (ours {ours / rate:.1f} x)"
