@@ -1,5 +1,6 @@
 """Tokenizers and models: load, adapt, merge."""
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def load_for_inference(folder: Path, settings: ModelConfig, device: str) -> PreT
     if settings.attention == "flash_attention_2":
         # The choices of a question are branches of one row (lm.py), which takes a mask; FlashAttention has none.
         settings = settings.model_copy(update={"attention": "sdpa"})
+    _build_without_weights(folder)
     return load_model(folder, settings, DTYPES[settings.dtype]).to(device).eval()
 
 
@@ -144,20 +146,45 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
 
 
 def count_parameters(folder: Path, lora: LoraSettings | None) -> tuple[int, int]:
-    """(all, trainable) parameters of a stage's model, counted on the meta device: no weights are read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
-        if lora:
-            from peft import get_peft_model
+    """(all, trainable) parameters of a stage's model, counted on the meta device: no weights are read.
 
-            try:
-                model = get_peft_model(model, lora_config(lora))
-            except ValueError as error:
-                raise UserError(
-                    f"lora.target_modules = {lora.target_modules!r} does not fit {folder}: {error}"
-                ) from None
+    UserError if the model or the adapter is one whose losses we would compute wrongly.
+    """
+    model = _build_without_weights(folder)
+    if lora:
+        from peft import get_peft_model
+
+        try:
+            model = get_peft_model(model, lora_config(lora))
+        except ValueError as error:
+            raise UserError(f"lora.target_modules = {lora.target_modules!r} does not fit {folder}: {error}") from None
+        if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+            raise UserError(
+                f"lora.target_modules = {lora.target_modules!r} covers the output head, whose own weight the losses are"
+                " computed from, without an adapter; leave it out"
+            )
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+
+
+def _build_without_weights(folder: Path) -> PreTrainedModel:
+    """On the meta device; UserError if its logits are not what its head returns: our losses and likelihoods are computed
+    in the head's place, and would miss what comes after it."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        returned, logits = [], []
+        hook = model.get_output_embeddings().register_forward_hook(lambda *call: returned.append(call[-1]))
+        inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 1, 2, 2)}
+        with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):  # of layers that want data
+            logits.append(model(**inputs, use_cache=False).logits)
+        hook.remove()
+    if logits and logits[0] is not returned[0]:
+        raise UserError(
+            f"{folder}: {config.model_type} scales or caps its logits behind the output head, which is not supported;"
+            " use a model that does not (Llama, Qwen, Mistral, GLM)"
+        )
+    return model
 
 
 def unwrap(model: torch.nn.Module) -> PreTrainedModel:

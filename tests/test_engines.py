@@ -15,13 +15,13 @@ import torch
 from forked import run_stage
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from qilin_med.checkpoints import verify_folder
-from qilin_med.config import load_experiment
+from qilin_med.config import LoraSettings, load_experiment
 from qilin_med.errors import UserError
 from qilin_med.job import Job, check_engine
-from qilin_med.models import check_packages
+from qilin_med.models import check_packages, count_parameters
 from qilin_med.results import read_metrics
 
 STAGES = ("pretraining", "sft", "dpo")
@@ -212,6 +212,20 @@ def test_what_does_not_go_together_is_refused(world, tmp_path):
     for setting in ("model.fused_kernels=true", "model.attention=flash_attention_2"):
         with pytest.raises(UserError, match=r"runs? on a GPU"):
             job(world, setting)
+
+
+def test_what_would_train_on_wrong_logits_is_refused(world, tmp_path, small_tokenizer):
+    save_base(tmp_path, Gemma2Config(vocab_size=len(small_tokenizer), head_dim=16, **SIZES), small_tokenizer)
+    with pytest.raises(UserError, match="gemma2 scales or caps its logits"):
+        count_parameters(tmp_path, None)
+    head = LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=["lm_head"])
+    with pytest.raises(UserError, match="covers the output head"):
+        count_parameters(world / "base", head)
+    hidden, inner, vocabulary, layers = 64, 128, len(small_tokenizer), 2
+    layer = (
+        2 * hidden**2 + 2 * hidden**2 // 2 + 3 * hidden * inner + 2 * hidden
+    )  # two of four heads for keys and values
+    assert count_parameters(world / "base", None) == ((2 * vocabulary * hidden + layers * layer + hidden),) * 2
 
 
 @pytest.mark.parametrize(
