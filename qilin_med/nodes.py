@@ -100,36 +100,41 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 @contextmanager
-def other_nodes_started(place: Place) -> Iterator[None]:
-    """Run this process's own command on the hosts that the place names, by pdsh over ssh, and wait for it to end."""
-    if not place.to_start:
-        yield
-        return
-    if not shutil.which("pdsh"):
+def other_nodes_started(place: Place) -> Iterator[dict[int, subprocess.Popen]]:
+    """Run this process's own command on the hosts that the place names, by pdsh over ssh, and wait for it to end.
+
+    Yields {node: its pdsh}, one each, so that a host that cannot be reached is known at once.
+    """
+    if place.to_start and not shutil.which("pdsh"):
         raise UserError(
             "HOSTFILE without NODE_RANK starts the other nodes with pdsh, which is not installed; install it, or run"
             " this command on every node with its own NODE_RANK"
         )
-    command = ["pdsh", "-S", "-w", ",".join(place.to_start), _command_for_others()]
     environment = {"PDSH_RCMD_TYPE": "ssh", **os.environ}
-    # A session of its own: Ctrl-C reaches the other nodes as node 0's order to stop.
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    processes = {}
     try:
-        yield
+        for node, host in enumerate(place.to_start, 1):
+            command = ["pdsh", "-S", "-w", host, _command_for(node).replace("%", "%%")]
+            # A session of its own: Ctrl-C reaches the other nodes as node 0's order to stop.
+            processes[node] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        yield processes
     finally:
-        try:
-            process.wait(timeout=SILENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        deadline = time.monotonic() + SILENCE
+        for process in processes.values():
+            try:
+                process.wait(timeout=max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def _command_for_others() -> str:
-    """For a shell on another host; pdsh puts the host's position in its list for %n."""
+def _command_for(node: int) -> str:
+    """For a shell on another host."""
     handed = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_OVER)}
-    handed["HOSTFILE"] = str(Path(os.environ["HOSTFILE"]).resolve())
+    handed |= {"HOSTFILE": str(Path(os.environ["HOSTFILE"]).resolve()), "NODE_RANK": str(node)}
     assignments = [f"{name}={shlex.quote(value)}" for name, value in handed.items()]
-    command = f"cd {shlex.quote(str(Path.cwd()))} && {' '.join(assignments)} {shlex.join([sys.executable, *sys.argv])}"
-    return f"export NODE_RANK=$((%n + 1)); {command.replace('%', '%%')}"
+    return f"cd {shlex.quote(str(Path.cwd()))} && {' '.join(assignments)} {shlex.join([sys.executable, *sys.argv])}"
 
 
 class Team:
@@ -139,9 +144,10 @@ class Team:
     that an address that no longer answers holds up nothing else.
     """
 
-    def __init__(self, place: Place, patience: float) -> None:
-        """Opens node 0's store, or waits `patience` seconds for it; UserError where that fails."""
-        self.place, self.patience = place, patience
+    def __init__(self, place: Place, patience: float, started: dict[int, subprocess.Popen] | None = None) -> None:
+        """Opens node 0's store, or waits `patience` seconds for it; UserError where that fails. `started`: processes that
+        live as long as the nodes which they started."""
+        self.place, self.patience, self.started = place, patience, started or {}
         self.interface = None
         if place.nodes > 1:
             own = _reach(place, patience) if place.node else _resolve(place)[4][0]
@@ -217,6 +223,13 @@ class Team:
         for record in self.records.values():
             if "error" in record:
                 raise UserError(record["error"])
+        for node, process in self.started.items():
+            if process.poll() is not None and node not in self.records:
+                host = self.place.to_start[node - 1]
+                raise UserError(
+                    f"node {node} ({host}) ended before it joined (exit code {process.returncode}); its own lines tell"
+                    f" why. `ssh {host}` must work without a password, and this folder lie there under the same path"
+                )
 
     def _lost(self) -> list[int]:
         """Nodes that joined, did not leave, and are silent."""

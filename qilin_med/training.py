@@ -108,7 +108,8 @@ def _take_part(experiment: Experiment, stage: StageName, place: Place, restart: 
     """Run the stage as node 0, or follow node 0 as one of the other nodes."""
     own_ranks = _count_ranks(experiment, place.slots)
     asked = {"stage": stage, "experiment": experiment.model_dump(mode="json"), "libraries": versions()}
-    with other_nodes_started(place), Team(place, patience=60 * experiment.launch.timeout_minutes) as team:
+    patience = 60 * experiment.launch.timeout_minutes
+    with other_nodes_started(place) as started, Team(place, patience, started) as team:
         if place.node:
             sys.exit(follow(team, own_ranks, asked))
         with team.last_word():

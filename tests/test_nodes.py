@@ -197,6 +197,20 @@ def submit(world: Path, slurm: Path) -> Callable[[], subprocess.Popen]:
     return lambda: start(job, **environment, **names)
 
 
+def test_a_host_that_cannot_be_reached_is_named_at_once(world, tmp_path):
+    if not shutil.which("pdsh"):
+        pytest.skip("needs pdsh")
+    path = f"{write_commands(tmp_path / 'ssh', ssh='echo no such host >&2; exit 255')}:{os.environ['PATH']}"
+    (tmp_path / "hostfile").write_text("127.0.0.1 slots=1\nelsewhere slots=1\n")
+    arguments = [f"output_dir={tmp_path}/run", "launch.timeout_minutes=10"]
+    variables = {"PATH": path, "HOSTFILE": str(tmp_path / "hostfile"), "MASTER_PORT": str(free_port())}
+    process = start(command(world, *arguments), **variables)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 2 and "Traceback" not in said
+    assert "elsewhere: no such host" in said
+    assert "error: node 1 (elsewhere) ended before it joined" in said.splitlines()[-1]
+
+
 # ---------------------------------------------------------------------------------------------------- who takes part
 
 
