@@ -222,7 +222,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(settings):
     )  # fmt: skip
     os.close(theirs)
 
-    def read_until(is_enough, seconds: int = 400) -> str:
+    def read_until(is_enough, seconds: int = 200) -> str:
         read, deadline = b"", time.monotonic() + seconds
         while not is_enough(read.decode(errors="replace")):
             assert select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0], read.decode(errors="replace")
@@ -232,10 +232,13 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(settings):
     try:
         started = read_until(lambda text: text.endswith("> "))
         assert NOTICE in started and "Ctrl-C stops an answer" in started
-        os.write(ours, "头痛\n".encode())
-        read_until(lambda text: len(text) > 40)
-        run.send_signal(signal.SIGINT)
-        read_until(lambda text: "(stopped)" in text and text.endswith("> "))
+        for _ in range(3):  # a signal that comes as input() begins is not heard before the next key
+            os.write(ours, "头痛\n".encode())
+            read_until(lambda text: len(text) > 40)
+            run.send_signal(signal.SIGINT)
+            if "(stopped)" in (said := read_until(lambda text: text.endswith("> "))):
+                break
+        assert "(stopped)" in said
         os.write(ours, b"/new\n")
         read_until(lambda text: "(a new conversation)" in text and text.endswith("> "))
         os.write(ours, b"\x04")
