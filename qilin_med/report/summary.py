@@ -43,6 +43,8 @@ def describe_result(run: Run, result: Result) -> str:
     said = _STATEMENTS[metric].format(
         model=result.label, share=value, questions=result.questions, set=result.set, interval=interval
     )
+    if unread := result.contents["counts"].get("unparsed", 0):
+        said += f" ({unread:,} answers name no option and count as wrong)"
     entry = run.test(result.name, result.model, retrieval=bool(result.variant))
     test = entry["metrics"].get(metric) if entry else None
     if test is None:
