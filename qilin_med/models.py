@@ -85,7 +85,7 @@ def load_for_inference(folder: Path, settings: ModelConfig, device: str) -> PreT
     if settings.attention == "flash_attention_2":
         # The choices of a question are branches of one row (lm.py), which takes a mask; FlashAttention has none.
         settings = settings.model_copy(update={"attention": "sdpa"})
-    _build_without_weights(folder)
+    _check_logits(_build_without_weights(folder), folder)
     return load_model(folder, settings, DTYPES[settings.dtype]).to(device).eval()
 
 
@@ -151,6 +151,7 @@ def count_parameters(folder: Path, lora: LoraSettings | None) -> tuple[int, int]
     UserError if the model or the adapter is one whose losses we would compute wrongly.
     """
     model = _build_without_weights(folder)
+    _check_logits(model, folder)
     if lora:
         from peft import get_peft_model
 
@@ -168,23 +169,29 @@ def count_parameters(folder: Path, lora: LoraSettings | None) -> tuple[int, int]
 
 
 def _build_without_weights(folder: Path) -> PreTrainedModel:
-    """On the meta device; UserError if its logits are not what its head returns: our losses and likelihoods are computed
-    in the head's place, and would miss what comes after it."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        returned, logits = [], []
-        hook = model.get_output_embeddings().register_forward_hook(lambda *call: returned.append(call[-1]))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def _check_logits(model: PreTrainedModel, folder: Path) -> None:
+    """UserError if a meta model's logits are not what its head returns: our losses and likelihoods are computed in the head's
+    place, and would miss what comes after it."""
+    returned, logits = [], []
+    hook = model.get_output_embeddings().register_forward_hook(lambda *call: returned.append(call[-1]))
+    with (
+        torch.no_grad(),
+        torch.device("meta"),
+        contextlib.suppress(RuntimeError, ValueError),
+    ):  # of layers that want data
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 1, 2, 2)}
-        with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):  # of layers that want data
-            logits.append(model(**inputs, use_cache=False).logits)
-        hook.remove()
+        logits.append(model(**inputs, use_cache=False).logits)
+    hook.remove()
     if logits and logits[0] is not returned[0]:
         raise UserError(
-            f"{folder}: {config.model_type} scales or caps its logits behind the output head, which is not supported;"
-            " use a model that does not (Llama, Qwen, Mistral, GLM)"
+            f"{folder}: {model.config.model_type} scales or caps its logits behind the output head, which is not"
+            " supported; use a model that does not (Llama, Qwen, Mistral, GLM)"
         )
-    return model
 
 
 def unwrap(model: torch.nn.Module) -> PreTrainedModel:

@@ -121,6 +121,7 @@ def test_sentences_say_what_changed_by_how_much_and_how_sure(run):
         "SFT with retrieval answers 60.0% of 432 questions of exam right [55.0, 65.0], 1.9 points more than without"
         " retrieval, which may be chance (McNemar p = 0.31)."
     )
+    assert said["base", "exam"] == "base answers 24.0% of 432 questions of exam right [19.0, 29.0]."
     run.results[0].contents["counts"]["unparsed"] = 7
     assert describe_result(run, run.results[0]) == (
         "base answers 24.0% of 432 questions of exam right [19.0, 29.0] (7 answers name no option and count as wrong)."

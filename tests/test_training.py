@@ -201,7 +201,8 @@ def half_written_checkpoint(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("stage", "moments"), [("pretraining", ["step", "checkpoint"]), ("sft", ["step", "merge"]), ("dpo", ["step"])]
+    ("stage", "moments"),
+    [("pretraining", ["step", "checkpoint", "merge"]), ("sft", ["step", "merge"]), ("dpo", ["step"])],
 )
 def test_killed_anywhere_ends_like_an_uninterrupted_run(world, finished, stage, moments, tmp_path):
     parent = {"sft": "pretraining", "dpo": "sft"}.get(stage)
