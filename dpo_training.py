@@ -8,7 +8,7 @@ prompt/chosen/rejected rows) and the model of stage 2; writes runs/<name>/dpo/ad
 """
 
 from qilin_med.job import Job
-from qilin_med.training import run_stage, say, training_arguments
+from qilin_med.training import run_stage, training_arguments
 
 
 def build_trainer(job: Job):
@@ -16,23 +16,16 @@ def build_trainer(job: Job):
     from trl import DPOConfig
 
     from qilin_med.models import load_for_training, load_tokenizer, lora_config
-    from qilin_med.rows import open_rows, row_lengths
-    from qilin_med.trainers import PreferenceTrainer, reference_fingerprint
+    from qilin_med.trainers import PreferenceTrainer
 
     # Truncation is ours (token limits per question and answer), and so is dropout (the paper trains with 0.05).
-    arguments = training_arguments(
-        job, DPOConfig, beta=job.section.beta, precompute_ref_log_probs=True, max_length=None, disable_dropout=False
-    )
-    rows = open_rows(job.rows).dataset
-    say("reference log-probabilities: computed once, cached beside the rows")
+    arguments = training_arguments(job, DPOConfig, beta=job.section.beta, max_length=None, disable_dropout=False)
     model = load_for_training(job)
     set_seed(job.experiment.seed)  # TRL draws the adapter: the same on every rank
     return PreferenceTrainer(
-        model=model,
+        job,
+        model,
         args=arguments,
-        reference=reference_fingerprint(job),
-        train_dataset=rows,
-        lengths=row_lengths(rows),
         processing_class=load_tokenizer(job.parent, job.experiment.model.template),
         peft_config=lora_config(job.section.lora),
     )

@@ -13,14 +13,13 @@ from qilin_med.training import run_stage, training_arguments
 
 def build_trainer(job: Job):
     from qilin_med.models import add_adapter, load_for_training
-    from qilin_med.rows import open_rows
     from qilin_med.trainers import LanguageModelTrainer
 
     arguments = training_arguments(job)
     model = load_for_training(job)
     if job.section.lora:
         model = add_adapter(model, job)
-    return LanguageModelTrainer(model=model, args=arguments, train_dataset=open_rows(job.rows).dataset)
+    return LanguageModelTrainer(job, model, arguments)
 
 
 if __name__ == "__main__":

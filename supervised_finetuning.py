@@ -12,14 +12,11 @@ from qilin_med.training import run_stage, training_arguments
 
 def build_trainer(job: Job):
     from qilin_med.models import add_adapter, load_for_training
-    from qilin_med.rows import open_rows, row_lengths
     from qilin_med.trainers import LanguageModelTrainer
 
     arguments = training_arguments(job)
-    rows = open_rows(job.rows).dataset
     model = add_adapter(load_for_training(job), job)
-    lengths = None if job.section.packing else row_lengths(rows)
-    return LanguageModelTrainer(model=model, args=arguments, train_dataset=rows, lengths=lengths)
+    return LanguageModelTrainer(job, model, arguments)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Guard(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # accelerate does not reach the sampler through the wrappers that it uses after a resume.
-        self.trainer.update_sampler.set_epoch(int(state.epoch or 0))
+        self.trainer.step_sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stop_agreed:
@@ -52,7 +52,7 @@ class Guard(TrainerCallback):
                 raise UserError(self._explain_non_finite(name, logs[name], state.global_step))
 
     def _explain_non_finite(self, name: str, value: float, step: int) -> str:
-        indices = sorted({i for batch in self.trainer.seen_rows for i in batch.tolist() if i >= 0})
+        indices = sorted({i for batch in self.trainer.seen_rows for i in batch.tolist()})
         ids = [i for row in self.trainer.train_dataset[indices]["ids"] for i in row]
         if dist.is_initialized():
             everyone: list[list[str]] = [[]] * dist.get_world_size()
@@ -62,7 +62,7 @@ class Guard(TrainerCallback):
         last = good[-1].parent if good else "none"
         return (
             f"{name} became {value} at step {step}: stopped, nothing of this step is kept. Last good checkpoint: {last}."
-            f" Rows of the update: {', '.join(ids)}. Lower {self.job.stage}.learning_rate or look at these rows"
+            f" Rows of the step: {', '.join(ids)}. Lower {self.job.stage}.learning_rate or look at these rows"
         )
 
 

@@ -132,10 +132,12 @@ class StageConfig(Section):
     epochs: Annotated[float, Field(gt=0)]
     """Passes over the rows."""
     batch_size_per_device: PositiveInt
-    """Rows that one rank takes at once."""
+    """Blocks (pretraining), conversations (sft) or pairs (dpo) that one rank takes at once, on average where they are
+    packed. A matter of memory and speed alone."""
     global_batch_size: PositiveInt | None = None
-    """Rows per update over all ranks; must divide by ranks x batch_size_per_device (the quotient is the number of
-    gradient accumulation steps). null: ranks x batch_size_per_device."""
+    """Blocks, conversations or pairs of an optimizer step over all ranks: a random draw. Must divide by ranks x
+    batch_size_per_device (the quotient is the number of gradient accumulation steps). null: ranks x
+    batch_size_per_device."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     warmup_ratio: Share
@@ -175,15 +177,11 @@ class InstructionConfig(StageConfig):
     """Tokens of a question with its role marks; longer ones lose their end, never a mark."""
     max_target_length: Annotated[int, Field(ge=8)]
     """Tokens of an answer with its EOS; a longer answer is cut and then has no EOS."""
+    packing: bool = True
+    """How a batch is laid out, a matter of speed alone. true: whole sequences side by side without padding, kept apart.
+    false: one a row, padded to the longest of the batch."""
     lora: LoraSettings
     """Low-rank adapter (merged into the model at the end of the stage)."""
-
-
-class SftConfig(InstructionConfig):
-    packing: bool
-    """true: best-fit packing of whole conversations into one row, kept apart. false: batches of like length."""
-    packed_length: Annotated[int, Field(ge=8)] | None = None
-    """Tokens of a packed row. null: max_source_length + max_target_length."""
 
 
 class DpoConfig(InstructionConfig):
@@ -293,7 +291,7 @@ class Experiment(Section):
     """Devices and ranks."""
     pretraining: PretrainingConfig | None = None
     """Stage 1, continued pre-training: all parameters, next token."""
-    sft: SftConfig | None = None
+    sft: InstructionConfig | None = None
     """Stage 2, supervised fine-tuning with LoRA."""
     dpo: DpoConfig | None = None
     """Stage 3, direct preference optimisation with LoRA against the frozen SFT model."""

@@ -6,14 +6,14 @@ the same thing.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qilin_med.batches import collate_packed, collate_preferences
+from qilin_med.batches import Collator, Layout, PairCollator, TokenCollator, model_inputs
 from qilin_med.checkpoints import digest, fingerprint_model, write_json
 from qilin_med.config import Experiment, Source, StageName
 from qilin_med.job import commit, versions
@@ -59,8 +59,7 @@ def _prepare_all(
     for name, stage, data, measure in wanted:
         section = getattr(experiment, stage)
         if data and section:
-            changes = {"data": data, "packing": False} if stage == "sft" else {"data": data}
-            section = section.model_copy(update=changes)
+            section = section.model_copy(update={"data": data})
             cache = Path(experiment.output_dir) / "cache"
             yield name, (measure, prepare_rows(stage, section, tokenizer, max_positions(folder), cache))
 
@@ -80,10 +79,9 @@ def answer_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> 
 @torch.no_grad()
 def _mean_token_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> tuple[float, int]:
     total, count = 0.0, 0
-    for batch in _batches(rows, batch_size, collate_packed, model):
+    for batch in _batches(rows, batch_size, TokenCollator, model):
         sum_losses = partial(target_losses, labels=batch["labels"], reduction="sum")
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
-        total += forward_through_head(model, inputs, sum_losses).item()
+        total += forward_through_head(model, model_inputs(batch), sum_losses).item()
         count += batch["items"]
     return total / count, count
 
@@ -93,16 +91,23 @@ def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: 
     """Share of pairs whose chosen answer has the higher log-probability, with the binomial standard error; `margins` are
     log p(chosen) - log p(rejected) of every pair, in the order of the rows."""
     margins = []
-    for batch in _batches(rows, batch_size, collate_preferences, model):
-        score = partial(sequence_log_probs, labels=batch["labels"])
-        chosen, rejected = forward_through_head(model, {"input_ids": batch["input_ids"]}, score).chunk(2)
-        margins += [round(margin, 4) for margin in (chosen - rejected).tolist()]
+    for batch in _batches(rows, batch_size, PairCollator, model):
+        pairs = batch["items"]
+        score = partial(
+            sequence_log_probs, labels=batch["labels"], sequence_index=batch["sequence_index"], sequences=2 * pairs
+        )
+        scores = forward_through_head(model, model_inputs(batch), score)
+        margins += [round(margin, 4) for margin in (scores[:pairs] - scores[pairs:]).tolist()]
     share = sum(margin > 0 for margin in margins) / len(margins)
     error = math.sqrt(share * (1 - share) / len(margins))
     return {"value": share, "pairs": len(margins), "standard_error": error, "margins": margins}
 
 
-def _batches(rows: PreparedRows, batch_size: int, collate: Any, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+def _batches(
+    rows: PreparedRows, batch_size: int, collator: Callable[[Layout], Collator], model: torch.nn.Module
+) -> Iterator[dict[str, Any]]:
+    # A row each, so that models are measured whose attention cannot keep packed sequences apart.
+    collate = collator(Layout(False, False, model.config.get_text_config().hidden_size))
     for start in range(0, len(rows.dataset), batch_size):
         indices = range(start, min(start + batch_size, len(rows.dataset)))
         batch = collate([{**rows.dataset[i], "index": i} for i in indices])

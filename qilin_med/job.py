@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qilin_med.checkpoints import digest, write_json
-from qilin_med.config import Experiment, StageConfig, StageName, flatten
+from qilin_med.config import Experiment, InstructionConfig, StageConfig, StageName, flatten
 from qilin_med.errors import UserError
 
 # Keys that change how a run is watched, stored or divided, never what it computes: free to change before a resume.
 _HARMLESS_KEYS = {
     "report_to", "checkpoint_every", "keep_checkpoints", "data", "parent", "batch_size_per_device", "global_batch_size",
+    "packing",
 }  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "tokenizers")
 
@@ -48,12 +49,18 @@ class Job:
         return self.folder / "merged"
 
     @property
-    def rows_per_update(self) -> int:
+    def global_batch_size(self) -> int:
         return self.section.global_batch_size or self.section.batch_size_per_device * self.ranks
 
     @property
     def accumulation(self) -> int:
-        return self.rows_per_update // (self.section.batch_size_per_device * self.ranks)
+        return self.global_batch_size // (self.section.batch_size_per_device * self.ranks)
+
+    @property
+    def keeps_sequences_apart(self) -> bool:
+        """Whether a row holds several sequences that must not see each other."""
+        section = self.section
+        return section.packing if isinstance(section, InstructionConfig) else section.isolate_documents
 
     @property
     def deepspeed(self) -> dict[str, Any] | None:
@@ -68,7 +75,7 @@ class Job:
     def updates(self) -> int:
         if self.section.max_steps:
             return self.section.max_steps
-        return math.ceil(self.section.epochs * math.ceil(self.row_count / self.rows_per_update))
+        return math.ceil(self.section.epochs * math.ceil(self.row_count / self.global_batch_size))
 
     @property
     def warmup_updates(self) -> int:
@@ -84,7 +91,7 @@ class Job:
             "model": model,
             self.stage: section,
             "deepspeed": self.deepspeed and digest(self.deepspeed),
-            "rows per update": self.rows_per_update,
+            "global batch size": self.global_batch_size,
             "device": self.experiment.launch.device,
             "parent fingerprint": self.parent_fingerprint,
             "rows": self.rows.name,
@@ -157,7 +164,7 @@ def count_ranks(experiment: Experiment, gpus: int) -> int:
 
 
 def check_batch(experiment: Experiment, stage: StageName, ranks: int) -> None:
-    """UserError unless the rows of an update divide evenly among ranks and batches."""
+    """UserError unless an optimizer step's examples divide evenly among ranks and batches."""
     section = experiment.stage(stage)
     together = ranks * section.batch_size_per_device
     if section.global_batch_size and section.global_batch_size % together:

@@ -33,11 +33,14 @@ def target_losses(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Ten
     return token_losses(hidden[:, :-1][scored], head, targets[scored], reduction)
 
 
-def sequence_log_probs(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
-    """log p(answer | prompt) of each sequence: [B]. Arguments as for `target_losses`."""
+def sequence_log_probs(
+    hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, sequence_index: torch.Tensor, sequences: int
+) -> torch.Tensor:
+    """log p(answer | prompt) of each sequence: [sequences]. sequence_index: [B, T], the sequence that a token belongs to;
+    else arguments as for `target_losses`."""
     losses = target_losses(hidden, head, labels, reduction="none").float()
-    rows = (labels[:, 1:] != -100).nonzero()[:, 0]
-    return -torch.zeros(len(labels), dtype=torch.float32, device=hidden.device).index_add(0, rows, losses)
+    owners = sequence_index[:, 1:][labels[:, 1:] != -100]
+    return -torch.zeros(sequences, dtype=torch.float32, device=hidden.device).index_add(0, owners, losses)
 
 
 def preference_losses(

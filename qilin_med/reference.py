@@ -19,7 +19,6 @@ from qilin_med.config import (
     RawFiles,
     RetrievalConfig,
     Section,
-    SftConfig,
     StageConfig,
     TaskSettings,
 )
@@ -79,7 +78,7 @@ The variants extend qilin_med_7b.json, so each states only what it changes.
 EXPERIMENT: dict[str, type[Section]] = {
     "(top level)": Experiment, "model": ModelConfig, "launch": LaunchConfig,
     "every stage": StageConfig, "pretraining": PretrainingConfig, "sft and dpo": InstructionConfig,
-    "sft": SftConfig, "dpo": DpoConfig, "pretraining.lora, sft.lora, dpo.lora": LoraSettings, "evaluation": EvaluationConfig,
+    "dpo": DpoConfig, "pretraining.lora, sft.lora, dpo.lora": LoraSettings, "evaluation": EvaluationConfig,
     "evaluation.tasks, by the task's name": TaskSettings,
     "retrieval": RetrievalConfig, "retrieval.dense": DenseSettings,
     "an entry of data, documents, answers, preferences, corpus (or just its path)": DataSource,

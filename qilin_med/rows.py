@@ -3,8 +3,8 @@
 The columns of a stage's rows (lists of int32 unless said otherwise):
 
 - pretraining: `ids` (texts: the records that the row holds parts of), `input_ids`, `lengths` (tokens of each segment)
-- sft: `ids`, `input_ids`, `labels` (-100 where nothing is learnt, unshifted), `lengths` (tokens of each chat)
-- dpo: `ids` (one), `prompt_ids`, `chosen_ids`, `rejected_ids`; rows lie in order of length
+- sft: `ids` (one), `input_ids`, `labels` (-100 where nothing is learnt, unshifted)
+- dpo: `ids` (one), `prompt_ids`, `chosen_ids`, `rejected_ids`
 
 A cache folder holds rows.arrow, set_aside.jsonl and MANIFEST.json (sizes, sha256, settings, counts), and appears under
 its name only when complete.
@@ -14,10 +14,8 @@ import hashlib
 import json
 import shutil
 import sys
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qilin_med.checkpoints import digest, publish_folder, read_manifest, sha256_of, verify_folder
-from qilin_med.config import DataSource, DpoConfig, PretrainingConfig, SftConfig, StageConfig, StageName
+from qilin_med.config import DataSource, DpoConfig, InstructionConfig, PretrainingConfig, StageConfig, StageName
 from qilin_med.corpus.shards import chunks
 from qilin_med.corpus.sources import find_files, read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
@@ -37,8 +35,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-ROW_FORMAT = 1  # raise it whenever the same inputs and settings give other rows
-ROWS, SET_ASIDE, ENCODED = "rows.arrow", "set_aside.jsonl", "encoded.arrow"
+ROW_FORMAT = 2  # raise it whenever the same inputs and settings give other rows
+ROWS, SET_ASIDE = "rows.arrow", "set_aside.jsonl"
 BATCH_RECORDS = 1000  # tokenised at once, on all cores
 BATCH_CHARACTERS = 4_000_000  # fewer records where they are whole books
 CHUNK_ROWS = 1000
@@ -52,7 +50,7 @@ SCHEMAS: dict[StageName, pa.Schema] = {
     stage: pa.schema([("ids", pa.list_(pa.string())), *((name, TOKENS) for name in columns)])
     for stage, columns in {
         "pretraining": ("input_ids", "lengths"),
-        "sft": ("input_ids", "labels", "lengths"),
+        "sft": ("input_ids", "labels"),
         "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
     }.items()
 }
@@ -94,8 +92,6 @@ class Counts:
     """Further rows that long conversations took (sft)."""
     dropped_turns: int = 0
     """Earlier turns that prompts had no room for (dpo)."""
-    fill: float | None = None
-    """Share of packed rows that tokens take, the rest being padding (sft with packing)."""
 
 
 def prepare_rows(
@@ -109,10 +105,8 @@ def prepare_rows(
 
     The folder is `<stage>-<key>`; the key covers the data files' contents and order, tokenizer, template and settings.
     `model_max_length`: positions that the model has, None if any. UserError: nothing usable in the data, a row longer
-    than the model's positions, settings that contradict each other.
+    than the model's positions.
     """
-    if isinstance(section, SftConfig):
-        _check_packed_length(section)
     files = [(file, source, sha256_of(file)) for file, source in find_files(section.data)]
     inputs = _describe_inputs(stage, section, tokenizer, files)
     folder = Path(cache_dir) / f"{stage}-{digest(inputs)[:16]}"
@@ -131,15 +125,15 @@ def open_rows(folder: Path) -> PreparedRows:
     return PreparedRows(folder, Dataset.from_file(str(folder / ROWS)), manifest["counts"])
 
 
-def row_lengths(dataset: "Dataset") -> np.ndarray:
-    """Tokens of each row (of a preference: the prompt with its longer answer), read from list offsets alone."""
+def row_costs(dataset: "Dataset") -> np.ndarray:
+    """Tokens that training computes for each row (a pair's prompt is read with either answer), from list offsets alone."""
 
     def tokens(column: str) -> np.ndarray:
         return pc.list_value_length(dataset.data.column(column)).to_numpy()
 
     if "input_ids" in dataset.column_names:
         return tokens("input_ids")
-    return tokens("prompt_ids") + np.maximum(tokens("chosen_ids"), tokens("rejected_ids"))
+    return 2 * tokens("prompt_ids") + tokens("chosen_ids") + tokens("rejected_ids")
 
 
 # --------------------------------------------------------------------------------------------------------- cache
@@ -147,18 +141,9 @@ def row_lengths(dataset: "Dataset") -> np.ndarray:
 
 def row_settings(stage: StageName, section: StageConfig) -> dict[str, Any]:
     """The settings that change rows; any other may change without tokenising again."""
-    names = {
-        "pretraining": ("block_size", "isolate_documents"),
-        "sft": ("max_source_length", "max_target_length", "packing"),
-        "dpo": ("max_source_length", "max_target_length"),
-    }
-    settings = {name: getattr(section, name) for name in names[stage]}
-    return settings | ({"packed_length": packed_length(section)} if settings.get("packing") else {})
-
-
-def packed_length(section: SftConfig) -> int:
-    """Tokens of a packed row."""
-    return section.packed_length or section.max_source_length + section.max_target_length
+    limits = ("max_source_length", "max_target_length")
+    names = {"pretraining": ("block_size", "isolate_documents"), "sft": limits, "dpo": limits}
+    return {name: getattr(section, name) for name in names[stage]}
 
 
 def _describe_inputs(
@@ -207,15 +192,6 @@ def _build(
         publish_folder(temporary, folder, {"stage": stage, "inputs": inputs, "counts": asdict(counts)})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_packed_length(section: SftConfig) -> None:
-    whole = section.max_source_length + section.max_target_length
-    if section.packing and packed_length(section) < whole:
-        raise UserError(
-            f"sft.packed_length is {section.packed_length}, but one conversation may have {whole} tokens "
-            "(max_source_length + max_target_length): raise packed_length or lower the other two"
-        )
 
 
 def _check_positions(stage: StageName, longest: int, model_max_length: int | None) -> None:
@@ -354,23 +330,13 @@ def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
 # ----------------------------------------------------------------------------------------------------------- sft
 
 
-def _write_chats(intake: Intake, section: SftConfig, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    lengths: list[int] = []
-    rows = _encoded_chats(intake, section, ChatTemplate(tokenizer), lengths)
-    counts = intake.counts
-    if not section.packing:
-        _write_table(folder / ROWS, SCHEMAS["sft"], rows)
-        counts.rows = len(lengths)
-        return
-    # Packing needs all lengths first, so chats wait on disk, not in memory.
-    _write_table(folder / ENCODED, SCHEMAS["sft"], rows)
-    bins = pack(lengths, packed_length(section))
-    _write_joined(folder, SCHEMAS["sft"], bins)
-    counts.rows = len(bins)
-    counts.fill = counts.tokens / (counts.rows * packed_length(section)) if bins else None
+def _write_chats(
+    intake: Intake, section: InstructionConfig, tokenizer: "PreTrainedTokenizerFast", folder: Path
+) -> None:
+    _write_table(folder / ROWS, SCHEMAS["sft"], _encoded_chats(intake, section, ChatTemplate(tokenizer)))
 
 
-def _encoded_chats(intake: Intake, section: SftConfig, template: ChatTemplate, lengths: list[int]) -> Iterator[Row]:
+def _encoded_chats(intake: Intake, section: InstructionConfig, template: ChatTemplate) -> Iterator[Row]:
     counts = intake.counts
     for batch in intake.batches():
         encoded = template.encode_chats(batch, section.max_source_length, section.max_target_length)
@@ -382,55 +348,23 @@ def _encoded_chats(intake: Intake, section: SftConfig, template: ChatTemplate, l
             counts.continued += len(rows) - 1
             for row in rows:
                 length = len(row.input_ids)
-                lengths.append(length)
+                counts.rows += 1
                 counts.tokens += length
                 counts.trained_tokens += length - row.labels.count(IGNORED)
                 counts.longest = max(counts.longest, length)
                 counts.cut_sources += row.cut_sources
                 counts.cut_targets += row.cut_targets
-                yield {"ids": [chat.id], "input_ids": row.input_ids, "labels": row.labels, "lengths": [length]}
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of `lengths`, grouped so that no group's sum exceeds `capacity`. Deterministic."""
-    bins: list[list[int]] = []
-    open_bins: dict[int, list[int]] = {}  # free room -> numbers of the bins that have it
-    rooms: list[int] = []  # keys of open_bins, sorted: never more than `capacity`
-    for index in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        place = bisect_left(rooms, lengths[index])
-        if place == len(rooms):
-            room, number = capacity, len(bins)
-            bins.append([])
-        else:
-            room = rooms[place]
-            number = open_bins[room].pop()
-            if not open_bins[room]:
-                del open_bins[room], rooms[place]
-        bins[number].append(index)
-        left = room - lengths[index]
-        if left not in open_bins:
-            open_bins[left] = []
-            insort(rooms, left)
-        open_bins[left].append(number)
-    return bins
+                yield {"ids": [chat.id], "input_ids": row.input_ids, "labels": row.labels}
 
 
 # ----------------------------------------------------------------------------------------------------------- dpo
 
 
 def _write_preferences(intake: Intake, section: DpoConfig, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    lengths: list[int] = []
-    rows = _encoded_preferences(intake, section, ChatTemplate(tokenizer), lengths)
-    _write_table(folder / ENCODED, SCHEMAS["dpo"], rows)
-    # In order of length, so that a pass over the rows has batches of like length.
-    order = np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
-    _write_joined(folder, SCHEMAS["dpo"], [[index] for index in order])
-    intake.counts.rows = len(order)
+    _write_table(folder / ROWS, SCHEMAS["dpo"], _encoded_preferences(intake, section, ChatTemplate(tokenizer)))
 
 
-def _encoded_preferences(
-    intake: Intake, section: DpoConfig, template: ChatTemplate, lengths: list[int]
-) -> Iterator[Row]:
+def _encoded_preferences(intake: Intake, section: DpoConfig, template: ChatTemplate) -> Iterator[Row]:
     counts = intake.counts
     for batch in intake.batches():
         encoded = template.encode_preferences(batch, section.max_source_length, section.max_target_length)
@@ -439,11 +373,11 @@ def _encoded_preferences(
                 intake.set_aside(pair)
                 continue
             answers = len(pair.chosen_ids), len(pair.rejected_ids)
-            lengths.append(len(pair.prompt_ids) + max(answers))
             counts.used += 1
+            counts.rows += 1
             counts.tokens += len(pair.prompt_ids) + sum(answers)
             counts.trained_tokens += sum(answers)
-            counts.longest = max(counts.longest, lengths[-1])
+            counts.longest = max(counts.longest, len(pair.prompt_ids) + max(answers))
             counts.cut_sources += pair.cut_sources
             counts.cut_targets += pair.cut_targets
             counts.dropped_turns += pair.dropped_turns
@@ -460,27 +394,6 @@ def _write_table(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> None:
         for chunk in chunks(rows, CHUNK_ROWS):
             columns = [pa.array([row[name] for row in chunk], schema.field(name).type) for name in schema.names]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-
-
-def _write_joined(folder: Path, schema: pa.Schema, groups: list[list[int]]) -> None:
-    """Turn ENCODED into ROWS: each group of encoded rows, joined column by column, becomes one row."""
-    from datasets import Dataset
-
-    encoded = Dataset.from_file(str(folder / ENCODED)).with_format("arrow")
-    with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in chunks(groups, CHUNK_ROWS):
-            table = encoded[list(chain.from_iterable(chunk))]
-            borders = np.cumsum([0, *map(len, chunk)])
-            columns = [_joined(table.column(name).combine_chunks(), borders) for name in schema.names]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-    del encoded
-    (folder / ENCODED).unlink()
-
-
-def _joined(lists: pa.ListArray, borders: np.ndarray) -> pa.ListArray:
-    """Join neighbouring lists: the result's list i holds lists borders[i] to borders[i + 1]."""
-    ends = np.concatenate(([0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))))
-    return pa.ListArray.from_arrays(pa.array(ends[borders], pa.int32()), lists.flatten())
 
 
 WRITERS: dict[StageName, Callable[[Intake, Any, "PreTrainedTokenizerFast", Path], None]] = {

@@ -1,5 +1,6 @@
 """transformers' Trainer and TRL's DPOTrainer over our own rows, losses and batches."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -8,72 +9,96 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer
 
-from qilin_med.batches import FilledRows, UpdateSampler, collate_packed, collate_preferences
-from qilin_med.checkpoints import digest, disk_errors_explained
+from qilin_med.batches import (
+    Collator,
+    IndexedRows,
+    Layout,
+    PairCollator,
+    StepSampler,
+    TokenCollator,
+    model_inputs,
+)
+from qilin_med.callbacks import wait_for_all
+from qilin_med.checkpoints import disk_errors_explained
+from qilin_med.config import InstructionConfig
+from qilin_med.isolation import check_isolation
 from qilin_med.job import Job
 from qilin_med.losses import preference_losses, sequence_log_probs, target_losses
 from qilin_med.models import forward_through_head
+from qilin_med.progress import progress
+from qilin_med.reference_log_probs import ReferenceLogProbs
+from qilin_med.rows import open_rows, row_costs
 from qilin_med.universal import is_universal
 
 
 class RowTrainer(Trainer):
-    """What both kinds of training share: updates instead of batches, and numbers counted over all ranks.
+    """What both kinds of training share: steps that are random draws, and numbers counted over all ranks.
 
-    Losses are sums divided by the items (target tokens, or pairs) of the whole update over all ranks, so gradient
-    accumulation and ranks do not change them.
+    Losses are sums divided by the items (target tokens, or pairs) of the whole step over all ranks, so gradient
+    accumulation, ranks and the layout of batches do not change them.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, lengths: np.ndarray | None = None, **kwargs: Any) -> None:
-        self.row_lengths = lengths
-        self.update_metrics: dict[str, torch.Tensor] = {}
+    def __init__(self, job: Job, model: Any, collator: Callable[[Layout], Collator], **kwargs: Any) -> None:
+        self.job = job
+        self.packing = isinstance(job.section, InstructionConfig) and job.section.packing
+        varlen = job.experiment.model.attention == "flash_attention_2"
+        self.layout = Layout(self.packing, varlen, model.config.get_text_config().hidden_size)
+        self.step_metrics: dict[str, torch.Tensor] = {}
         self.seen_rows: list[torch.Tensor] = []
-        self.update_tokens = 0
+        self.step_tokens = 0
         self.stop_requested = self.stop_agreed = False
-        super().__init__(*args, **kwargs)
+        rows = open_rows(job.rows).dataset
+        super().__init__(model=model, train_dataset=rows, data_collator=collator(self.layout), **kwargs)
+        self.add_callback(_Beginning(self))
+
+    def begin(self) -> None:
+        """What comes before the first step, once the model is where it trains."""
+        if self.job.keeps_sequences_apart:
+            check_isolation(self.model, self.layout)
 
     def get_train_dataloader(self) -> DataLoader:
-        ranks, accumulation = self.args.world_size, self.args.gradient_accumulation_steps
-        per_update = self.args.per_device_train_batch_size * ranks * accumulation
-        rows = len(self.train_dataset)
-        self.update_sampler = UpdateSampler(rows, per_update, self.args.seed, self.row_lengths)
-        loader = DataLoader(
-            FilledRows(self.train_dataset),
-            batch_size=self.args.per_device_train_batch_size,
-            sampler=self.update_sampler,
+        args = self.args
+        self.step_sampler = StepSampler(
+            row_costs(self.train_dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps,
+            args.world_size, args.process_index, args.seed, self.packing,
+        )  # fmt: skip
+        # The sampler gives each rank its own micro-batches, so accelerate has nothing to divide.
+        return DataLoader(
+            IndexedRows(self.train_dataset),
+            batch_sampler=self.step_sampler,
             collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
+            pin_memory=args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.seen_rows = [batch["rows"] for batch in batches]
-        self.update_metrics = {}
+        self.step_metrics = {}
         counts = [sum(b["items"] for b in batches), sum(b["tokens"] for b in batches), int(self.stop_requested)]
-        # One small exchange per update also lets all ranks agree on stopping after the same one.
+        # One small exchange a step also lets all ranks agree on stopping after the same one.
         totals = self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
-        items, self.update_tokens, self.stop_agreed = totals.tolist()
+        items, self.step_tokens, self.stop_agreed = totals.tolist()
         return batches, max(items, 1)
 
     def add_metric(self, name: str, total: torch.Tensor) -> None:
-        """Add this rank's share of a number of the update (a sum over ranks and accumulation steps)."""
-        self.update_metrics[name] = self.update_metrics.get(name, 0) + total.detach()
+        """Add this rank's share of a number of the step (a sum over ranks and accumulation steps)."""
+        self.step_metrics[name] = self.step_metrics.get(name, 0) + total.detach()
 
-    def share_of_update(self, total: torch.Tensor, items: int) -> torch.Tensor:
-        """A sum over this rank's batch as its share of the update's mean; ranks' gradients get averaged later."""
+    def share_of_step(self, total: torch.Tensor, items: int) -> torch.Tensor:
+        """A sum over this rank's batch as its share of the step's mean; ranks' gradients get averaged later."""
         return total / items * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["tokens"] = self.update_tokens
-            if self.update_metrics:
-                totals = self.accelerator.reduce(torch.stack(list(self.update_metrics.values())), "sum").tolist()
-                logs.update(zip(self.update_metrics, totals, strict=True))
+            logs["tokens"] = self.step_tokens
+            if self.step_metrics:
+                totals = self.accelerator.reduce(torch.stack(list(self.step_metrics.values())), "sum").tolist()
+                logs.update(zip(self.step_metrics, totals, strict=True))
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:
@@ -93,32 +118,33 @@ class RowTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
 
-class LanguageModelTrainer(RowTrainer):
-    """Next-token training on packed rows (stages 1 and 2): loss at target positions only, in chunks."""
+class _Beginning(TrainerCallback):
+    def __init__(self, trainer: RowTrainer) -> None:
+        self.trainer = trainer
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, data_collator=collate_packed, **kwargs)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin()
+
+
+class LanguageModelTrainer(RowTrainer):
+    """Next-token training (stages 1 and 2): loss at target positions only, in chunks."""
+
+    def __init__(self, job: Job, model: Any, args: Any) -> None:
+        super().__init__(job, model, TokenCollator, args=args)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> torch.Tensor:
         sum_losses = partial(target_losses, labels=inputs["labels"], reduction="sum")
-        total = forward_through_head(model, {key: inputs[key] for key in ("input_ids", "position_ids")}, sum_losses)
-        return self.share_of_update(total, num_items_in_batch)
-
-
-def reference_fingerprint(job: Job) -> str:
-    """What the reference's log-probabilities depend on beside the rows."""
-    quantization = job.section.lora.quantization
-    return digest([job.parent_fingerprint, job.experiment.model.dtype, quantization])
+        total = forward_through_head(model, model_inputs(inputs), sum_losses)
+        return self.share_of_step(total, num_items_in_batch)
 
 
 class PreferenceTrainer(RowTrainer, DPOTrainer):
-    """DPO (stage 3): TRL holds the adapter and the cached reference pass; logits at answer positions only."""
+    """DPO (stage 3): TRL holds the adapter; the reference's log-probabilities are computed once, before the first step."""
 
-    def __init__(self, *args: Any, reference: str, **kwargs: Any) -> None:
-        self.reference = reference
-        super().__init__(*args, data_collator=collate_preferences, **kwargs)
+    def __init__(self, job: Job, model: Any, **kwargs: Any) -> None:
+        super().__init__(job, model, PairCollator, **kwargs)
         if getattr(self.model, "is_loaded_in_4bit", False):
             # TRL rounds an adapter on 4-bit weights to bf16, too coarse for AdamW; with DeepSpeed, one precision is wanted.
             for parameter in self.model.parameters():
@@ -127,36 +153,64 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # our rows are tokens already, within our limits
 
-    def _precompute_ref_logps(self, *args: Any) -> Any:
-        # TRL names the cache after a hash of the weights, which ZeRO-3 has taken away by then: all models look alike.
-        self._precompute_model_hash = self.reference
-        return super()._precompute_ref_logps(*args)
+    def begin(self) -> None:
+        super().begin()
+        store = ReferenceLogProbs(self.job)
+        if self.args.process_index == 0:
+            store.drop_damaged()
+        wait_for_all()
+        needed = self.step_sampler.rows_of_first(self.args.max_steps)
+        missing = needed[np.isnan(store.read()[needed]).any(axis=1)]
+        if len(missing):
+            self._compute_reference(store, missing)
+        wait_for_all()
+        if self.args.process_index == 0:
+            store.commit()
+        wait_for_all()
+        self.reference = torch.from_numpy(store.read()).to(self.args.device)  # [rows, 2]: chosen, rejected
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Under DeepSpeed the library rounds all floats of a batch to the weights' precision: bf16 spoils log-probabilities.
-        exact = {name: values.to(self.args.device) for name, values in inputs.items() if name.startswith("ref_")}
-        return {**super()._prepare_inputs(inputs), **exact}
+    @torch.no_grad()
+    def _compute_reference(self, store: ReferenceLogProbs, missing: np.ndarray) -> None:
+        """This rank's part of the reference's log-probabilities of the rows `missing`: the model with its adapter off."""
+        batches = self._reference_batches(missing)
+        rank, ranks = self.args.process_index, self.args.world_size
+        rows = IndexedRows(self.train_dataset)
+        self.model.eval()
+        with (
+            disk_errors_explained(store.folder),
+            progress("reference log-probabilities", len(missing), "pairs") as advance,
+            store.writer() as write,
+            self.accelerator.unwrap_model(self.model).disable_adapter(),
+            self.accelerator.autocast(),
+        ):
+            for start in range(0, len(batches), ranks):
+                indices = batches[start + rank]
+                inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
+                write(indices, torch.stack(self._log_probs(self.model, inputs), dim=1))
+                advance(sum(map(len, batches[start : start + ranks])))
+
+    def _reference_batches(self, missing: np.ndarray) -> list[list[int]]:
+        """Batches of like length, the longest first, as many for each rank: under ZeRO-3 all ranks work together."""
+        order = missing[np.argsort(-self.step_sampler.costs[missing], kind="stable")].tolist()
+        size, ranks = self.args.per_device_train_batch_size, self.args.world_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        return batches + [[]] * (-len(batches) % ranks)
 
     def _log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        score = partial(sequence_log_probs, labels=inputs["labels"])
-        chosen, rejected = forward_through_head(model, {"input_ids": inputs["input_ids"]}, score).chunk(2)
-        return chosen, rejected
-
-    def compute_ref_log_probs(
-        self, model: torch.nn.Module, inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        policy = self.accelerator.unwrap_model(self.model)
-        with torch.no_grad(), policy.disable_adapter(), self.accelerator.autocast():
-            return self._log_probs(model, self._prepare_inputs(inputs))
+        """[pairs] of the chosen and of the rejected answers."""
+        labels, owners, pairs = inputs["labels"], inputs["sequence_index"], len(inputs["rows"])
+        score = partial(sequence_log_probs, labels=labels, sequence_index=owners, sequences=2 * pairs)
+        scores = forward_through_head(model, model_inputs(inputs), score)
+        return scores[:pairs], scores[pairs:]
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> torch.Tensor:
         chosen, rejected = self._log_probs(model, inputs)
+        reference = self.reference[inputs["rows"]]
         losses, chosen_rewards, rejected_rewards = preference_losses(
-            chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], self.beta
+            chosen, rejected, reference[:, 0], reference[:, 1], self.beta
         )
-        real = inputs["real"]
         metrics = {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
@@ -166,5 +220,5 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
             "logps/rejected": rejected,
         }
         for name, values in metrics.items():
-            self.add_metric(name, values[real].sum() / num_items_in_batch)
-        return self.share_of_update(losses[real].sum(), num_items_in_batch)
+            self.add_metric(name, values.sum() / num_items_in_batch)
+        return self.share_of_step(losses.sum(), num_items_in_batch)

@@ -417,13 +417,13 @@ def _describe(job: Job, parameters: int, trainable: int, whole: bool) -> None:
             print(
                 f"file: {file['path']}: {file['records']} records, {file['used']} used, {file['set_aside']} set aside"
             )
-    section, passes = job.section, job.updates / math.ceil(job.row_count / job.rows_per_update)
+    section, passes = job.section, job.updates / math.ceil(job.row_count / job.global_batch_size)
     lines = {
         "stage": f"{job.stage} of {job.experiment.name}",
         "starts from": str(job.parent),
         "data": f"{counts['records']:,} records in {len(counts['files'])} files, {counts['used']:,} used",
         "rows": f"{counts['rows']:,}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained on",
-        "updates": f"{job.updates:,} of {job.rows_per_update} rows ({job.ranks} ranks x {section.batch_size_per_device} x"
+        "updates": f"{job.updates:,} of {job.global_batch_size} rows ({job.ranks} ranks x {section.batch_size_per_device} x"
         f" {job.accumulation} accumulated), {passes:.2f} epochs, {counts['tokens'] * passes:,.0f} tokens",
         "parameters": f"{parameters:,}, {trainable:,} trainable ({trainable / parameters:.2%})",
         "writes to": str(job.folder),

@@ -1,36 +1,94 @@
-"""Which rows come together, and that packed rows equal rows alone."""
+"""Which examples train together, how they are dealt and laid out, and that no layout changes what a sequence sees."""
+
+import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from flash_stand_in import flash_on_cpu
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qilin_med.batches import FILLER, IGNORED, UpdateSampler, collate_packed, collate_preferences
+from qilin_med.batches import IGNORED, Layout, PairCollator, StepSampler, TokenCollator, deal, lay_out, model_inputs
+from qilin_med.errors import UserError
+from qilin_med.isolation import check_isolation
 
-
-def updates_of(sampler: UpdateSampler) -> list[list[int]]:
-    order = list(sampler)
-    size = sampler.rows_per_update
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def test_an_epoch_has_every_row_once_and_fills_the_last_update():
-    for lengths in (None, np.arange(29) % 17):
-        sampler = UpdateSampler(29, 8, seed=3, lengths=lengths)
-        order = [i for update in updates_of(sampler) for i in update]
-        assert len(order) == len(sampler) == 32
-        assert sorted(i for i in order if i != FILLER) == list(range(29))
-        assert list(sampler) == order
-        sampler.set_epoch(1)
-        assert list(sampler) != order
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+_ = IGNORED
 
 
-def test_updates_hold_rows_of_like_length_in_random_order():
-    lengths = 1 + np.arange(1000) % 100
-    updates = updates_of(UpdateSampler(1000, 10, seed=0, lengths=lengths))
-    spread = [max(lengths[i] for i in update) - min(lengths[i] for i in update) for update in updates]
-    assert max(spread) <= 3
-    longest = [max(lengths[i] for i in update) for update in updates]
-    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+def test_deal_gives_the_largest_first_to_the_emptiest():
+    # 7, 6, 5 open the groups; 4 joins 5; 3 joins 6; 2 joins 7 and makes all 9
+    assert deal([2, 3, 4, 5, 6, 7], 3) == [[5, 0], [4, 1], [3, 2]]
+    # at most two each: the ones would all go to the second group
+    assert deal([9, 1, 1, 1], 2, most=2) == [[0, 3], [1, 2]]
+    assert deal([], 2) == [[], []]
+
+
+def sampler(costs, rank=0, ranks=1, batch=4, accumulation=1, packing=True, seed=3) -> StepSampler:
+    return StepSampler(np.asarray(costs), batch, accumulation, ranks, rank, seed, packing)
+
+
+def steps_of(costs, ranks, batch, accumulation, packing) -> list[list[int]]:
+    """The rows of each optimizer step, over all ranks."""
+    every = [list(sampler(costs, rank, ranks, batch, accumulation, packing)) for rank in range(ranks)]
+    assert {len(batches) for batches in every} == {len(sampler(costs, 0, ranks, batch, accumulation, packing))}
+    cut = range(0, len(every[0]), accumulation)
+    return [sorted(i for batches in every for b in batches[at : at + accumulation] for i in b) for at in cut]
+
+
+def test_a_step_is_the_same_draw_however_it_is_computed():
+    costs = 1 + np.arange(29) ** 2 % 17
+    expected = steps_of(costs, 1, 8, 1, True)
+    assert [len(step) for step in expected] == [8, 8, 8, 5]
+    assert sorted(i for step in expected for i in step) == list(range(29))
+    ways = [(1, 1, 8), (2, 1, 4), (2, 4, 1), (4, 2, 1), (8, 1, 1)]
+    for packing in (True, False):
+        assert all(steps_of(costs, *way, packing) == expected for way in ways)
+    other = sampler(costs, batch=8)
+    other.set_epoch(1)
+    assert sorted(i for batch in other for i in batch) == list(range(29))
+    assert [sorted(batch) for batch in other] != expected
+
+
+def test_unpacked_micro_batches_never_exceed_their_size():
+    costs = np.random.default_rng(0).integers(1, 500, 97)
+    for rank in range(2):
+        assert max(map(len, sampler(costs, rank, 2, batch=4, accumulation=3, packing=False))) == 4
+
+
+def lengths_of_real_rows() -> np.ndarray:
+    """Characters of real conversations, cut as tokens are: 256 of a question, 256 of an answer."""
+    file = SHARED / "sft_general" / "trainchinese_1m_2K.jsonl"
+    files = [file] if file.exists() else sorted((SHARED / "sft_general").glob("*.jsonl"))
+    if not files:
+        pytest.skip("the real rows of shared/data are not here")
+    rows = [json.loads(line) for f in files for line in f.open(encoding="utf-8")]
+    rows = [row for row in rows if "output" in row and isinstance(row.get("instruction"), str)]
+    return np.array([min(len(row["instruction"]), 256) + min(len(row["output"]), 256) for row in rows])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_ranks_get_equal_tokens_of_real_rows(packing):
+    costs = lengths_of_real_rows()
+    ranks = [list(sampler(costs, rank, 8, batch=64, packing=packing)) for rank in range(8)]
+    for step in range(len(costs) // 512):
+        tokens = [costs[batches[step]].sum() for batches in ranks]
+        assert min(tokens) > 0.95 * max(tokens)
+
+
+def test_a_token_weighs_the_same_in_short_and_long_rows():
+    costs = lengths_of_real_rows()
+    weights = np.zeros(len(costs))  # the weight of each of a row's tokens: one over the tokens of its step
+    for seed in range(40):
+        for step in sampler(costs, batch=64, seed=seed):
+            weights[step] += 1 / costs[step].sum()
+    order = np.argsort(costs)
+    tenth = len(costs) // 10
+    assert 0.95 < weights[order[:tenth]].mean() / weights[order[-tenth:]].mean() < 1.05
+
+
+# -------------------------------------------------------------------------------------------------------- layout
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -42,42 +100,98 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def test_packed_logits_equal_those_of_each_document_alone():
-    documents = [[5, 6, 7, 8, 2], [9, 10, 2], [11, 12, 13, 14, 15, 2]]
-    row = {"input_ids": [t for d in documents for t in d], "lengths": [len(d) for d in documents], "index": 0}
-    shorter = {"input_ids": [3, 4], "lengths": [2], "index": 1}
-    batch = collate_packed([row, shorter])
+def logits_of_each(model, sequences, rows, varlen) -> list[torch.Tensor]:
+    batch = lay_out([(ids, ids) for ids in sequences], rows, varlen)
+    with torch.no_grad():
+        logits = model(**model_inputs(batch), use_cache=False).logits
+    order = [index for row in rows for index in row]
+    starts = {}
+    for i, row in enumerate(rows):
+        start = 0
+        for index in row:
+            starts[index] = (i, start)
+            start += len(sequences[index])
+    return [logits[starts[i][0], starts[i][1] : starts[i][1] + len(sequences[i])] for i in sorted(order)]
+
+
+DOCUMENTS = [[5, 6, 7, 8, 2], [9, 10, 2], [11, 12, 13, 14, 15, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3]], [[2, 0], [3, 1]], [[0], [1], [2], [3]]])
+def test_a_sequence_sees_itself_alone_in_every_layout(varlen, rows):
     model = tiny_model()
     with torch.no_grad():
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        start = 0
-        for document in documents:
-            alone = model(input_ids=torch.tensor([document])).logits[0]
-            torch.testing.assert_close(packed[0, start : start + len(document)], alone, rtol=0, atol=1e-5)
-            start += len(document)
-        torch.testing.assert_close(packed[1, :2], model(input_ids=torch.tensor([[3, 4]])).logits[0], rtol=0, atol=1e-5)
+        alone = [model(input_ids=torch.tensor([ids])).logits[0] for ids in DOCUMENTS]
+    with flash_on_cpu(model) if varlen else torch.no_grad():
+        found = logits_of_each(model, DOCUMENTS, rows, varlen)
+    for logits, expected in zip(found, alone, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_labels_of_packed_rows():
-    batch = collate_packed([
+def test_flash_attention_without_cumulative_lengths_would_see_neighbours():
+    """Why they are handed over: the library reads packed rows from position_ids at batch size 1 alone."""
+    model = tiny_model()
+    batch = lay_out([(ids, ids) for ids in DOCUMENTS], [[0, 1], [2, 3]])
+    with torch.no_grad():
+        apart = model(**model_inputs(batch), use_cache=False).logits
+        with flash_on_cpu(model):
+            mixed = model(**model_inputs(batch), use_cache=False).logits
+    assert (apart - mixed)[0, 5:].abs().max() > 0.1
+    layout = Layout(packing=True, varlen=True, hidden_size=32)
+    with flash_on_cpu(model):
+        check_isolation(model, layout)
+
+
+def test_a_model_that_cannot_keep_neighbours_apart_is_refused():
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))  # ALiBi: no position_ids
+    with pytest.raises(UserError, match=r"bloom with model.attention .* lets packed sequences see each other"):
+        check_isolation(bloom, Layout(packing=True, varlen=False, hidden_size=32))
+    model = tiny_model()
+    check_isolation(model, Layout(packing=True, varlen=False, hidden_size=32))
+    assert not model.training
+
+
+def test_the_mask_is_dense_only_where_rows_hold_several_sequences():
+    single = lay_out([([5, 6, 7], [5, 6, 7]), ([8, 9], [8, 9])], [[0], [1]])
+    assert "position_ids" not in single
+    assert single["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    packed = lay_out([([5, 6, 7], [_, _, 7]), ([8, 9], [8, 9])], [[1, 0]])
+    assert packed["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert packed["labels"].tolist() == [[_, 9, _, _, 7]]
+    assert packed["sequence_index"].tolist() == [[1, 1, 0, 0, 0]]
+    flash = lay_out([([5, 6, 7], [5, 6, 7]), ([8, 9], [8, 9])], [[0], [1]], varlen=True)
+    assert flash["cu_seq_lens_q"].tolist() == [0, 3, 5, 6]  # the last is padding
+    assert (flash["max_length_q"], flash["cu_seq_lens_q"].dtype) == (3, torch.int32)
+
+
+def test_rows_are_packed_where_that_computes_less():
+    layout = Layout(packing=True, varlen=False, hidden_size=4096)
+    assert layout.rows([512, 256, 256, 300, 212]) == [[0], [3, 4], [1, 2]]  # no padding at all
+    assert layout.rows([]) == [[]]
+    assert Layout(True, True, 4096).rows([3, 2]) == [[0, 1]]
+    assert Layout(False, True, 4096).rows([3, 2]) == [[0], [1]]
+
+
+def test_batches_of_tokens():
+    collate = TokenCollator(Layout(packing=False, varlen=False, hidden_size=32))
+    batch = collate([
         {"input_ids": [5, 6, 2, 7, 2], "lengths": [3, 2], "index": 4},
-        {"input_ids": [8, 9, 2], "labels": [-100, -100, 2], "lengths": [3], "index": 2},
-        {"index": FILLER},
+        {"input_ids": [8, 9, 2], "labels": [_, _, 2], "index": 2},
     ])  # fmt: skip
-    _ = IGNORED
-    assert batch["labels"].tolist() == [[_, 6, 2, _, 2], [_, _, 2, _, _], [_, _, _, _, _]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
-    assert (batch["items"], batch["tokens"], batch["rows"].tolist()) == (4, 8, [4, 2, FILLER])
+    assert batch["labels"].tolist() == [[_, 6, 2, _, 2], [_, _, 2, _, _]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
+    assert (batch["items"], batch["tokens"], batch["rows"].tolist()) == (4, 8, [4, 2])
+    empty = collate([])
+    assert (empty["input_ids"].shape, empty["items"], empty["tokens"], len(empty["rows"])) == ((1, 2), 0, 0, 0)
 
 
-def test_preference_batches():
-    batch = collate_preferences([
-        {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8], "index": 0,
-         "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0},
-        {"index": FILLER},
-    ])  # fmt: skip
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [0] * 4, [5, 6, 8, 0], [0] * 4]
-    assert batch["labels"].tolist()[0] == [-100, -100, 7, 2]
-    assert batch["labels"].tolist()[2] == [-100, -100, 8, -100]
-    assert batch["real"].tolist() == [True, False]
-    assert (batch["items"], batch["tokens"]) == (1, 7)
+def test_batches_of_pairs():
+    collate = PairCollator(Layout(packing=False, varlen=False, hidden_size=32))
+    batch = collate([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8], "index": 3}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [5, 6, 8, 0]]
+    assert batch["labels"].tolist() == [[_, _, 7, 2], [_, _, 8, _]]
+    assert batch["sequence_index"].tolist()[1][:3] == [1, 1, 1]
+    assert (batch["items"], batch["tokens"], batch["rows"].tolist()) == (1, 7, [3])
+    assert collate([])["items"] == 0

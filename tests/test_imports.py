@@ -15,11 +15,11 @@ LAYERS = [
     ["report", "reference", "comparisons", "terminal", "page"],
     ["training", "evaluation", "inspection", "harness"],
     ["callbacks", "trainers", "lm", "answers", "planner", "ranks", "chat"],
-    ["rows", "models", "baichuan", "retrieval", "tasks", "launch"],
+    ["rows", "models", "baichuan", "retrieval", "tasks", "launch", "isolation", "reference_log_probs"],
     ["corpus", "template", "tokenizer", "batches", "losses", "nodes", "job", "demo", "universal"],
     ["checkpoints", "cli", "results", "paper"],
     ["config", "records", "prompts", "metrics", "extraction"],
-    ["errors"],
+    ["errors", "progress"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = ["config", "records", "errors", "checkpoints", "job", "nodes", "launch", "ranks", "template", "rows",

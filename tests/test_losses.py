@@ -46,11 +46,12 @@ def test_no_targets_give_zero_and_still_a_backward_pass():
 
 def test_sequence_log_probs_sum_the_scored_tokens_alone():
     head, hidden, _ = head_and_hidden(positions=8)
-    labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, -100]])
+    labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, 7]])
+    owners = torch.tensor([[2, 2, 2, 2], [1, 1, 0, 0]])  # the second row holds two sequences
     log_probs = F.log_softmax(head(hidden.view(2, 4, -1)), dim=-1)
     by_hand = log_probs[0, 0, 5] + log_probs[0, 1, 6]  # position t predicts token t + 1
-    found = sequence_log_probs(hidden.view(2, 4, -1), head, labels)
-    torch.testing.assert_close(found, torch.stack([by_hand, torch.zeros(())]))
+    found = sequence_log_probs(hidden.view(2, 4, -1), head, labels, owners, 3)
+    torch.testing.assert_close(found, torch.stack([log_probs[1, 2, 7], torch.zeros(()), by_hand]))
 
 
 def test_dpo_by_hand():

@@ -1,13 +1,12 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 
-from qilin_med.config import DpoConfig, LoraSettings, PretrainingConfig, SftConfig
+from qilin_med.config import DpoConfig, InstructionConfig, LoraSettings, PretrainingConfig
 from qilin_med.corpus.sources import read_chats
 from qilin_med.errors import UserError
-from qilin_med.rows import cut_into_blocks, open_rows, pack, prepare_rows
+from qilin_med.rows import cut_into_blocks, open_rows, prepare_rows, row_costs
 from qilin_med.template import IGNORED, ChatTemplate
 
 COMMON = {"epochs": 1, "batch_size_per_device": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0}
@@ -18,9 +17,9 @@ def pretraining(path, block_size=16, **more) -> PretrainingConfig:
     return PretrainingConfig(data=[str(path)], block_size=block_size, **more, **COMMON)
 
 
-def sft(path, packing=False, source=32, target=32, **more) -> SftConfig:
+def sft(path, source=32, target=32, **more) -> InstructionConfig:
     limits = {"max_source_length": source, "max_target_length": target}
-    return SftConfig(data=[str(path)], packing=packing, lora=LORA, **limits, **more, **COMMON)
+    return InstructionConfig(data=[str(path)], lora=LORA, **limits, **more, **COMMON)
 
 
 def dpo(path, source=32, target=32) -> DpoConfig:
@@ -86,7 +85,7 @@ def test_every_row_tells_which_documents_it_holds(small_tokenizer, write_lines, 
 # ----------------------------------------------------------------------------------------------------------- sft
 
 
-def test_unpacked_rows_are_the_encoded_chats_in_order(small_tokenizer, chats, tmp_path):
+def test_rows_are_the_encoded_chats_in_order(small_tokenizer, chats, tmp_path):
     section = sft(chats)
     rows = prepare_rows("sft", section, small_tokenizer, 64, tmp_path / "cache")
     template = ChatTemplate(small_tokenizer)
@@ -94,32 +93,9 @@ def test_unpacked_rows_are_the_encoded_chats_in_order(small_tokenizer, chats, tm
     expected = [row for encoded in template.encode_chats(good, 32, 32) if isinstance(encoded, list) for row in encoded]
     assert rows.dataset["input_ids"] == [row.input_ids for row in expected]
     assert rows.dataset["labels"] == [row.labels for row in expected]
-    assert rows.dataset["lengths"] == [[len(row.input_ids)] for row in expected]
+    assert row_costs(rows.dataset).tolist() == [len(row.input_ids) for row in expected]
+    assert rows.counts["rows"] == len(expected) and rows.counts["tokens"] == sum(row_costs(rows.dataset))
     assert str(rows.dataset.features["labels"]) == "List(Value('int32'))"
-
-
-def test_packed_rows_hold_every_chat_whole(small_tokenizer, chats, tmp_path):
-    loose = prepare_rows("sft", sft(chats), small_tokenizer, None, tmp_path / "cache")
-    packed = prepare_rows("sft", sft(chats, packing=True, packed_length=96), small_tokenizer, None, tmp_path / "cache")
-
-    def pieces(rows):
-        for row in rows.dataset:
-            ends = np.cumsum(row["lengths"])
-            assert ends[-1] == len(row["input_ids"]) == len(row["labels"]) <= 96
-            spans = zip([0, *ends], ends, row["ids"], strict=False)
-            yield from ((id_, row["input_ids"][start:end], row["labels"][start:end]) for start, end, id_ in spans)
-
-    assert sorted(pieces(packed)) == sorted(pieces(loose))
-    total = sum(map(sum, loose.dataset["lengths"]))
-    assert packed.counts["tokens"] == loose.counts["tokens"] == total
-    assert packed.counts["fill"] == total / (96 * len(packed.dataset)) > 0.9
-    assert not (packed.folder / "encoded.arrow").exists()
-
-
-def test_best_fit_decreasing_by_hand():
-    assert pack([3, 7, 2, 5, 4, 3], 8) == [[1], [3, 0], [4, 5], [2]]
-    assert pack([8, 1, 7], 8) == [[0], [2, 1]]
-    assert pack([], 8) == []
 
 
 def test_counts_add_up(small_tokenizer, chats, tmp_path):
@@ -149,8 +125,9 @@ def test_preferences_lie_in_order_of_length(small_tokenizer, write_lines, plain,
         {"question": "a", "response_chosen": "休息" * 50, "response_rejected": "休息" * 51},
     )
     rows = prepare_rows("dpo", dpo(path), small_tokenizer, None, tmp_path / "cache")
-    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows.dataset]
-    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] == rows.counts["longest"]
+    pairs = [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows.dataset]
+    assert rows.counts["longest"] == max(prompt + max(answers) for prompt, *answers in pairs)
+    assert row_costs(rows.dataset).tolist() == [2 * prompt + sum(answers) for prompt, *answers in pairs]
     for row in rows.dataset:
         _, chosen, rejected = texts[int(row["ids"][0].rpartition(":")[2]) - 1]
         assert row["chosen_ids"] == [*plain(chosen), small_tokenizer.eos_token_id]
@@ -181,13 +158,13 @@ def test_rows_are_made_again_exactly_when_something_that_matters_changes(small_t
     def folder(section, stage="sft"):
         return prepare_rows(stage, section, small_tokenizer, None, tmp_path / "cache").folder.name
 
-    same = {folder(sft(chats)), folder(sft(chats).model_copy(update={"learning_rate": 5.0}))}
+    same = {folder(sft(chats)), folder(sft(chats).model_copy(update={"learning_rate": 5.0, "packing": False}))}
     copy = chats.rename(chats.with_name("renamed.jsonl"))
     assert len(same | {folder(sft(copy))}) == 1
-    changed = {folder(sft(copy, target=31)), folder(sft(copy, packing=True)), folder(sft(copy, True, packed_length=80))}
+    changed = {folder(sft(copy, target=31)), folder(sft(copy, source=31))}
     twice = sft(copy).model_copy(update={"data": sft(copy).data * 2})
     edited = write_lines({"instruction": "发热", "output": "休息"}, name="edited.jsonl")
-    assert len(same | changed | {folder(twice), folder(sft(edited))}) == 6
+    assert len(same | changed | {folder(twice), folder(sft(edited))}) == 5
 
 
 def test_another_tokenizer_or_template_makes_other_rows(small_tokenizer, chats, tmp_path):
@@ -209,8 +186,6 @@ def test_a_failed_run_leaves_nothing_behind(small_tokenizer, write_lines, tmp_pa
 
 
 def test_impossible_lengths_are_refused(small_tokenizer, chats, tmp_path):
-    with pytest.raises(UserError, match=r"sft\.packed_length is 63, but one conversation may have 64 tokens"):
-        prepare_rows("sft", sft(chats, packing=True, packed_length=63), small_tokenizer, None, tmp_path / "cache")
     with pytest.raises(UserError, match=r"57 tokens in sequence, the model has 16 positions: lower sft's max_source_"):
         prepare_rows("sft", sft(chats), small_tokenizer, 16, tmp_path / "cache")
     text = chats.with_name("text.txt")

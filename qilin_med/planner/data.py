@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qilin_med.checkpoints import read_manifest
-from qilin_med.config import Experiment, PretrainingConfig, SftConfig, StageConfig, StageName
-from qilin_med.rows import packed_length, row_settings
+from qilin_med.config import Experiment, PretrainingConfig, StageConfig, StageName
+from qilin_med.rows import row_settings
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ def row_shape(section: StageConfig) -> tuple[int, float]:
     if isinstance(section, PretrainingConfig):
         return section.block_size, 1.0
     whole = section.max_source_length + section.max_target_length
-    length = packed_length(section) if isinstance(section, SftConfig) and section.packing else whole
-    return length, section.max_target_length / whole
+    return whole, section.max_target_length / whole
 
 
 def find_amount(experiment: Experiment, stage: StageName) -> Amount | None:
@@ -65,8 +64,7 @@ def _in_corpus(experiment: Experiment, stage: StageName) -> Amount | None:
         return None
     tokens = total["tokens"] * total["train"] / (total["train"] + total["dev"])
     length, _ = row_shape(experiment.stage(stage))
-    is_packed = stage == "pretraining" or getattr(experiment.stage(stage), "packing", False)
-    rows = tokens / length if is_packed else total["train"]
+    rows = tokens / length if stage == "pretraining" else total["train"]
     return replace(stated_amount(experiment, stage, rows, tokens), source=f"corpus, {manifest}; role marks left out")
 
 

@@ -138,7 +138,7 @@ def _training(
     if lora:
         architecture.adapted(lora)
     longest, targets = row_shape(section)
-    if amount and amount.longest and not getattr(section, "packing", False):
+    if amount and amount.longest:
         longest = min(longest, amount.longest)
     return Training(
         architecture=architecture,
