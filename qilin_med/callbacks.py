@@ -37,10 +37,6 @@ class Guard(TrainerCallback):
     def _request_stop(self, _number: int, _frame: object) -> None:
         self.trainer.stop_requested = True
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # accelerate does not reach the sampler through the wrappers that it uses after a resume.
-        self.trainer.step_sampler.set_epoch(int(state.epoch or 0))
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stop_agreed:
             control.should_save = control.should_training_stop = True

@@ -17,6 +17,8 @@ from qilin_med.errors import UserError
 
 StageName = Literal["pretraining", "sft", "dpo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+EXAMPLES: dict[StageName, str] = {"pretraining": "blocks", "sft": "conversations", "dpo": "pairs"}
+"""What a stage's batch sizes count."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -89,6 +89,17 @@ def load_for_inference(folder: Path, settings: ModelConfig, device: str) -> PreT
     return load_model(folder, settings, DTYPES[settings.dtype]).to(device).eval()
 
 
+def attention_path(settings: ModelConfig, apart: bool) -> str:
+    """Which kernel training's attention takes; `apart`: rows hold several sequences that must not see each other."""
+    if settings.attention == "flash_attention_2":
+        return "flash_attention_2, variable-length kernel (sequences apart by cumulative lengths)"
+    if settings.attention == "eager":
+        return f"eager, {'block-diagonal' if apart else 'causal'} mask, all scores in memory"
+    if apart:
+        return "sdpa, memory-efficient kernel with a block-diagonal mask (plain causal where every row is one sequence)"
+    return "sdpa, plain causal without a mask (on a GPU the flash kernel)"
+
+
 def check_packages(settings: ModelConfig, training: bool = False) -> None:
     """UserError if a setting needs a package that is not installed."""
     wanted = []

@@ -125,6 +125,10 @@ class _Beginning(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.begin()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The library reaches a batch sampler of one's own only after a resume within an epoch.
+        self.trainer.step_sampler.set_epoch(int(state.epoch or 0))
+
 
 class LanguageModelTrainer(RowTrainer):
     """Next-token training (stages 1 and 2): loss at target positions only, in chunks."""

@@ -32,7 +32,7 @@ from qilin_med.checkpoints import (
     write_json,
 )
 from qilin_med.cli import experiment_parser, parse_experiment
-from qilin_med.config import Experiment, StageName
+from qilin_med.config import EXAMPLES, Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.job import (
     Job,
@@ -417,15 +417,19 @@ def _describe(job: Job, parameters: int, trainable: int, whole: bool) -> None:
             print(
                 f"file: {file['path']}: {file['records']} records, {file['used']} used, {file['set_aside']} set aside"
             )
+    from qilin_med.models import attention_path
+
     section, passes = job.section, job.updates / math.ceil(job.row_count / job.global_batch_size)
     lines = {
         "stage": f"{job.stage} of {job.experiment.name}",
         "starts from": str(job.parent),
         "data": f"{counts['records']:,} records in {len(counts['files'])} files, {counts['used']:,} used",
         "rows": f"{counts['rows']:,}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained on",
-        "updates": f"{job.updates:,} of {job.global_batch_size} rows ({job.ranks} ranks x {section.batch_size_per_device} x"
-        f" {job.accumulation} accumulated), {passes:.2f} epochs, {counts['tokens'] * passes:,.0f} tokens",
+        "updates": f"{job.updates:,} of {job.global_batch_size} {EXAMPLES[job.stage]} ({job.ranks} ranks x"
+        f" {section.batch_size_per_device} x {job.accumulation} accumulated), {passes:.2f} epochs,"
+        f" {counts['tokens'] * passes:,.0f} tokens",
         "parameters": f"{parameters:,}, {trainable:,} trainable ({trainable / parameters:.2%})",
+        "attention": attention_path(job.experiment.model, job.keeps_sequences_apart),
         "writes to": str(job.folder),
     }
     if counts["set_aside"]:

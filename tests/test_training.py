@@ -14,13 +14,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from flash_stand_in import flash_on_cpu
 from forked import SCRIPTS, run_stage
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from qilin_med import training
 from qilin_med.checkpoints import COMPLETE, MANIFEST, find_checkpoints, verify_folder
@@ -242,38 +246,110 @@ def test_sigterm_saves_a_checkpoint_first(world, finished, tmp_path):
     assert losses(folder) == losses(finished / "pretraining")
 
 
-def train_here(world: Path, stage: str, overrides: list[str]) -> list[float]:
-    """Losses of a stage trained in this process, on one rank."""
+OWN = {
+    "pretraining": "pretraining.weight_decay=0.01",
+    "sft": "sft.parent={run}/pretraining/merged",
+    "dpo": "dpo.parent={run}/sft/merged",
+}
+
+
+def trainer_here(world: Path, stage: str, overrides: list[str]):
+    """A stage's trainer in this process, on one rank, without DeepSpeed, with a metrics file."""
     from qilin_med.callbacks import MetricsFile
 
-    job = training._prepare_job(load_experiment(world / "c.json", overrides), stage, ranks=1)
-    job.folder.mkdir(parents=True)
+    settings = [f"output_dir={world}/here", OWN[stage].format(run=world / "run"), f"{stage}.deepspeed=null"]
+    job = training._prepare_job(load_experiment(world / "c.json", [*settings, *overrides]), stage, ranks=1)
+    job.folder.mkdir(parents=True, exist_ok=True)
     trainer = importlib.import_module(SCRIPTS[stage].removesuffix(".py")).build_trainer(job)
     trainer.add_callback(MetricsFile(job.folder / "metrics.jsonl"))
-    trainer.train()
-    return losses(job.folder)
+    return trainer
+
+
+def trained(trainer, checkpoint: Path | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses and final weights."""
+    set_seed(5)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return torch.tensor(losses(trainer.job.folder)), weights
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_ranks_and_accumulation_do_not_change_the_training(world, finished, stage, tmp_path):
-    own = {
-        "pretraining": [],
-        "sft": [f"sft.parent={finished}/pretraining/merged", "sft.lora.dropout=0"],
-        "dpo": [f"dpo.parent={finished}/sft/merged", "dpo.lora.dropout=0"],
-    }
+def test_no_layout_changes_the_training(world, finished, stage, tmp_path):
+    """Ranks, accumulation, packing and FlashAttention decide how a step is computed, never what it is."""
 
-    def settings(ranks: int, batch: int) -> list[str]:
+    def settings(name: str, batch: int, *more: str) -> list[str]:
+        dropout = [f"{stage}.lora.dropout=0"] * (stage != "pretraining")
         return [
-            f"output_dir={tmp_path}/{ranks}x{batch}", *own[stage], f"{stage}.deepspeed=null",
-            f"launch.processes={ranks}", f"{stage}.batch_size_per_device={batch}", f"{stage}.global_batch_size=8",
-            f"{stage}.max_steps=12", f"{stage}.checkpoint_every=100",
+            f"output_dir={tmp_path}/{name}", f"{stage}.batch_size_per_device={batch}", f"{stage}.global_batch_size=8",
+            f"{stage}.max_steps=12", *dropout, *more,
         ]  # fmt: skip
 
-    whole = torch.tensor(train_here(world, stage, settings(ranks=1, batch=8)))
-    # 85 chats and pairs: the eleventh update is filled up with empty rows, the twelfth is in the second epoch
-    torch.testing.assert_close(torch.tensor(train_here(world, stage, settings(1, 1))), whole, rtol=0, atol=5e-5)
-    run_stage(world / "c.json", stage, *settings(ranks=2, batch=4))
-    torch.testing.assert_close(torch.tensor(losses(tmp_path / "2x4" / stage)), whole, rtol=0, atol=5e-5)
+    # 85 chats and pairs: the eleventh step is smaller, the twelfth is in the second epoch
+    expected, weights = trained(trainer_here(world, stage, settings("whole", 8)))
+    unpacked = [f"{stage}.packing=false"] * (stage != "pretraining")
+    for name, batch, flash, more in (("1x1", 1, False, []), ("2", 2, True, []), ("unpacked", 4, False, unpacked),
+                                     ("unpacked flash", 4, True, unpacked)):  # fmt: skip
+        trainer = trainer_here(world, stage, settings(name, batch, *more))
+        trainer.layout = replace(trainer.layout, varlen=flash)
+        trainer.data_collator = replace(trainer.data_collator, layout=trainer.layout)
+        with flash_on_cpu(trainer.model) if flash else nullcontext():
+            found, found_weights = trained(trainer)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        for key, weight in weights.items():
+            torch.testing.assert_close(found_weights[key], weight, rtol=0, atol=1e-3)
+    ranks = [OWN[stage].format(run=finished), f"{stage}.deepspeed=null", "launch.processes=2"]
+    run_stage(world / "c.json", stage, *settings("2x4", 4), *ranks)
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "2x4" / stage)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_resume_in_any_epoch_is_bitwise(world, finished, stage, tmp_path):
+    settings = [
+        f"output_dir={tmp_path}",
+        f"{stage}.epochs=3",
+        f"{stage}.global_batch_size=16",
+        f"{stage}.checkpoint_every=1",
+    ]
+    expected, weights = trained(trainer_here(world, stage, settings))
+    per_epoch = len(expected) // 3
+    assert len(expected) == 3 * per_epoch and per_epoch > 2
+    for step in (per_epoch + 1, 2 * per_epoch, 3 * per_epoch - 1):  # in the second epoch, at its end, in the third
+        found, found_weights = trained(
+            trainer_here(world, stage, settings), tmp_path / stage / f"checkpoints/checkpoint-{step}"
+        )
+        assert torch.equal(found, expected)
+        assert all(torch.equal(found_weights[name], weight) for name, weight in weights.items())
+
+
+def test_the_reference_is_computed_for_the_pairs_that_are_used_and_only_once(world, finished, tmp_path, capsys):
+    from qilin_med.reference_log_probs import ReferenceLogProbs
+
+    few = trainer_here(world, "dpo", [f"output_dir={tmp_path}", "dpo.max_steps=2", "dpo.batch_size_per_device=8"])
+    counted = []
+    compute = type(few)._compute_reference
+
+    def count(self, store, missing):
+        counted.append(len(missing))
+        compute(self, store, missing)
+
+    with mock.patch.object(type(few), "_compute_reference", count):
+        trained(few)
+        store = ReferenceLogProbs(few.job)
+        assert counted == [16] and (~torch.tensor(store.read()).isnan()).sum() == 32
+        # more steps need more pairs; a part that is damaged is computed again
+        part = next(store.folder.glob("part-*.npz"))
+        more = [f"output_dir={tmp_path}", "dpo.max_steps=3", "dpo.batch_size_per_device=8"]
+        trained(trainer_here(world, "dpo", more))
+        assert counted == [16, 8]
+        flip_a_byte(part)
+        trained(trainer_here(world, "dpo", more))
+        assert counted == [16, 8, 24] and "damaged" in capsys.readouterr().out
+        verify_folder(store.folder)
+        # killed before the commit: parts that were written count
+        (store.folder / MANIFEST).unlink()
+        trained(trainer_here(world, "dpo", more))
+        assert counted == [16, 8, 24]
+        verify_folder(store.folder)
 
 
 def flip_a_byte(path: Path) -> None:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from qilin_med.batches import collate_packed
+from qilin_med.batches import Layout, TokenCollator, model_inputs
 from qilin_med.job import Job
 from qilin_med.models import load_model, load_tokenizer, lora_config
 from qilin_med.rows import open_rows
@@ -134,16 +134,16 @@ def train_ours(job: Job, window: Window) -> None:
 
 
 def _time_reference_pass(window: Window) -> None:
-    original = PreferenceTrainer._precompute_ref_logps
+    original = PreferenceTrainer._compute_reference
 
-    def timed(self: Any, dataset: Dataset, *arguments: Any) -> Dataset:
+    def timed(self: Any, store: Any, missing: Any) -> None:
         start, cpu_start = time.perf_counter(), time.process_time()
-        result = original(self, dataset, *arguments)
+        original(self, store, missing)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        window.reference = {"pairs": len(dataset), "seconds": seconds, "cpu_seconds": cpu_seconds}
-        return result
+        window.reference = {"pairs": len(missing), "seconds": seconds, "cpu_seconds": cpu_seconds}
+        window.items.clear()  # its batches are none of training's
 
-    PreferenceTrainer._precompute_ref_logps = timed
+    PreferenceTrainer._compute_reference = timed
 
 
 # ---------------------------------------------------------------------------------------------------------- bare
@@ -154,8 +154,10 @@ def train_bare(job: Job, window: Window) -> None:
     model = _model(job).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.section.learning_rate, weight_decay=0.0, fused=True)
+    packing = getattr(job.section, "packing", False)
+    collate = TokenCollator(Layout(packing, varlen=False, hidden_size=model.config.hidden_size))
     for rows in _batches(job, window):
-        batch = collate_packed(rows)
+        batch = collate(rows)
         _backward(model, batch)
         torch.nn.utils.clip_grad_norm_(trained, job.section.max_grad_norm)
         optimizer.step()
@@ -166,9 +168,7 @@ def train_bare(job: Job, window: Window) -> None:
 def _backward(model: torch.nn.Module, batch: dict[str, Any]) -> None:
     """Gradients of the mean loss over the batch's targets."""
     causal = _causal_model(model)
-    hidden = causal.model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).last_hidden_state
+    hidden = causal.model(**model_inputs(batch), use_cache=False).last_hidden_state
     targets = batch["labels"][:, 1:]
     scored = targets != IGNORED
     hidden, targets = hidden[:, :-1][scored], targets[scored]
@@ -337,16 +337,10 @@ def _arguments(job: Job, kind: type[TrainingArguments], **extra: Any) -> Trainin
 
 
 def _whole_rows(job: Job) -> Dataset:
-    """Rows as they were before packing: `input_ids` and `labels` of one conversation (or one block) each."""
+    """`input_ids` and `labels` of one conversation (or one block) each."""
     rows = open_rows(job.rows).dataset
-    if job.stage == "pretraining":
-        return Dataset.from_dict({"input_ids": rows["input_ids"], "labels": rows["input_ids"]})
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for row in rows:
-        ends = torch.tensor(row["lengths"]).cumsum(0).tolist()
-        for name, parts in columns.items():
-            parts += [row[name][end - length : end] for end, length in zip(ends, row["lengths"], strict=True)]
-    return Dataset.from_dict(columns)
+    labels = "input_ids" if job.stage == "pretraining" else "labels"
+    return Dataset.from_dict({"input_ids": rows["input_ids"], "labels": rows[labels]})
 
 
 CONTENDERS: dict[str, dict[str, Callable[[Job, Window], None]]] = {

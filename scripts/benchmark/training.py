@@ -53,7 +53,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, default=ROOT / "models/demo-init", help="model folder (default: models/demo-init)"
     )
     train.add_argument("--only", default="cpt,sft,dpo", help="stages, comma-separated (default: %(default)s)")
-    train.add_argument("--steps", type=int, default=8, help="timed updates on packed rows (default: %(default)s)")
+    train.add_argument("--steps", type=int, default=8, help="timed steps (default: %(default)s)")
     train.add_argument("--repeats", type=int, default=2, help="turns of every contender (default: %(default)s)")
     train.add_argument("--threads", type=int, default=2, help="threads of the process (default: %(default)s)")
     train.add_argument(
@@ -106,7 +106,7 @@ def describe_experiment(stages: list[str], arguments: argparse.Namespace, work: 
     lora = {"rank": 8, "alpha": 32, "dropout": 0.05}
     settings = {
         "cpt": {"block_size": 512, "batch_size_per_device": 4},
-        "sft": {**limits, "packing": True, "batch_size_per_device": 8, "lora": lora},
+        "sft": {**limits, "batch_size_per_device": 24, "lora": lora},
         "dpo": {**limits, "beta": 0.1, "batch_size_per_device": 4, "lora": lora},
     }
     sections = {STAGES[s]: {**shared, **settings[s], "data": sources_of(arguments.data, s)} for s in stages}
@@ -140,7 +140,7 @@ def make_model(tokenizer_folder: Path, folder: Path) -> int:
 
 
 def make_job(experiment: Experiment, stage: str, updates: int, work: Path) -> Job:
-    """A job over as many rows, drawn at random, as `updates` packed updates take."""
+    """A job over as many rows, drawn at random, as `updates` steps take."""
     import numpy as np
 
     from qilin_med.models import load_tokenizer
