@@ -10,8 +10,8 @@ two cores).
 
 import argparse
 import io
+import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def main() -> None:
     write_untrained_model(files, options.seed)
     if not options.no_training:
         command = [sys.executable, str(REPOSITORY / "pretraining.py"), "--config", str(options.config), *for_training]
-        sys.exit(subprocess.run(command, check=False).returncode)
+        os.execv(sys.executable, command)  # its own process would not hear of Ctrl-C in time to save a checkpoint
 
 
 def write_data(files: dict[str, bytes]) -> None:
