@@ -5,10 +5,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from tqdm import tqdm
+Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_REDRAWS = 0.5
@@ -45,6 +46,13 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
                 meter.close()
 
 
+def counted(items: Iterable[Item], advance: Callable[[int], None]) -> Iterator[Item]:
+    """The items as they are taken, each counted."""
+    for item in items:
+        advance(1)
+        yield item
+
+
 @contextmanager
 def _kept_showing(seconds: float) -> Iterator[None]:
     """In a thread of its own, since a library that works for a minute does not come back to say so."""
@@ -67,6 +75,10 @@ def _kept_showing(seconds: float) -> Iterator[None]:
 
 class _Bar:
     def __init__(self, label: str, total: int | None, unit: str) -> None:
+        from tqdm import (
+            tqdm,  # which reads when it is imported whether libraries' bars are off (training.quiet_libraries)
+        )
+
         self.seconds, self.done = _SECONDS_BETWEEN_REDRAWS, 0
         # "disable" is said because stages turn libraries' own bars off by an environment variable; the position,
         # because a bar within another one takes its line.

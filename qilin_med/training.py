@@ -63,7 +63,7 @@ _QUIET = {
     "DS_ACCELERATOR": "cpu",  # for the first process, which only prepares and merges
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # Progress draws the only bar
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # qilin_med.progress draws the only bar
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",  # of this environment, not one for all of the user's
@@ -312,12 +312,12 @@ def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None
     die_with_launcher()
     job = Job.load(job_file)
     resume = sys.argv[sys.argv.index("--resume") + 1] if "--resume" in sys.argv else None
-    from transformers import PrinterCallback, set_seed
-
-    from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, StartUp, end_rank
-
     with errors_reported(), ExitStack() as starting:
-        starting.enter_context(progress("starting the ranks: model, optimizer, checkpoint"))
+        starting.enter_context(progress("starting the ranks: libraries, model, checkpoint"))
+        from transformers import PrinterCallback, set_seed
+
+        from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, StartUp, end_rank
+
         trainer = build_trainer(job)
         trainer.remove_callback(PrinterCallback)
         for callback in (
