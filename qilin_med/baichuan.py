@@ -175,9 +175,12 @@ def check_archive(file: Path) -> None:
     """torch maps a .bin without looking at its checksums, so damage within would become weights."""
     with zipfile.ZipFile(file) as archive, progress(f"checking {file.name}", file.stat().st_size, "B") as advance:
         for member in archive.infolist():
-            with archive.open(member) as stream:  # read to its end, a member is compared with its checksum
-                while part := stream.read(2**20):
-                    advance(len(part))
+            try:
+                with archive.open(member) as stream:
+                    while part := stream.read(2**20):
+                        advance(len(part))
+            except zipfile.BadZipFile:
+                raise zipfile.BadZipFile(f"checksum of {member.filename} differs") from None
 
 
 def unpack(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
