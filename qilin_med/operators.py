@@ -140,7 +140,7 @@ def _run(command: list[str], scratch: str, device: str) -> str:
         try:
             return process.communicate()[0]
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGTERM)  # on which ninja ends its compilers, each in a group of its own
             raise
 
 

@@ -13,7 +13,9 @@ asked=$*
 case "$asked" in
   *version_info*) echo 3.12 ;;
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-  *"-m pip"*) echo "pip: ${asked##*--disable-pip-version-check }" >>asked; case "$asked" in *"$FAILS"*) echo "no nvcc"; exit 1 ;; esac ;;
+  *"-m pip"*)
+    echo "pip: ${asked##*--disable-pip-version-check }" >>asked
+    case "$asked" in *"$FAILS"*) echo "no nvcc"; exit 1 ;; esac ;;
   *-m*) echo "$*" >>asked ;;
 esac
 """
