@@ -1,8 +1,10 @@
 """Long work says how far it is, in lines and on a terminal."""
 
+import hashlib
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qilin_med import progress as module
+from qilin_med.checkpoints import MANIFEST, seal_folder, sha256_of, verify_folder
 from qilin_med.progress import clock, progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +94,42 @@ def test_other_ranks_and_forked_workers_are_silent(often, capfd, monkeypatch):
     with progress("working"):
         time.sleep(0.3)
     assert capfd.readouterr() == ("", "")
+
+
+HASH = """
+from pathlib import Path
+from qilin_med.checkpoints import hash_files
+from qilin_med.errors import user_errors_end_with_one_line
+with user_errors_end_with_one_line():
+    print("begun", flush=True)
+    hash_files([Path({!r})], "hashing")
+"""
+
+
+def test_hashing_shows_bytes(often, capsys, tmp_path):
+    (tmp_path / "weights").open("wb").truncate(10**9)  # takes no room on the disk
+    assert (
+        sha256_of(tmp_path / "weights") == hashlib.file_digest((tmp_path / "weights").open("rb"), "sha256").hexdigest()
+    )
+    seal_folder(tmp_path, MANIFEST, {})
+    verify_folder(tmp_path)
+    lines = shown(capsys)
+    for label in (f"hashing {tmp_path}", f"verifying {tmp_path}"):
+        assert any(re.fullmatch(rf"{label}: [\d,]+ of 1,000 MB, \d:\d\d left", line) for line in lines), lines
+
+
+def test_ctrl_c_does_not_wait_for_the_rest_of_a_large_file(tmp_path):
+    (tmp_path / "weights").open("wb").truncate(10**12)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HASH.format(str(tmp_path / "weights"))], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (130, "\nstopped by the user; run the same command to continue\n")
 
 
 def test_a_terminal_gets_one_bar_that_goes_when_the_work_is_done():
