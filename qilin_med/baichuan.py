@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from qilin_med.checkpoints import disk_errors_explained, publish_folder
 from qilin_med.errors import UserError
+from qilin_med.progress import progress
 from qilin_med.tokenizer import fast_tokenizer_from_sentencepiece
 
 TOKENIZER = "tokenizer.model"
@@ -172,9 +173,14 @@ def open_weights(file: Path) -> Weights:
 
 def check_archive(file: Path) -> None:
     """torch maps a .bin without looking at its checksums, so damage within would become weights."""
-    with zipfile.ZipFile(file) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"checksum of {damaged} differs")
+    with zipfile.ZipFile(file) as archive, progress(f"checking {file.name}", file.stat().st_size, "B") as advance:
+        for member in archive.infolist():
+            try:
+                with archive.open(member) as stream:
+                    while part := stream.read(2**20):
+                        advance(len(part))
+            except zipfile.BadZipFile:
+                raise zipfile.BadZipFile(f"checksum of {member.filename} differs") from None
 
 
 def unpack(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -237,7 +243,8 @@ def write_shards(folder: Path, weights: Weights, max_shard_size: int, report: Ca
     """Safetensors in the layout of `save_pretrained`; returns how many shards there are."""
     plan = split_torch_state_dict_into_shards(stand_ins(weights), max_shard_size=max_shard_size)
     for number, (file, names) in enumerate(plan.filename_to_tensors.items(), start=1):
-        save_file({name: alone(weights[name]) for name in names}, folder / file, metadata={"format": "pt"})
+        with progress(f"writing {file}"):
+            save_file({name: alone(weights[name]) for name in names}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # save_file keeps others out
         report(f"wrote {file} ({number}/{len(plan.filename_to_tensors)})")
     if plan.is_sharded:

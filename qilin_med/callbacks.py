@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ class MetricsFile(TrainerCallback):
         self.last_time = now
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class StartUp(TrainerCallback):
+    """Ends what is shown while libraries, model and checkpoint load."""
+
+    def __init__(self, shown: ExitStack) -> None:
+        self.shown = shown
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.shown.close()
 
 
 class Progress(TrainerCallback):

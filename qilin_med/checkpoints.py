@@ -10,22 +10,48 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qilin_med.errors import UserError
+from qilin_med.progress import progress
 
 MANIFEST = "MANIFEST.json"  # seal of a published folder
 COMPLETE = "COMPLETE"  # seal of a training checkpoint
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, advance: Callable[[int], None] = lambda n: None) -> str:
+    """`advance` hears of the bytes read."""
+    found, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            found.update(buffer[:size])
+            advance(size)
+    return found.hexdigest()
+
+
+def hash_files(paths: Sequence[Path], label: str) -> list[str]:
+    """sha256 of each file, several at a time; `label` says in the progress what they are."""
+    interrupted = threading.Event()
+
+    def count(n: int) -> None:
+        if interrupted.is_set():  # else Ctrl-C would wait for the rest of files of many gigabytes
+            raise KeyboardInterrupt
+        advance(n)
+
+    total = sum(path.stat().st_size for path in paths)
+    with progress(label, total, "B") as advance, ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        try:
+            return list(pool.map(partial(sha256_of, advance=count), paths))
+        except BaseException:
+            interrupted.set()
+            raise
 
 
 def digest(value: Any) -> str:
@@ -36,8 +62,7 @@ def digest(value: Any) -> str:
 def list_files(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """{relative path: {"size", "sha256"}} of every file below a folder."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in leave_out)
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        hashes = list(pool.map(sha256_of, paths))
+    hashes = hash_files(paths, f"hashing {folder}")
     return {
         p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": h}
         for p, h in zip(paths, hashes, strict=True)
@@ -105,11 +130,10 @@ def verify_folder(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
             raise UserError(f"{path}: missing, though {seal} lists it; restore it or make the folder again")
         if path.stat().st_size != expected["size"]:
             raise UserError(f"{path}: {path.stat().st_size} bytes, expected {expected['size']} (truncated or changed)")
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(sha256_of, (folder / name for name in files))
-        for (name, expected), found in zip(files.items(), hashes, strict=True):
-            if found != expected["sha256"]:
-                raise UserError(f"{folder / name}: contents changed since they were written (sha256 differs)")
+    hashes = hash_files([folder / name for name in files], f"verifying {folder}")
+    for (name, expected), found in zip(files.items(), hashes, strict=True):
+        if found != expected["sha256"]:
+            raise UserError(f"{folder / name}: contents changed since they were written (sha256 differs)")
     return contents
 
 

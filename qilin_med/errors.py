@@ -19,7 +19,7 @@ def user_errors_end_with_one_line() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: run the same command to continue", file=sys.stderr, flush=True)
+        print("\nstopped by the user; run the same command to continue", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of a pipe (`... | head`) left; the rest of the output has nowhere to go.

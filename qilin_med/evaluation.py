@@ -19,6 +19,7 @@ from qilin_med.config import Experiment, Source, StageName
 from qilin_med.job import commit, versions
 from qilin_med.losses import sequence_log_probs, target_losses
 from qilin_med.models import forward_through_head, load_for_inference, load_tokenizer, max_positions
+from qilin_med.progress import progress
 from qilin_med.rows import PreparedRows, prepare_rows
 
 
@@ -108,7 +109,9 @@ def _batches(
 ) -> Iterator[dict[str, Any]]:
     # A row each, so that models are measured whose attention cannot keep packed sequences apart.
     collate = collator(Layout(False, False, model.config.get_text_config().hidden_size))
-    for start in range(0, len(rows.dataset), batch_size):
-        indices = range(start, min(start + batch_size, len(rows.dataset)))
-        batch = collate([{**rows.dataset[i], "index": i} for i in indices])
-        yield {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    with progress("held-out rows", len(rows.dataset), "rows") as advance:
+        for start in range(0, len(rows.dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(rows.dataset)))
+            batch = collate([{**rows.dataset[i], "index": i} for i in indices])
+            yield {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            advance(len(indices))

@@ -15,12 +15,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qilin_med.errors import UserError
 from qilin_med.nodes import Team
+from qilin_med.progress import progress
 
 _GRACE = 60.0  # seconds that the other ranks get to finish what they write once one has failed
 _MESSAGES = "QILIN_MED_MESSAGES"  # folder in which ranks leave the message of a user's error
@@ -41,6 +42,7 @@ class Outcome:
     errors: dict[str, str]  # a user's errors
     tracebacks: dict[str, str]
     exits: dict[str, str]  # exits other than 0, in words
+    stopped_by: str = ""  # who had them stopped: "the user" (Ctrl-C), or "SIGTERM"
 
 
 def run_ranks(command: list[str], ranks: list[int], team: Team, environment: dict[str, str]) -> Outcome:
@@ -54,27 +56,28 @@ def run_ranks(command: list[str], ranks: list[int], team: Team, environment: dic
         processes: dict[int, subprocess.Popen[bytes]] = {}
         forward = _forward_signals_to(processes)
         try:
-            for local in range(count):
+            for local in range(count if not forward.heard else 0):
                 rank = first + local
                 own = {"RANK": str(rank), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(count)}
                 silent = None if rank == 0 else subprocess.DEVNULL  # rank 0 alone speaks; errors of all are heard
                 processes[rank] = subprocess.Popen(command, env=shared | own, start_new_session=True, stdout=silent)
-            _wait_for_all(list(processes.values()), team)
+            _wait_for_all(list(processes.values()), team, forward)
         finally:
             forward.restore()
             for process in processes.values():
                 process.poll() is None and process.kill()
-        return _gather_outcome(Path(messages), processes)
+        return _gather_outcome(Path(messages), processes, forward.heard)
 
 
 class _forward_signals_to:
     """Hand SIGTERM and SIGINT to the ranks for as long as they run."""
 
     def __init__(self, processes: dict[int, subprocess.Popen[bytes]]) -> None:
-        self.processes = processes
+        self.processes, self.heard = processes, ""
         self.before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _forward(self, number: int, _frame: object) -> None:
+        self.heard = "the user" if number == signal.SIGINT else "SIGTERM"
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -84,33 +87,43 @@ class _forward_signals_to:
             signal.signal(number, handler)
 
 
-def _wait_for_all(processes: list[subprocess.Popen[bytes]], team: Team) -> None:
-    deadline = math.inf
-    while any(process.poll() is None for process in processes):
-        failed = team.in_trouble() or any(process.poll() not in (None, 0) for process in processes)
-        if failed and deadline == math.inf:
-            team.say(failing=True)
-            deadline = time.monotonic() + _GRACE
-        if time.monotonic() > deadline:
-            for process in processes:
-                process.poll() is None and process.kill()
-        time.sleep(0.1)
+def _wait_for_all(processes: list[subprocess.Popen[bytes]], team: Team, forward: _forward_signals_to) -> None:
+    deadline, said = math.inf, False
+    with ExitStack() as stopping:
+        while any(process.poll() is None for process in processes):
+            if forward.heard and not said:
+                said = True
+                stopping.enter_context(progress("stopping: the ranks end this update and write a checkpoint"))
+            failed = team.in_trouble() or any(process.poll() not in (None, 0) for process in processes)
+            if failed and deadline == math.inf:
+                team.say(failing=True)
+                deadline = time.monotonic() + _GRACE
+            if time.monotonic() > deadline:
+                for process in processes:
+                    process.poll() is None and process.kill()
+            time.sleep(0.1)
 
 
-def _gather_outcome(messages: Path, processes: dict[int, subprocess.Popen[bytes]]) -> Outcome:
+def _gather_outcome(messages: Path, processes: dict[int, subprocess.Popen[bytes]], stopped_by: str) -> Outcome:
     def read(kind: str) -> dict[str, str]:
         paths = sorted(messages.glob(f"{kind}-*"))
         return {path.name.removeprefix(f"{kind}-"): path.read_text(encoding="utf-8") for path in paths}
 
     exits = {f"rank {rank}": _describe_exit(p.returncode) for rank, p in processes.items() if p.returncode}
-    return Outcome(read("error"), read("traceback"), exits)
+    return Outcome(read("error"), read("traceback"), exits, stopped_by)
 
 
-def raise_failures(outcomes: list[Outcome]) -> None:
-    """Raise the user's errors that ranks met on any node; RanksFailed, with tracebacks shown, if they met others."""
+def raise_failures(outcomes: list[Outcome]) -> str:
+    """Raise the user's errors that ranks met on any node; RanksFailed, with tracebacks shown, if they met others.
+
+    Returns who had the ranks stopped, "" if no one: what a rank that was stopped during its start, and those it left
+    alone, end with is no failure.
+    """
     if said := sorted({text for outcome in outcomes for text in outcome.errors.values()}):
         # The other ranks' complaints about a lost connection are no news then.
         raise UserError("; ".join(said))
+    if stopped_by := next((outcome.stopped_by for outcome in outcomes if outcome.stopped_by), ""):
+        return stopped_by
     for outcome in outcomes:
         for rank, text in outcome.tracebacks.items():
             print(f"{rank}:\n{text}", file=sys.stderr)
@@ -118,6 +131,7 @@ def raise_failures(outcomes: list[Outcome]) -> None:
     if exits:
         listed = ", ".join(f"{rank} {text}" for rank, text in exits.items())
         raise RanksFailed(f"{listed}. The messages above tell more; run the same command to continue")
+    return ""
 
 
 def _describe_exit(code: int) -> str:

@@ -17,8 +17,9 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+
+from qilin_med.progress import progress
 
 Ids = tuple[int, ...]
 Answer = tuple[float, bool]
@@ -64,7 +65,7 @@ class SharedPrefixLM(HFLM):
         """As HFLM's, with all texts tokenised in one batch."""
         texts = {text for request in requests for text in (request.args[0], "".join(request.args)) if text}
         self._ids = dict(zip(texts, self.tokenizer(list(texts)).input_ids, strict=True)) if texts else {}
-        answers = super().loglikelihood(requests, disable_tqdm)
+        answers = super().loglikelihood(requests, disable_tqdm=True)
         self._ids = {}
         return answers
 
@@ -86,16 +87,15 @@ class SharedPrefixLM(HFLM):
         """(summed log-probability, is greedy) of each (texts, prompt ids, choice ids), in the order asked."""
         answers: list[Answer | None] = [None] * len(requests)
         trees = _plant(requests, self.max_length)
-        bar = tqdm(total=len(trees), disable=disable_tqdm or self.rank != 0, desc="prompts", mininterval=1)
-        for batch, shared in _in_batches(trees, override_bs or self.batch_size):
-            for tree, scores in zip(batch, self._score(batch, shared), strict=True):
-                for number, answer in zip(tree.requests, scores, strict=True):
-                    for request in number:
-                        answers[request] = answer
-                        self._remember("loglikelihood", requests[request][0], answer)
-            self._write_cache()
-            bar.update(len(batch))
-        bar.close()
+        with progress("scoring answers", len(trees), "prompts") as advance:
+            for batch, shared in _in_batches(trees, override_bs or self.batch_size):
+                for tree, scores in zip(batch, self._score(batch, shared), strict=True):
+                    for number, answer in zip(tree.requests, scores, strict=True):
+                        for request in number:
+                            answers[request] = answer
+                            self._remember("loglikelihood", requests[request][0], answer)
+                self._write_cache()
+                advance(len(batch))
         return answers
 
     @torch.no_grad()
@@ -140,10 +140,11 @@ class SharedPrefixLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Prompts that begin alike are handed to HFLM together, which batches them by length."""
         answers: list[str | None] = [None] * len(requests)
-        for members in self._alike(requests):
-            texts = super().generate_until([requests[index] for index in members], disable_tqdm)
-            for index, text in zip(members, texts, strict=True):
-                answers[index] = text
+        with progress("writing answers", len(requests), "prompts") as self._advance:
+            for members in self._alike(requests):
+                texts = super().generate_until([requests[index] for index in members], disable_tqdm=True)
+                for index, text in zip(members, texts, strict=True):
+                    answers[index] = text
         self._write_cache()
         return answers
 
@@ -179,7 +180,9 @@ class SharedPrefixLM(HFLM):
             for number, layer in enumerate(self._begin(rows[0][:shared], len(rows)).layers):
                 cache.update(layer.keys, layer.values, number)
         settings |= {"past_key_values": cache, "disable_compile": True}
-        return super()._model_generate(context, max_length, stop, attention_mask=attention_mask, **settings)
+        written = super()._model_generate(context, max_length, stop, attention_mask=attention_mask, **settings)
+        self._advance(len(context))
+        return written
 
     # --------------------------------------------------------------------------------------------------- cache
 

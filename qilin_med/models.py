@@ -109,7 +109,10 @@ def check_packages(settings: ModelConfig, training: bool = False) -> None:
         wanted.append(("liger-kernel", "model.fused_kernels to false"))
     for package, otherwise in wanted:
         if importlib.util.find_spec(package.replace("-", "_")) is None:
-            raise UserError(f"the package {package} is not installed: pip install {package}, or set {otherwise}")
+            raise UserError(
+                f"the package {package} is not installed: .venv/bin/pip install -r requirements-gpu.txt --no-build-isolation"
+                f" (the version that fits), or set {otherwise}"
+            )
 
 
 def load_for_training(job: Job) -> PreTrainedModel:

@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qilin_med.errors import UserError
 from qilin_med.job import differences
+from qilin_med.progress import progress
 
 SILENCE = 30.0  # seconds without a new record after which a node counts as lost
 _PORT = 29500  # torchrun's default
@@ -249,7 +250,8 @@ class Team:
 
     def agree_on_ranks(self, own: int, asked: dict[str, Any]) -> list[int]:
         """Node 0: the ranks of every node, once all have joined, asked for the same as this one (UserError if not)."""
-        joined = self.wait_for("joined", self.patience)
+        with progress("waiting for the other nodes") if self.heard else nullcontext():
+            joined = self.wait_for("joined", self.patience)
         for node, theirs in joined.items():
             if changed := differences(asked, theirs["asked"]):
                 raise UserError(
@@ -310,17 +312,19 @@ def _reach(place: Place, patience: float) -> str:
     """Wait until node 0 listens; returns this machine's own address on the way there."""
     deadline = time.monotonic() + patience
     print(f"node {place.node} of {place.nodes}: joining node 0 at {place.address}:{place.port}", flush=True)
-    while True:
-        try:
-            with socket.create_connection((place.address, place.port), timeout=5) as connection:
-                return connection.getsockname()[0]
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"node 0 did not listen at {place.address}:{place.port} within {patience / 60:g} minutes ({error});"
-                    " run the same command there with NODE_RANK=0, and see that MASTER_ADDR is its address"
-                ) from None
-        time.sleep(1)
+    with progress("waiting for node 0"):
+        while True:
+            try:
+                with socket.create_connection((place.address, place.port), timeout=5) as connection:
+                    return connection.getsockname()[0]
+            except (OSError, OverflowError) as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"node 0 did not listen at {place.address}:{place.port} within {patience / 60:g} minutes"
+                        f" ({error}); run the same command there with NODE_RANK=0, and see that MASTER_ADDR is its"
+                        " address"
+                    ) from None
+            time.sleep(1)
 
 
 def _interface_with(address: str) -> str | None:

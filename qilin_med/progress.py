@@ -1,16 +1,21 @@
 """Long work says how far it is: a bar on a terminal, elsewhere a line every ten seconds."""
 
+import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from tqdm import tqdm
+Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_REDRAWS = 0.5
+_PROCESS = os.getpid()
+_under_way: "list[_Bar | _Lines]" = []  # from the outermost to the innermost, which alone is shown
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -18,50 +23,82 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
     """Yields a function that counts work done: `advance(n)`, in `unit`s out of `total`; "B" counts bytes.
 
     Work without a total (one long call into a library) shows the time it has taken. Nothing is shown of work that ends
-    within ten seconds in a log. Of several ranks only the first speaks.
+    within ten seconds in a log. Of work within work, the inner is shown. Of several ranks only the first speaks, and of
+    workers forked from this process none.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or os.getpid() != _PROCESS:
         yield lambda n: None
         return
     meter = _Bar(label, total, unit) if sys.stderr.isatty() else _Lines(label, total, unit)
+
+    def advance(n: int) -> None:
+        with _lock:
+            meter.done += n
+
+    with _lock:
+        _under_way.append(meter)
+    with contextlib.nullcontext() if len(_under_way) > 1 else _kept_showing(meter.seconds):
+        try:
+            yield advance
+        finally:
+            with _lock:
+                _under_way.remove(meter)
+                meter.close()
+
+
+def counted(items: Iterable[Item], advance: Callable[[int], None]) -> Iterator[Item]:
+    """The items as they are taken, each counted."""
+    for item in items:
+        advance(1)
+        yield item
+
+
+@contextmanager
+def _kept_showing(seconds: float) -> Iterator[None]:
+    """In a thread of its own, since a library that works for a minute does not come back to say so."""
     over = threading.Event()
 
     def keep_showing() -> None:
-        # A thread of its own, since a library that works for a minute does not come back to say so.
-        while not over.wait(meter.seconds):
-            meter.show()
+        while not over.wait(seconds):
+            with _lock:
+                if _under_way:
+                    _under_way[-1].show()
 
     thread = threading.Thread(target=keep_showing, daemon=True)
     thread.start()
     try:
-        yield meter.advance
+        yield
     finally:
         over.set()
         thread.join()
-        meter.close()
 
 
 class _Bar:
-    seconds = _SECONDS_BETWEEN_REDRAWS
-
     def __init__(self, label: str, total: int | None, unit: str) -> None:
-        # "disable" is said because stages turn libraries' own bars off by an environment variable.
+        from tqdm import (
+            tqdm,  # which reads when it is imported whether libraries' bars are off (training.quiet_libraries)
+        )
+
+        self.seconds, self.done = _SECONDS_BETWEEN_REDRAWS, 0
+        # "disable" is said because stages turn libraries' own bars off by an environment variable; the position,
+        # because a bar within another one takes its line.
         self.bar = tqdm(
             desc=label, total=total, unit=unit and f" {unit}", unit_scale=unit == "B", leave=False, dynamic_ncols=True,
-            disable=False,
+            disable=False, position=0,
         )  # fmt: skip
-        self.advance, self.show, self.close = self.bar.update, self.bar.refresh, self.bar.close
+        self.close = self.bar.close
+
+    def show(self) -> None:
+        self.bar.n = self.done
+        self.bar.refresh()
 
 
 class _Lines:
-    seconds = SECONDS_BETWEEN_LINES
-
     def __init__(self, label: str, total: int | None, unit: str) -> None:
+        self.seconds = SECONDS_BETWEEN_LINES
         self.label, self.total, self.unit = label, total, unit
         self.done, self.start = 0, time.monotonic()
-
-    def advance(self, n: int) -> None:
-        self.done += n
+        self.stream = sys.stdout  # what a library prints may be caught in the meantime
 
     def show(self) -> None:
         elapsed = time.monotonic() - self.start
@@ -70,7 +107,7 @@ class _Lines:
             line = f"{self.label}: {self._amount()}"
             if self.total:
                 line += f", {clock(elapsed * (self.total - self.done) / self.done)} left"
-        print(line, flush=True)
+        print(line, file=self.stream, flush=True)
 
     def _amount(self) -> str:
         of = f" of {self._number(self.total)}" if self.total else ""

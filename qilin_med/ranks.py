@@ -12,12 +12,13 @@ from qilin_med.errors import UserError
 from qilin_med.job import Job
 from qilin_med.launch import Outcome, raise_failures, run_ranks
 from qilin_med.nodes import NodeLost, Team
+from qilin_med.progress import progress
 
 _DELAY = 60.0  # seconds that a shared file system gets to show one node what another wrote
 
 
-def train_on_all_nodes(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> None:
-    """Node 0: train from a checkpoint on, on `ranks` ranks of each node.
+def train_on_all_nodes(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> str:
+    """Node 0: train from a checkpoint on, on `ranks` ranks of each node; returns who had them stopped, "" if no one.
 
     Raises a rank's UserError, NodeLost or RanksFailed.
     """
@@ -25,21 +26,24 @@ def train_on_all_nodes(job: Job, checkpoint: Path | None, ranks: list[int], team
     order = {"job": str(job.folder / "job.json"), "fingerprint": job.fingerprint(), "resume": resume, "ranks": ranks}
     team.say(order=order)
     own = _run_own_ranks(job, order, team)
-    raise_failures([own, *(Outcome(**theirs) for theirs in team.wait_for("outcome").values())])
+    return raise_failures([own, *(Outcome(**theirs) for theirs in team.wait_for("outcome").values())])
 
 
 def follow(team: Team, own_ranks: int, asked: dict[str, Any]) -> int:
     """Any other node: join, run what node 0 orders, and end with its exit code or error."""
     try:
         team.say(joined={"ranks": own_ranks, "asked": asked})
-        if order := team.wait_for("order")[0]:
+        with progress("waiting for node 0 to prepare the stage"):
+            order = team.wait_for("order")[0]
+        if order:
             outcome = _run_own_ranks(_find_job(order), order, team)
             team.say(outcome=asdict(outcome))
     except NodeLost:
         raise
     except UserError as error:
         team.say(error=f"node {team.place.node} ({team.own['host']}): {error}")
-    code, text = team.hear_last_word()
+    with progress("waiting for node 0 to publish the stage"):
+        code, text = team.hear_last_word()
     if code == 2:
         raise UserError(text)
     print(f"node {team.place.node}: node 0 ended{': ' if text else ''}{text}", flush=True)

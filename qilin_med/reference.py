@@ -63,8 +63,8 @@ The variants extend qilin_med_7b.json, so each states only what it changes.
 - qilin_med_7b_fast.json: a packed SFT row of 1024 tokens holds several conversations, so an update of 512 conversations
   is fewer rows. 128 rows (131,072 tokens) are 256 tokens a conversation; `--dry-run` prints rows and tokens of your
   data: set sft.global_batch_size to 512 x tokens / conversations / 1024 for the paper's number of updates. No stage
-  recomputes activations, so a card takes fewer rows at once. flash-attn and liger-kernel have to be installed beside
-  requirements.txt.
+  recomputes activations, so a card takes fewer rows at once. flash-attn and liger-kernel come with
+  requirements-gpu.txt.
 - qlora_1gpu.json: NF4 with double quantisation; for CPT rank 64, alpha 16, dropout 0.1 and learning rate 2e-4, which
   Dettmers et al. (2023) use for 7B models (2e-4 is also the paper's); for SFT and DPO the paper's own adapters. Global
   batches stay the paper's through accumulation. The next stage starts from the parent in its own precision with the

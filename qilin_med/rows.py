@@ -23,11 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qilin_med.checkpoints import digest, publish_folder, read_manifest, sha256_of, verify_folder
+from qilin_med.checkpoints import digest, hash_files, publish_folder, read_manifest, verify_folder
 from qilin_med.config import DataSource, DpoConfig, InstructionConfig, PretrainingConfig, StageConfig, StageName
 from qilin_med.corpus.shards import chunks
 from qilin_med.corpus.sources import find_files, read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
+from qilin_med.progress import progress
 from qilin_med.records import RAW_CHARACTERS, Document, SetAside
 from qilin_med.template import IGNORED, ChatTemplate, control_ids, encode_texts
 
@@ -107,7 +108,9 @@ def prepare_rows(
     `model_max_length`: positions that the model has, None if any. UserError: nothing usable in the data, a row longer
     than the model's positions.
     """
-    files = [(file, source, sha256_of(file)) for file, source in find_files(section.data)]
+    found = find_files(section.data)
+    hashes = hash_files([file for file, _ in found], f"hashing the data of {stage}")
+    files = [(file, source, checksum) for (file, source), checksum in zip(found, hashes, strict=True)]
     inputs = _describe_inputs(stage, section, tokenizer, files)
     folder = Path(cache_dir) / f"{stage}-{digest(inputs)[:16]}"
     if not _is_whole(folder):
@@ -222,7 +225,10 @@ class Intake:
             about = {"path": str(file), "bytes": file.stat().st_size, "sha256": checksum}
             self.counts.files.append({**about, "records": 0, "used": 0, "set_aside": 0})
             source_of_file = DataSource(path=str(file), text=source.text)
-            yield from _in_batches(self._usable(READERS[self._stage]([source_of_file])))
+            with progress(f"tokenising {file}", unit="records") as advance:
+                for batch in _in_batches(self._usable(READERS[self._stage]([source_of_file]))):
+                    yield batch
+                    advance(len(batch))
 
     def _usable(self, records: Iterable[Any]) -> Iterator[Any]:
         for record in records:

@@ -114,7 +114,8 @@ class RowTrainer(Trainer):
                 state["step"] = deepcopy(state["step"])
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with disk_errors_explained(Path(self.args.output_dir)):
+        name = f"checkpoint-{self.state.global_step}"
+        with progress(f"writing {name}"), disk_errors_explained(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,13 @@ from qilin_med.job import (
     commit,
     count_ranks,
     differences,
+    read_deepspeed,
     versions,
 )
 from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank
 from qilin_med.nodes import NodeLost, Place, Team, find_place, other_nodes_started
+from qilin_med.operators import build_operators, load_operators, needed_operators
+from qilin_med.progress import progress
 from qilin_med.ranks import follow, train_on_all_nodes
 from qilin_med.results import read_metrics
 from qilin_med.universal import convert_checkpoint
@@ -60,9 +63,10 @@ _QUIET = {
     "DS_ACCELERATOR": "cpu",  # for the first process, which only prepares and merges
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # Progress draws the only bar
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # qilin_med.progress draws the only bar
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
+    "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",  # of this environment, not one for all of the user's
 }
 
 
@@ -100,20 +104,29 @@ def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", descr
 def _show_stage(experiment: Experiment, stage: StageName, place: Place) -> None:
     folder = experiment.stage_folder(stage)
     with disk_errors_explained(folder), _only_run_in(folder):
-        job = _prepare_job(experiment, stage, place.nodes * _count_ranks(experiment, place.slots, dry_run=True))
-        _describe(job, *_count_parameters(job), whole=True)
+        ranks = place.nodes * _count_ranks(experiment, place.slots, dry_run=True)
+        with progress(f"preparing {stage}"):
+            job = _prepare_job(experiment, stage, ranks)
+            counts = _count_parameters(job)
+        _describe(job, *counts, whole=True)
 
 
 def _take_part(experiment: Experiment, stage: StageName, place: Place, restart: bool, force: bool) -> None:
     """Run the stage as node 0, or follow node 0 as one of the other nodes."""
     own_ranks = _count_ranks(experiment, place.slots)
     asked = {"stage": stage, "experiment": experiment.model_dump(mode="json"), "libraries": versions()}
+    build_operators(*_operators(experiment, stage))  # before ranks, or node 0, wait for it
     patience = 60 * experiment.launch.timeout_minutes
     with other_nodes_started(place) as started, Team(place, patience, started) as team:
         if place.node:
             sys.exit(follow(team, own_ranks, asked))
         with team.last_word():
             _run_whole_stage(experiment, stage, team.agree_on_ranks(own_ranks, asked), team, restart, force)
+
+
+def _operators(experiment: Experiment, stage: StageName) -> tuple[dict[str, str], str]:
+    device = experiment.launch.device
+    return needed_operators(read_deepspeed(experiment.stage(stage).deepspeed), device), device
 
 
 def _run_whole_stage(
@@ -123,8 +136,9 @@ def _run_whole_stage(
     with disk_errors_explained(folder), _only_run_in(folder):
         if restart and folder.exists():
             say(f"moved what was there to {set_aside(folder, 'before')}")
-        job = _prepare_job(experiment, stage, sum(ranks))
-        parameters, trainable = _count_parameters(job)
+        with progress(f"preparing {stage}"):
+            job = _prepare_job(experiment, stage, sum(ranks))
+            parameters, trainable = _count_parameters(job)
         _refuse_other_settings(job)
         if _is_finished(job):
             return
@@ -134,7 +148,11 @@ def _run_whole_stage(
         job.folder.mkdir(parents=True, exist_ok=True)
         write_json(Path(experiment.output_dir) / "config.json", experiment.model_dump(mode="json"))
         job.save(job.folder / "job.json")
-        _publish(job, _train(job, ranks, team))
+        checkpoint = _train(job, ranks, team)
+        say("merging and publishing")
+        with progress("merging and publishing"):
+            _publish(job, checkpoint)
+        say(f"{job.stage}: finished, {job.merged}")
 
 
 @contextmanager
@@ -244,24 +262,28 @@ def _is_finished(job: Job) -> bool:
 
 def _train(job: Job, ranks: list[int], team: Team) -> Path:
     """Train up to the last update, from the newest complete checkpoint on; returns the final checkpoint."""
-    checkpoint, lines = newest_complete(job.checkpoints, job.fingerprint())
+    with progress("looking for checkpoints"):
+        checkpoint, lines = newest_complete(job.checkpoints, job.fingerprint())
     for line in lines:
         say(line)
     if checkpoint is None or step_of(checkpoint) < job.updates:
         say(f"continuing from {checkpoint.name}" if checkpoint else "starting")
-        checkpoint = _launch(job, checkpoint, ranks, team)
-    if step_of(checkpoint) < job.updates:
-        print(f"stopped at step {step_of(checkpoint)} of {job.updates}; run the same command to continue", flush=True)
-        sys.exit(130)
+        checkpoint, stopped_by = _launch(job, checkpoint, ranks, team)
+        if checkpoint is None or step_of(checkpoint) < job.updates:
+            by = f"by {stopped_by} " if stopped_by else ""
+            at = f"at step {step_of(checkpoint)} of {job.updates}" if checkpoint else "before the first checkpoint"
+            say(f"stopped {by}{at}; run the same command to {'continue' if checkpoint else 'start again'}")
+            sys.exit(130)
     return checkpoint
 
 
-def _launch(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> Path:
-    failure = None
+def _launch(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> tuple[Path | None, str]:
+    """The newest checkpoint of all after training from one on, and who had it stopped ("" if no one)."""
+    failure, stopped_by = None, ""
     universal = job.folder / ".universal.part"
     resume = _for_these_ranks(job, checkpoint, universal) if checkpoint else None
     try:
-        train_on_all_nodes(job, resume, ranks, team)
+        stopped_by = train_on_all_nodes(job, resume, ranks, team)
     except (RanksFailed, NodeLost) as error:
         failure = error
     shutil.rmtree(universal, ignore_errors=True)
@@ -271,9 +293,7 @@ def _launch(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> 
     done = newest is not None and step_of(newest) == job.updates
     if failure and not done:
         raise UserError(f"{job.stage} did not finish: {failure}. Last complete checkpoint: {newest or 'none'}")
-    if newest is None:
-        raise UserError(f"{job.stage} was stopped before its first checkpoint; run the same command to start again")
-    return newest
+    return newest, stopped_by
 
 
 def _for_these_ranks(job: Job, checkpoint: Path, folder: Path) -> Path:
@@ -283,7 +303,8 @@ def _for_these_ranks(job: Job, checkpoint: Path, folder: Path) -> Path:
     if ranks == job.ranks or job.zero_stage == 0:
         return checkpoint
     say(f"{checkpoint.name} was written by {ranks} ranks: converting it for {job.ranks}")
-    return convert_checkpoint(checkpoint, _empty_folder(folder))
+    with progress(f"converting {checkpoint.name}"):
+        return convert_checkpoint(checkpoint, _empty_folder(folder))
 
 
 def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None:
@@ -291,14 +312,20 @@ def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None
     die_with_launcher()
     job = Job.load(job_file)
     resume = sys.argv[sys.argv.index("--resume") + 1] if "--resume" in sys.argv else None
-    from transformers import PrinterCallback, set_seed
+    with errors_reported(), ExitStack() as starting:
+        starting.enter_context(progress("starting the ranks: libraries, model, checkpoint"))
+        from transformers import PrinterCallback, set_seed
 
-    from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, end_rank
+        from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, StartUp, end_rank
 
-    with errors_reported():
         trainer = build_trainer(job)
         trainer.remove_callback(PrinterCallback)
-        for callback in (MetricsFile(job.folder / "metrics.jsonl"), Progress(), CheckpointSealer(job)):
+        for callback in (
+            StartUp(starting),
+            MetricsFile(job.folder / "metrics.jsonl"),
+            Progress(),
+            CheckpointSealer(job),
+        ):
             trainer.add_callback(callback)
         trainer.add_callback(Guard(job, trainer))
         set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
@@ -310,6 +337,7 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
     """The library's arguments for a job; `kind` is TrainingArguments or a subclass of it."""
     from transformers import TrainingArguments
 
+    load_operators(*_operators(job.experiment, job.stage))
     section, on_cpu = job.section, job.experiment.launch.device == "cpu"
     arguments = (kind or TrainingArguments)(
         output_dir=str(job.checkpoints),
@@ -358,7 +386,6 @@ def _publish(job: Job, checkpoint: Path) -> None:
     from qilin_med.models import DTYPES, load_checkpoint, load_tokenizer, merge_adapter, save_whole_model
     from qilin_med.template import ChatTemplate
 
-    say("merging and publishing")
     settings = job.experiment.model
     if job.section.lora:
         _publish_adapter(job, checkpoint)
@@ -370,7 +397,6 @@ def _publish(job: Job, checkpoint: Path) -> None:
     temporary = _empty_folder(job.folder / ".merged.part")
     save_whole_model(model, tokenizer, temporary, settings.dtype, {tokenizer.eos_token_id} | answers_end)
     publish_folder(temporary, job.merged, _manifest(job))
-    say(f"{job.stage}: finished, {job.merged}")
 
 
 def _publish_adapter(job: Job, checkpoint: Path) -> None:

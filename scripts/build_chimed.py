@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qilin_med.corpus.build import build, plan_build
 from qilin_med.corpus.settings import load_corpus_settings
 from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.progress import progress
 
 MESSAGES = {
     "built": "built {}; its README.md has the tables",
@@ -46,8 +47,10 @@ def main() -> None:
 
         show_records(settings, arguments.inspect)
         return
-    plan = plan_build(settings, arguments.allow_missing)
-    print(MESSAGES[build(plan, arguments.restart)].format(plan.output))
+    with progress("building the corpus"):
+        plan = plan_build(settings, arguments.allow_missing)
+        outcome = build(plan, arguments.restart)
+    print(MESSAGES[outcome].format(plan.output))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from qilin_med.checkpoints import read_manifest
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.config import KINDS
 from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.progress import progress
 from qilin_med.retrieval.index import build, plan_index
 from qilin_med.retrieval.recall import evaluate_retrieval
 
@@ -29,10 +30,13 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, default="huatuo", help="format of FILE (default huatuo)")
     arguments, experiment = parse_experiment(parser)
     if arguments.evaluate:
-        tell_recall(evaluate_retrieval(experiment, arguments.evaluate, arguments.kind))
+        with progress("measuring retrieval"):
+            recall = evaluate_retrieval(experiment, arguments.evaluate, arguments.kind)
+        tell_recall(recall)
         return
-    plan = plan_index(experiment)
-    outcome = build(plan, arguments.restart)
+    with progress("building the index"):
+        plan = plan_index(experiment)
+        outcome = build(plan, arguments.restart)
     tell_index(plan.folder, outcome)
 
 

@@ -10,12 +10,14 @@ are greedy, as in evaluation; evaluation.chat says who is asked in the chat temp
 """
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.progress import progress
 from qilin_med.results import existing_models, model_folders
 
 
@@ -36,10 +38,13 @@ def main() -> None:
     folders = model_folders(experiment)
     [(name, folder)] = existing_models(experiment, [arguments.model or list(folders)[-1]]).items()
     quiet_libraries()
-    from qilin_med.chat import ChatModel
-    from qilin_med.retrieval.retriever import open_retriever
+    # On stdout there are answers alone.
+    with redirect_stdout(sys.stderr), progress("loading libraries, model and index"):
+        from qilin_med.chat import ChatModel
+        from qilin_med.retrieval.retriever import open_retriever
 
-    retriever = open_retriever(experiment) if arguments.retrieval else None
+        retriever = open_retriever(experiment) if arguments.retrieval else None
+        model = None if arguments.web else ChatModel(experiment, name, folder, arguments.max_new_tokens)
     if arguments.web:
         from qilin_med.page import Models, serve
 
@@ -48,7 +53,7 @@ def main() -> None:
         return
     from qilin_med.terminal import talk
 
-    talk(ChatModel(experiment, name, folder, arguments.max_new_tokens), retriever)
+    talk(model, retriever)
 
 
 if __name__ == "__main__":

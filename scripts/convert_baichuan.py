@@ -19,14 +19,16 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from qilin_med.errors import user_errors_end_with_one_line
+    from qilin_med.progress import progress
 
     with user_errors_end_with_one_line():
-        from qilin_med.baichuan import convert_baichuan
-        from qilin_med.template import QILIN_TEMPLATE
+        with progress("converting"):
+            from qilin_med.baichuan import convert_baichuan
+            from qilin_med.template import QILIN_TEMPLATE
 
-        made = convert_baichuan(
-            arguments.source, arguments.target, QILIN_TEMPLATE, report=lambda line: print(line, flush=True)
-        )
+            made = convert_baichuan(
+                arguments.source, arguments.target, QILIN_TEMPLATE, report=lambda line: print(line, flush=True)
+            )
         parameters, shards = f"{made['parameters']:,} parameters ({made['dtype']})", f"{made['shards']} shard(s)"
         print(f"done: {parameters} in {shards}, with tokenizer and chat template, in {made['target']}")
 

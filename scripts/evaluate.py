@@ -8,6 +8,7 @@ runs/<name>/eval/comparisons.json. Run it again after any interruption. On sever
 
 import os
 import sys
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.config import Experiment, TaskSettings
 from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.progress import progress
 from qilin_med.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_file
 
 if TYPE_CHECKING:
@@ -58,36 +60,42 @@ def _is_first() -> bool:
 
 
 def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
-    from qilin_med.evaluation import evaluate_model
-    from qilin_med.report.document import markdown_table
-    from qilin_med.report.tables import held_out_table
+    with progress("held-out sets"):
+        from qilin_med.evaluation import evaluate_model
+        from qilin_med.report.document import markdown_table
+        from qilin_med.report.tables import held_out_table
 
-    results = {
-        name: evaluate_model(experiment, folder, result_file(experiment, name)) for name, folder in folders.items()
-    }
+        results = {
+            name: evaluate_model(experiment, folder, result_file(experiment, name)) for name, folder in folders.items()
+        }
     print(markdown_table(held_out_table(results)))
 
 
 def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], submission: bool, retrieval: bool) -> None:
-    from qilin_med.comparisons import compare_models
-    from qilin_med.harness import ModelUnderTest, describe_task, run_task, write_submission
+    with progress("loading libraries"):
+        from qilin_med.comparisons import compare_models
+        from qilin_med.harness import ModelUnderTest, describe_task, run_task, write_submission
 
     settings = {task: _settings(experiment, task, submission) for task in tasks}
     # A wrong name or path is told before any model is loaded.
     kinds = {task: describe_task(task, settings[task])["task"] for task in tasks}
-    sources = _open_retrievals(experiment) if retrieval else {"": None}
+    with progress("opening the index") if retrieval else nullcontext():
+        sources = _open_retrievals(experiment) if retrieval else {"": None}
     for name, folder in folders.items():
-        model = ModelUnderTest(experiment, name, folder)
+        with progress(f"reading {folder}"):
+            model = ModelUnderTest(experiment, name, folder)
         for task, (suffix, passages) in product(tasks, sources.items()):
             is_submitted = submission and kinds[task].startswith("ceval")
             suffix = ("_test" if is_submitted else "") + suffix
-            result = run_task(model, task, settings[task], passages, suffix)
+            with progress(f"{name} {task}{suffix}"):
+                result = run_task(model, task, settings[task], passages, suffix)
             if result:
                 print(_line(name, task + suffix, result), flush=True)
             if result and is_submitted:
                 print(f"submission: {write_submission(model, task + suffix)}")
     if _is_first():
-        compare_models(experiment)
+        with progress("comparing the models"):
+            compare_models(experiment)
 
 
 def _open_retrievals(experiment: Experiment) -> "dict[str, Retrieval]":

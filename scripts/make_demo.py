@@ -10,8 +10,8 @@ two cores).
 
 import argparse
 import io
+import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 from qilin_med.checkpoints import MANIFEST, digest, publish_folder, set_aside, verify_folder  # noqa: E402
 from qilin_med.demo.files import all_characters, build_files, tokenizer_text  # noqa: E402
 from qilin_med.errors import UserError, user_errors_end_with_one_line  # noqa: E402
+from qilin_med.progress import progress  # noqa: E402
 from qilin_med.training import quiet_libraries  # noqa: E402
 
 DATA, UNTRAINED = Path("data/demo"), Path("models/demo-init")
@@ -49,12 +50,13 @@ def main() -> None:
     options, for_training = parser.parse_known_args()
     quiet_libraries()
     sys.stdout.reconfigure(line_buffering=True)  # in order with what the training below prints, also in a pipe
-    files = build_files(options.seed)
-    write_data(files)
-    write_untrained_model(files, options.seed)
+    with progress("making the demo's world"):
+        files = build_files(options.seed)
+        write_data(files)
+        write_untrained_model(files, options.seed)
     if not options.no_training:
         command = [sys.executable, str(REPOSITORY / "pretraining.py"), "--config", str(options.config), *for_training]
-        sys.exit(subprocess.run(command, check=False).returncode)
+        os.execv(sys.executable, command)  # its own process would not hear of Ctrl-C in time to save a checkpoint
 
 
 def write_data(files: dict[str, bytes]) -> None:

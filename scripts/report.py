@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qilin_med.cli import experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.progress import progress
 from qilin_med.report.cards import write_cards
 from qilin_med.report.collect import collect_run
 from qilin_med.report.document import markdown_table
@@ -19,8 +20,9 @@ from qilin_med.report.tables import held_out_table
 
 def main() -> None:
     arguments, experiment = parse_experiment(experiment_parser(__doc__))
-    run = collect_run(experiment)
-    report = write_report(run, arguments.config, arguments.overrides)
+    with progress("writing the report"):
+        run = collect_run(experiment)
+        report = write_report(run, arguments.config, arguments.overrides)
     if run.held_out:
         print(f"\n{markdown_table(held_out_table(run.held_out))}\n")
     for line in write_cards(run):

@@ -236,5 +236,5 @@ def test_a_missing_package_is_named(world, module, setting):
     if importlib.util.find_spec(module):
         pytest.skip(f"{module} is installed here")
     gpu = ("launch.device=cuda", "model.dtype=bfloat16")
-    with pytest.raises(UserError, match=r"is not installed: pip install .*, or set model\."):
+    with pytest.raises(UserError, match=r"is not installed: .*pip install -r requirements-gpu.txt .*, or set model\."):
         check_packages(job(world, setting, *gpu).experiment.model, training=True)

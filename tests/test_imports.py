@@ -15,14 +15,15 @@ LAYERS = [
     ["report", "reference", "comparisons", "terminal", "page"],
     ["training", "evaluation", "inspection", "harness"],
     ["callbacks", "trainers", "lm", "answers", "planner", "ranks", "chat"],
-    ["rows", "models", "baichuan", "retrieval", "tasks", "launch", "isolation", "reference_log_probs"],
+    ["rows", "models", "baichuan", "retrieval", "tasks", "launch", "operators", "isolation", "reference_log_probs"],
     ["corpus", "template", "tokenizer", "batches", "losses", "nodes", "job", "demo", "universal"],
     ["checkpoints", "cli", "results", "paper"],
     ["config", "records", "prompts", "metrics", "extraction"],
     ["errors", "progress"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-WITHOUT_TORCH = ["config", "records", "errors", "checkpoints", "job", "nodes", "launch", "ranks", "template", "rows",
+WITHOUT_TORCH = ["config", "records", "errors", "progress", "checkpoints", "job", "operators", "nodes", "launch", "ranks",
+                 "template", "rows",
                  "corpus.build", "retrieval.index", "retrieval.retriever", "retrieval.recall", "results",
                  "report.pages", "report.cards", "planner.preflight", "planner.tables"]  # fmt: skip
 

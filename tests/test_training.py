@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from flash_stand_in import flash_on_cpu
@@ -244,6 +246,30 @@ def test_sigterm_saves_a_checkpoint_first(world, finished, tmp_path):
     verify_folder(checkpoint, COMPLETE)
     assert "continuing from" in run(world, "pretraining", *arguments)
     assert losses(folder) == losses(finished / "pretraining")
+
+
+@pytest.mark.parametrize(
+    ("moment", "last_line"),
+    [
+        ("start-up", "stopped by the user before the first checkpoint; run the same command to start again"),
+        ("training", r"stopped by the user at step \d+ of 17; run the same command to continue"),
+    ],
+)
+def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(world, tmp_path, moment, last_line):
+    folder = tmp_path / "run" / "pretraining"
+    process = start(world, "pretraining", f"output_dir={tmp_path}/run", "pretraining.checkpoint_every=1000")
+    launcher, moments = psutil.Process(process.pid), {
+        "start-up": lambda: len(launcher.children()) == 2,
+        "training": lambda: (folder / "metrics.jsonl").exists(),
+    }  # fmt: skip
+    while not moments[moment]():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.fullmatch(last_line, output.splitlines()[-1]), output
+    assert "Traceback" not in output and "Error" not in output
 
 
 OWN = {

@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from qilin_med.checkpoints import digest, disk_errors_explained, publish_folder, set_aside, sha256_of, verify_folder
+from qilin_med.checkpoints import (
+    digest,
+    disk_errors_explained,
+    hash_files,
+    publish_folder,
+    set_aside,
+    sha256_of,
+    verify_folder,
+)
 from qilin_med.config import STAGES
 from qilin_med.corpus import deduplication, output
 from qilin_med.corpus.card import describe
@@ -86,11 +94,12 @@ def plan_build(settings: CorpusSettings, allow_missing: bool = False) -> Plan:
         raise UserError(
             "none of the corpus file's paths exists: nothing to build; see data/README.md for where to get them"
         )
+    inputs = [file for group in found for file in sorted(group)]
     described = {
         "format": CORPUS_FORMAT,
         "settings": settings.model_dump(mode="json", exclude=set(NOT_IN_RESULT)),
         "tokenizer": sha256_of(tokenizer),
-        "files": [[str(file), sha256_of(file)] for group in found for file in sorted(group)],
+        "files": [[str(file), found] for file, found in zip(inputs, hash_files(inputs, "hashing"), strict=True)],
     }
     return Plan(settings, tuple(tasks), evaluation, described)
 

@@ -2,18 +2,21 @@
 
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qilin_med.corpus.settings import ExecutorSettings
 from qilin_med.errors import UserError
+from qilin_med.progress import progress
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,17 @@ def _local(step: Step, settings: ExecutorSettings, log: str) -> Any:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
     logger.disable("datatrove")  # its banners; errors come back as exceptions
+    _leave_ctrl_c_to_this_process()
     workers = min(_workers(settings, auto=len(os.sched_getaffinity(0))), step.tasks)
     # Forked workers inherit everything: nothing is imported again for each of the steps.
     shared = {"start_method": "fork", **settings.options}
     return LocalPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **shared)
+
+
+@cache
+def _leave_ctrl_c_to_this_process() -> None:
+    """It reaches forked workers too; this process ends them, and speaks for all."""
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
 
 
 def _slurm(step: Step, settings: ExecutorSettings, log: str) -> Any:
@@ -95,23 +105,23 @@ def _workers(settings: ExecutorSettings, auto: int) -> int:
 
 @contextmanager
 def _progress(log: Path, step: Step) -> Iterator[None]:
-    """A line per step that counts its tasks, in place on a terminal."""
-    ended, start = threading.Event(), time.monotonic()
+    """A line at the end of each step, and its tasks counted by datatrove's marks until then."""
+    ended, start, marks = threading.Event(), time.monotonic(), log / "completions"
 
-    def line() -> str:
-        done = sum(1 for _ in (log / "completions").glob("*"))
-        return f"{step.name:<12}{done:>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s"
+    def count() -> None:
+        counted = 0
+        while not ended.wait(0.5):
+            done = sum(1 for _ in marks.glob("*"))
+            advance(done - counted)
+            counted = done
 
-    def show() -> None:
-        while not ended.wait(1):
-            if sys.stdout.isatty():
-                print(f"\r{line()}", end="", flush=True)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        print(f"\r{line()}" if sys.stdout.isatty() else line(), flush=True)
+    with progress(step.name, step.tasks, "tasks") as advance:
+        thread = threading.Thread(target=count, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+    done = sum(1 for _ in marks.glob("*"))
+    print(f"{step.name:<12}{done:>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s", flush=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from qilin_med.checkpoints import (
     digest,
     disk_errors_explained,
+    hash_files,
     publish_folder,
     set_aside,
     sha256_of,
@@ -27,6 +28,7 @@ from qilin_med.corpus.shards import remove_unfinished, save_json
 from qilin_med.corpus.sources import find_files
 from qilin_med.errors import UserError
 from qilin_med.job import commit, differences
+from qilin_med.progress import counted, progress
 from qilin_med.retrieval.bm25 import build_bm25
 from qilin_med.retrieval.chunks import Chunks
 from qilin_med.retrieval.cutting import load_tokenizer
@@ -82,8 +84,8 @@ def plan_index(experiment: Experiment) -> IndexPlan:
         "format": INDEX_FORMAT,
         "settings": _settings_of(settings),
         "tokenizer": _short(tokenizer),
-        "corpus": {str(file): _short(file) for file, _ in find_files(settings.corpus)},
-        "evaluation": {str(file): _short(file) for files in evaluation.values() for file in files},
+        "corpus": _short_all([file for file, _ in find_files(settings.corpus)]),
+        "evaluation": _short_all([file for files in evaluation.values() for file in files]),
     }
     if settings.retriever != "bm25":
         inputs["model"] = fingerprint_encoder(settings.dense)[:16]
@@ -93,6 +95,10 @@ def plan_index(experiment: Experiment) -> IndexPlan:
 def _short(file: Path) -> str:
     """Half a sha256 is enough to tell files apart, and to be read in a refusal."""
     return sha256_of(file)[:16]
+
+
+def _short_all(files: list[Path]) -> dict[str, str]:
+    return {str(file): found[:16] for file, found in zip(files, hash_files(files, "hashing"), strict=True)}
 
 
 def _settings_of(settings: RetrievalConfig) -> dict[str, Any]:
@@ -120,9 +126,12 @@ def build(plan: IndexPlan, restart: bool = False, encoder: Encoder | None = None
         out.mkdir(parents=True, exist_ok=True)
         counts = _cut(plan, out)
         if plan.has_bm25:
-            _once(out / "bm25", lambda folder: build_bm25(Chunks(out).texts(), plan.settings.bm25_unit, folder))
+            with progress("indexing terms", counts["chunks"], "chunks") as advance:
+                texts = counted(Chunks(out).texts(), advance)
+                _once(out / "bm25", lambda folder: build_bm25(texts, plan.settings.bm25_unit, folder))
         if plan.has_dense:
-            _embed(plan, out, encoder)
+            with progress("embedding", counts["chunks"], "chunks") as advance:
+                _embed(plan, out, encoder, advance)
         remove_unfinished(out)
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         publish_folder(out, plan.folder, {**counts, "inputs": plan.inputs, "versions": versions, "commit": commit()})
@@ -160,11 +169,11 @@ def _once(folder: Path, make: Callable[[Path], None]) -> None:
     temporary.rename(folder)
 
 
-def _embed(plan: IndexPlan, out: Path, encoder: Encoder | None) -> None:
+def _embed(plan: IndexPlan, out: Path, encoder: Encoder | None, advance: Callable[[int], None]) -> None:
     if (out / "dense" / INDEX).exists():
         return
     encoder = encoder or load_encoder(plan.settings.dense)
-    parts = encode_parts(Chunks(out).texts(), encoder, plan.work / "vectors")
+    parts = encode_parts(counted(Chunks(out).texts(), advance), encoder, plan.work / "vectors")
     build_dense(parts, plan.settings.dense.index, out / "dense" / INDEX)
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from qilin_med.corpus.shards import chunks as in_chunks
 from qilin_med.corpus.shards import write_lines
 from qilin_med.corpus.sources import read_named_documents
 from qilin_med.errors import UserError
+from qilin_med.progress import progress
 from qilin_med.records import Document, SetAside
 from qilin_med.retrieval.chunks import Chunk, write_chunks
 from qilin_med.retrieval.cutting import Cutter
@@ -39,6 +40,8 @@ class Intake:
             "near_misses": Counter(),
         }
     )
+    advance: Callable[[int], None] = lambda n: None
+    """Hears of documents read."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     set_aside: list[dict[str, Any]] = field(default_factory=list)
 
@@ -52,6 +55,7 @@ class Intake:
                 if not self._is_left_out(document, source, hit, len(spans)):
                     self.counts["documents"]["indexed"] += 1
                     yield from (Chunk(document.id, source, a, b, document.text[a:b]) for a, b in spans)
+            self.advance(len(some))
 
     def _documents(self) -> Iterator[tuple[Document, str]]:
         for record in read_named_documents(self.settings.corpus):
@@ -90,7 +94,8 @@ def cut_corpus(
     build_index(wanted, work / "evaluation", evaluation)
     cutter = Cutter(tokenizer, settings.chunk_tokens, settings.overlap_tokens)
     intake = Intake(settings, cutter, Index(work / "evaluation", wanted.ngram, wanted.near_miss))
-    by_source = write_chunks(out, intake.chunks())
+    with progress("cutting the corpus", unit="documents") as intake.advance:
+        by_source = write_chunks(out, intake.chunks())
     documents = intake.counts["documents"]
     if not by_source:
         raise UserError(
