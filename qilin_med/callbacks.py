@@ -66,14 +66,28 @@ class Guard(TrainerCallback):
         )
 
 
-class CheckpointSealer(TrainerCallback):
-    """Makes a checkpoint count once every rank has written its part; only then do older ones go."""
+class Checkpoints(TrainerCallback):
+    """Saves when it is due, and makes a checkpoint count once every rank has written its part."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, trainer: Any) -> None:
+        self.job, self.trainer = job, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last_save = time.monotonic()
+        if state.is_world_process_zero:
+            self.trainer.save_is_due = self._minutes_are_over
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.job.section.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.job.section.checkpoint_every
+        updates_are_over = every is not None and state.global_step % every == 0
+        if self.trainer.save_agreed or updates_are_over or state.global_step >= state.max_steps:
+            control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        wait_for_all()
         if state.is_world_process_zero:
             checkpoint = self.job.checkpoints / f"checkpoint-{state.global_step}"
             with disk_errors_explained(checkpoint):
@@ -81,6 +95,7 @@ class CheckpointSealer(TrainerCallback):
                 seal_folder(checkpoint, COMPLETE, facts)
             prune_checkpoints(self.job.checkpoints, self.job.section.keep_checkpoints)
         wait_for_all()
+        self.last_save = time.monotonic()
 
 
 class MetricsFile(TrainerCallback):

@@ -293,12 +293,12 @@ def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None
     resume = sys.argv[sys.argv.index("--resume") + 1] if "--resume" in sys.argv else None
     from transformers import PrinterCallback, set_seed
 
-    from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, end_rank
+    from qilin_med.callbacks import Checkpoints, Guard, MetricsFile, Progress, end_rank
 
     with errors_reported():
         trainer = build_trainer(job)
         trainer.remove_callback(PrinterCallback)
-        for callback in (MetricsFile(job.folder / "metrics.jsonl"), Progress(), CheckpointSealer(job)):
+        for callback in (MetricsFile(job.folder / "metrics.jsonl"), Progress(), Checkpoints(job, trainer)):
             trainer.add_callback(callback)
         trainer.add_callback(Guard(job, trainer))
         set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
@@ -331,8 +331,7 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
         deepspeed=section.deepspeed,
         logging_steps=1,  # a resumed run must log the same numbers, so no averages over several updates
         logging_nan_inf_filter=False,  # Guard stops the run instead
-        save_strategy="steps",
-        save_steps=section.checkpoint_every,
+        save_strategy="no",  # our callback says when
         report_to=section.report_to,
         disable_tqdm=True,  # Progress shows more
         remove_unused_columns=False,
