@@ -158,8 +158,8 @@ class StageConfig(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 30
     """Minutes between checkpoints, by rank 0's clock."""
     checkpoint_every: PositiveInt | None = None
-    """Updates between checkpoints; with checkpoint_minutes, whichever comes first. The last update is always saved, and
-    the one after which a signal stops training; with both null, no other."""
+    """Optimizer steps between checkpoints; with checkpoint_minutes, whichever comes first. The last step is always saved,
+    and the one after which a signal stops training; with both null, no other."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Complete checkpoints to keep; older ones go once a newer one is complete."""
     report_to: list[str] = ["tensorboard"]

@@ -47,7 +47,7 @@ from qilin_med.job import (
 from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank
 from qilin_med.nodes import NodeLost, Place, Team, find_place, other_nodes_started
 from qilin_med.ranks import follow, train_on_all_nodes
-from qilin_med.results import read_metrics
+from qilin_med.results import checkpoint_cost, read_metrics
 from qilin_med.universal import convert_checkpoint
 
 if TYPE_CHECKING:
@@ -298,11 +298,13 @@ def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None
     with errors_reported():
         trainer = build_trainer(job)
         trainer.remove_callback(PrinterCallback)
-        for callback in (MetricsFile(job.folder / "metrics.jsonl"), Progress(), Checkpoints(job, trainer)):
+        checkpoints, metrics = Checkpoints(job, trainer), MetricsFile(job.folder / "metrics.jsonl")
+        # In this order: a row is written before its checkpoint is committed, and times all that is waited for.
+        for callback in (metrics, Progress(), checkpoints, Guard(job, trainer, checkpoints)):
             trainer.add_callback(callback)
-        trainer.add_callback(Guard(job, trainer))
         set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
-        trainer.train(resume_from_checkpoint=resume)
+        with checkpoints:
+            trainer.train(resume_from_checkpoint=resume)
     end_rank()
 
 
@@ -368,8 +370,11 @@ def _publish(job: Job, checkpoint: Path) -> None:
     answers_end = set() if job.stage == "pretraining" else {ChatTemplate(tokenizer).end_id}
     temporary = _empty_folder(job.folder / ".merged.part")
     save_whole_model(model, tokenizer, temporary, settings.dtype, {tokenizer.eos_token_id} | answers_end)
-    publish_folder(temporary, job.merged, _manifest(job))
-    say(f"{job.stage}: finished, {job.merged}")
+    cost = publish_folder(temporary, job.merged, _manifest(job))["checkpoints"]
+    say(
+        f"{job.stage}: finished, {job.merged}. Training waited {cost['seconds']:,} s for {cost['number']} checkpoints,"
+        f" {cost['share']:.1%} of its time"
+    )
 
 
 def _publish_adapter(job: Job, checkpoint: Path) -> None:
@@ -402,6 +407,7 @@ def _manifest(job: Job) -> dict[str, Any]:
         "ranks": job.ranks,
         "updates": job.updates,
         "final_metrics": metrics[-1] if metrics else None,
+        "checkpoints": checkpoint_cost(metrics),
         "versions": versions(),
         "commit": commit(),
     }
