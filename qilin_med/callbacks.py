@@ -1,4 +1,4 @@
-"""What happens around the updates: stop cleanly, refuse to go on with NaN, seal checkpoints, write and show numbers."""
+"""What happens around the updates: stop cleanly, refuse to go on with NaN, save checkpoints, write and show numbers."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from qilin_med.checkpoints import COMPLETE, disk_errors_explained, prune_checkpoints, seal_folder
+from qilin_med.checkpoints import COMPLETE, commit_folder, disk_errors_explained, prune_checkpoints, write_text
 from qilin_med.errors import UserError
 from qilin_med.job import Job
 from qilin_med.results import read_metrics
@@ -25,11 +26,66 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-class Guard(TrainerCallback):
-    """Stops all ranks together: after a signal with a checkpoint, on a loss that is not finite with an error."""
+class Checkpoints(TrainerCallback):
+    """Saves when it is due, and commits in the background what all ranks have written: training waits for the write alone.
+
+    An error met in the background (a full disk) is raised after the next update, or at the end of the `with` block in
+    which training runs and behind which no thread is left.
+    """
 
     def __init__(self, job: Job, trainer: Any) -> None:
         self.job, self.trainer = job, trainer
+        self.committed: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        """Return once the last checkpoint is committed; raises what went wrong."""
+        if self.committed:
+            self.committed.result()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last_save = time.monotonic()
+        if state.is_world_process_zero:
+            self.trainer.save_is_due = self._minutes_are_over
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.job.section.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.job.section.checkpoint_every
+        ends = state.global_step >= state.max_steps or self.trainer.stop_agreed
+        if ends or self.trainer.save_agreed or (every and state.global_step % every == 0):
+            control.should_save = True
+            self.wait()  # or two checkpoints more than keep_checkpoints would need room
+        elif self.committed and self.committed.done():
+            self.wait()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last_save = time.monotonic()
+        if state.is_world_process_zero:
+            pool = ThreadPoolExecutor(max_workers=1)
+            self.committed = pool.submit(self._commit, state.global_step)
+            pool.shutdown(wait=False)  # the thread ends with its work
+
+    def _commit(self, step: int) -> None:
+        checkpoint = self.job.checkpoints / f"checkpoint-{step}"
+        with disk_errors_explained(checkpoint):
+            facts = {"step": step, "job": self.job.fingerprint(), "ranks": self.job.ranks}
+            commit_folder(checkpoint, COMPLETE, facts)
+        prune_checkpoints(self.job.checkpoints, self.job.section.keep_checkpoints)
+
+
+class Guard(TrainerCallback):
+    """Stops all ranks together: after a signal once a checkpoint is saved, on a loss that is not finite with an error."""
+
+    def __init__(self, job: Job, trainer: Any, checkpoints: Checkpoints) -> None:
+        self.job, self.trainer, self.checkpoints = job, trainer, checkpoints
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -40,7 +96,7 @@ class Guard(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stop_agreed:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         # Every rank sees the same global loss and norm here, before a checkpoint of this update could be written.
@@ -49,6 +105,7 @@ class Guard(TrainerCallback):
                 raise UserError(self._explain_non_finite(name, logs[name], state.global_step))
 
     def _explain_non_finite(self, name: str, value: float, step: int) -> str:
+        self.checkpoints.wait()
         indices = sorted({i for batch in self.trainer.seen_rows for i in batch.tolist()})
         ids = [i for row in self.trainer.train_dataset[indices]["ids"] for i in row]
         if dist.is_initialized():
@@ -63,44 +120,48 @@ class Guard(TrainerCallback):
         )
 
 
-class CheckpointSealer(TrainerCallback):
-    """Makes a checkpoint count once every rank has written its part; only then do older ones go."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        wait_for_all()
-        if state.is_world_process_zero:
-            checkpoint = self.job.checkpoints / f"checkpoint-{state.global_step}"
-            with disk_errors_explained(checkpoint):
-                facts = {"step": state.global_step, "job": self.job.fingerprint(), "ranks": self.job.ranks}
-                seal_folder(checkpoint, COMPLETE, facts)
-            prune_checkpoints(self.job.checkpoints, self.job.section.keep_checkpoints)
-        wait_for_all()
-
-
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one line per update. After a resume the lines past the checkpoint are cut off and come again."""
+    """metrics.jsonl: one line per update. After a resume the lines past the checkpoint are cut off and come again.
+
+    `seconds` of a row is all the time since the one before, `checkpoint_seconds` the part of it for which training waited
+    for a checkpoint. The row of an update that is saved is on disk before its checkpoint can count.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.row: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.last_time = time.monotonic()
         if state.is_world_process_zero and self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            with disk_errors_explained(self.path):
+                write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.update_end = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         state.log_history.clear()  # the file is the record; trainer_state.json would grow with every update
-        if not state.is_world_process_zero or "loss" not in logs:
-            return
+        if state.is_world_process_zero and "loss" in logs:
+            self.row = {"step": state.global_step, **logs}
+            if not control.should_save:
+                self._write()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.row["checkpoint_seconds"] = round(time.monotonic() - self.update_end, 4)
+            self._write()
+
+    def _write(self) -> None:
         now = time.monotonic()
-        row = {"step": state.global_step, **logs, "seconds": round(now - self.last_time, 4)}
+        self.row["seconds"] = round(now - self.last_time, 4)
         self.last_time = now
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.row) + "\n")
+            if "checkpoint_seconds" in self.row:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 class StartUp(TrainerCallback):

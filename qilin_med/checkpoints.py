@@ -1,8 +1,8 @@
-"""What "complete" means on disk: seal, publish, verify, find the newest complete checkpoint.
+"""What "complete" means on disk: commit, publish, verify, find the newest complete checkpoint.
 
-A folder counts only with its seal: a JSON file, written last, that lists size and sha256 of every other file. Folders
-are built under another name, fsynced, sealed, then renamed, so that a kill or a full disk at any moment leaves either
-the whole folder or none under its final name.
+A folder counts only with its commit marker: a JSON file, written last, that lists size and sha256 of every other file and
+has a sha256 of its own contents. Folders are built under another name, fsynced, committed, then renamed, so that a kill
+or a full disk at any moment leaves either the whole folder or none under its final name.
 """
 
 import errno
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qilin_med.errors import UserError
 from qilin_med.progress import progress
 
-MANIFEST = "MANIFEST.json"  # seal of a published folder
-COMPLETE = "COMPLETE"  # seal of a training checkpoint
+MANIFEST = "MANIFEST.json"  # commit marker of a published folder
+COMPLETE = "COMPLETE"  # commit marker of a training checkpoint
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] = lambda n: None) -> str:
@@ -79,10 +79,14 @@ def fingerprint_model(folder: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees the old one or the whole new one."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, after a power cut too."""
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
@@ -97,39 +101,52 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def seal_folder(folder: Path, seal: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Make a folder count: fsync all that lies in it, then write its seal. Returns what the seal says."""
+def commit_folder(folder: Path, marker: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Make a folder count: fsync all that lies in it, then write its commit marker. Returns what the marker says."""
     for path in folder.rglob("*"):
         _sync(path)
-    files = list_files(folder, leave_out=(seal,))
-    contents = {**facts, "fingerprint": digest(files), "files": files}
-    write_json(folder / seal, contents)
+    files = list_files(folder, leave_out=(marker,))
+    # As a reader will see it: JSON turns tuples into lists and numbers that are keys into strings.
+    contents = json.loads(json.dumps({**facts, "fingerprint": digest(files), "files": files}))
+    write_json(folder / marker, {**contents, "digest": digest(contents)})
     return contents
 
 
-def publish_folder(temporary: Path, final: Path, manifest: dict[str, Any], seal: str = MANIFEST) -> dict[str, Any]:
-    """Seal a folder built under a temporary name and rename it to its final one, which must be free."""
-    contents = seal_folder(temporary, seal, manifest)
+def publish_folder(temporary: Path, final: Path, manifest: dict[str, Any], marker: str = MANIFEST) -> dict[str, Any]:
+    """Commit a folder built under a temporary name and rename it to its final one, which must be free."""
+    contents = commit_folder(temporary, marker, manifest)
     temporary.rename(final)
     _sync(final.parent)
     return contents
 
 
-def verify_folder(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
-    """Check every file against the seal and return what it says; UserError names the first file that is wrong."""
+def read_manifest(folder: Path, marker: str = MANIFEST) -> dict[str, Any]:
+    """What a folder's commit marker says, checked against its own digest; the files are not looked at.
+
+    UserError if there is no marker, or it is damaged, of an earlier version, or names files outside the folder.
+    """
+    path = folder / marker
     try:
-        contents = json.loads((folder / seal).read_text(encoding="utf-8"))
-        files = contents["files"]
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        stated, found = contents.pop("digest", None), digest(contents)
+        files = {PurePosixPath(name): (entry["size"], entry["sha256"]) for name, entry in contents["files"].items()}
     except FileNotFoundError:
-        raise UserError(f"{folder}: not complete ({seal} is missing); run the step that makes it again") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / seal}: damaged (not the JSON that was written)") from None
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing, though {seal} lists it; restore it or make the folder again")
-        if path.stat().st_size != expected["size"]:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, expected {expected['size']} (truncated or changed)")
+        raise UserError(f"{folder}: not complete ({marker} is missing); run the step that makes it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: damaged (not the JSON that was written); make the folder again") from None
+    if outside := [name for name in files if name.is_absolute() or ".." in name.parts]:
+        raise UserError(f"{path}: lists '{outside[0]}', which lies outside the folder; get the folder again")
+    if stated is None:
+        raise UserError(f"{path}: of an earlier version, which did not protect what it says; make the folder again")
+    if stated != found:
+        raise UserError(f"{path}: contents changed since they were written (sha256 differs); make the folder again")
+    return contents
+
+
+def verify_folder(folder: Path, marker: str = MANIFEST) -> dict[str, Any]:
+    """Check a folder against its commit marker and return what it says; UserError names the first file that is wrong."""
+    contents = check_sizes(folder, marker)
+    files = contents["files"]
     hashes = hash_files([folder / name for name in files], f"verifying {folder}")
     for (name, expected), found in zip(files.items(), hashes, strict=True):
         if found != expected["sha256"]:
@@ -137,9 +154,16 @@ def verify_folder(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
     return contents
 
 
-def read_manifest(folder: Path, seal: str = MANIFEST) -> dict[str, Any]:
-    """What a published folder's seal says, without verifying the files again."""
-    return json.loads((folder / seal).read_text(encoding="utf-8"))
+def check_sizes(folder: Path, marker: str = MANIFEST) -> dict[str, Any]:
+    """What `verify_folder` sees at a glance, without reading the files: each is there, with its size."""
+    contents = read_manifest(folder, marker)
+    for name, expected in contents["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, though {marker} lists it; restore it or make the folder again")
+        if path.stat().st_size != expected["size"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, expected {expected['size']} (truncated or changed)")
+    return contents
 
 
 def set_aside(path: Path, why: str) -> Path:
@@ -167,7 +191,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def newest_complete(folder: Path, job: str) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a job (its fingerprint) that verifies.
 
-    Newer ones that are half-written, damaged or another run's are set aside, with a line for each that says why.
+    Newer ones that are unfinished, damaged or another run's are set aside, with a line for each that says why. Of
+    unfinished ones only the last attempt's is kept: they are as large as whole ones.
     """
     lines = []
     for checkpoint in reversed(find_checkpoints(folder)):
@@ -178,16 +203,28 @@ def newest_complete(folder: Path, job: str) -> tuple[Path | None, list[str]]:
             why, reason = "foreign", f"{checkpoint}: written by another run or stage"
         except UserError as error:
             reason = str(error)
+        if why == "incomplete":
+            _delete_unfinished(folder)
         lines.append(f"{reason}; set aside as {set_aside(checkpoint, why).name}")
     return None, lines
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints. Call only after a newer one was sealed."""
-    complete = [c for c in find_checkpoints(folder) if (c / COMPLETE).is_file()]
-    for checkpoint in complete[:-keep]:
-        # Unsealed first, so that a kill in the middle of the deletion leaves nothing that looks complete.
-        (checkpoint / COMPLETE).unlink()
+    """Delete all but the newest `keep` complete checkpoints, and whatever earlier attempts left unfinished.
+
+    Call only after a newer one was committed, and while none is being written.
+    """
+    _delete_unfinished(folder)
+    checkpoints = find_checkpoints(folder)
+    complete = [c for c in checkpoints if (c / COMPLETE).is_file()]
+    for checkpoint in set(checkpoints) - set(complete[-keep:]):
+        # The marker first, so that a kill in the middle of the deletion leaves nothing that looks complete.
+        (checkpoint / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+
+
+def _delete_unfinished(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*.incomplete-*"):
         shutil.rmtree(checkpoint)
 
 

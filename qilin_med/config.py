@@ -157,8 +157,11 @@ class StageConfig(Section):
     ranks)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third more time."""
-    checkpoint_every: PositiveInt = 500
-    """Updates between checkpoints."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 30
+    """Minutes between checkpoints, by rank 0's clock."""
+    checkpoint_every: PositiveInt | None = None
+    """Optimizer steps between checkpoints; with checkpoint_minutes, whichever comes first. The last step is always saved,
+    and the one after which a signal stops training; with both null, no other."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Complete checkpoints to keep; older ones go once a newer one is complete."""
     report_to: list[str] = ["tensorboard"]

@@ -2,12 +2,19 @@
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """Something the user can mend. The message says what was found, what was expected and what to do, in one line."""
+
+
+def in_one_line(error: Exception) -> str:
+    """A library's error as part of our own line: its first 200 characters, with its kind where it says little."""
+    text = " ".join(str(error).split())
+    return textwrap.shorten(text if " " in text else f"{type(error).__name__}: {text}", 200, placeholder=" ...")
 
 
 @contextmanager

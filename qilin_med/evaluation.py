@@ -18,7 +18,13 @@ from qilin_med.checkpoints import digest, fingerprint_model, write_json
 from qilin_med.config import Experiment, Source, StageName
 from qilin_med.job import commit, versions
 from qilin_med.losses import sequence_log_probs, target_losses
-from qilin_med.models import forward_through_head, load_for_inference, load_tokenizer, max_positions
+from qilin_med.models import (
+    check_model_folder,
+    forward_through_head,
+    load_for_inference,
+    load_tokenizer,
+    max_positions,
+)
 from qilin_med.progress import progress
 from qilin_med.rows import PreparedRows, prepare_rows
 
@@ -28,6 +34,7 @@ def evaluate_model(experiment: Experiment, folder: Path, result: Path) -> dict[s
 
     A result for the same model, rows and settings is not computed again.
     """
+    check_model_folder(folder)
     tokenizer = load_tokenizer(folder, experiment.model.template)
     rows = dict(_prepare_all(experiment, folder, tokenizer))
     facts = {

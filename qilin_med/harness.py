@@ -19,7 +19,7 @@ from qilin_med.corpus.shards import written_whole
 from qilin_med.errors import UserError
 from qilin_med.job import commit, versions
 from qilin_med.metrics.statistics import Score, bootstrap_interval
-from qilin_med.models import load_for_inference, load_tokenizer
+from qilin_med.models import check_model_folder, load_for_inference, load_tokenizer
 from qilin_med.prompts import option_lines
 from qilin_med.results import read_samples
 from qilin_med.tasks.questions import Retrieve
@@ -49,6 +49,7 @@ class ModelUnderTest:
 
     def __init__(self, experiment: Experiment, name: str, folder: Path):
         self.experiment, self.name, self.folder = experiment, name, folder
+        check_model_folder(folder)
         self.tokenizer = load_tokenizer(folder, experiment.model.template)
         self.chat = name in experiment.evaluation.chat
         self.facts = {

@@ -14,8 +14,8 @@ from qilin_med.errors import UserError
 
 # Keys that change how a run is watched, stored or divided, never what it computes: free to change before a resume.
 _HARMLESS_KEYS = {
-    "report_to", "checkpoint_every", "keep_checkpoints", "data", "parent", "batch_size_per_device", "global_batch_size",
-    "packing",
+    "report_to", "checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "data", "parent", "batch_size_per_device",
+    "global_batch_size", "packing",
 }  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "tokenizers")
 

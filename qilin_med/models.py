@@ -2,12 +2,15 @@
 
 import contextlib
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +22,9 @@ from transformers import (
 )
 from transformers.integrations import apply_liger_kernel
 
+from qilin_med.checkpoints import MANIFEST, check_sizes
 from qilin_med.config import LoraSettings, ModelConfig
-from qilin_med.errors import UserError
+from qilin_med.errors import UserError, in_one_line
 from qilin_med.job import Job
 from qilin_med.template import QILIN_TEMPLATE
 
@@ -32,7 +36,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def check_model_folder(folder: Path) -> None:
-    """UserError unless the folder holds a loadable causal language model with a fast tokenizer."""
+    """UserError unless the folder holds a causal language model that transformers loads whole, without code of the model's
+    own, and a fast tokenizer that fits it. Weights are not read: their names and shapes are."""
     if (folder / "adapter_config.json").is_file() or (folder / "trainer_state.json").is_file():
         raise UserError(
             f"{folder}: a training checkpoint or adapter, not a whole model; use its stage's merged/ folder"
@@ -41,11 +46,102 @@ def check_model_folder(folder: Path) -> None:
         if not (folder / name).is_file():
             hint = " (Baichuan-7B as published: run scripts/convert_baichuan.py first)" if "tokenizer" in name else ""
             raise UserError(f"{folder}: {name} is missing; expected a complete Hugging Face folder{hint}")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no .safetensors weights; pickled .bin weights are not loaded, convert them first")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{folder}: model type '{config.model_type}' is not a causal language model of transformers")
+    if (folder / MANIFEST).is_file():
+        check_sizes(folder)
+    config, tensors = _read_config(folder), _list_tensors(folder)
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    if isinstance(layers, int) and layers > len(tensors):  # a million of them would take hours to build
+        raise UserError(f"{folder}: config.json says {layers:,} layers, but the weights are {len(tensors):,} tensors")
+    known = _check_weights(folder)
+    ids = load_tokenizer(folder, "own").get_vocab()
+    last = max(ids, key=ids.get)
+    if ids[last] >= known:
+        raise UserError(
+            f"{folder}: the tokenizer's {last!r} has id {ids[last]}, but the model knows {known} ids (vocab_size); use the"
+            " tokenizer that belongs to the model"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json; UserError if it names no causal language model of transformers, or any .json file is no JSON."""
+    contents = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            contents[path.name] = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({in_one_line(error)}); get the file again") from None
+    config = contents["config.json"]
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(f"{folder / 'config.json'}: names no model_type; expected a Hugging Face configuration")
+    if kind not in CONFIG_MAPPING:
+        own = ", which comes with code of its own; such code is never run here" if "auto_map" in config else ""
+        raise UserError(
+            f"{folder}: transformers does not know the model type '{kind}'{own}; convert the model to a type that it knows"
+            " (Baichuan-7B: scripts/convert_baichuan.py)"
+        )
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{folder}: model type '{kind}' is not a causal language model of transformers")
+    return config
+
+
+def _list_tensors(folder: Path) -> set[str]:
+    """Names in the headers of the safetensors files; UserError if one is missing, damaged or cut off."""
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file():
+        files = _shards(index)
+    tensors = set()
+    for path in (folder / name for name in sorted(files)):
+        if path.parent != folder or not path.is_file():
+            raise UserError(f"{path}: missing, though {index.name} lists it; get the folder again")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged or cut off ({in_one_line(error)}); get the file again") from None
+    return tensors
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except FileNotFoundError:
+        raise UserError(
+            f"{index.parent}: no .safetensors weights; pickled .bin weights are not loaded, convert them first"
+        ) from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: no list of weights (weight_map); get the file again") from None
+
+
+def _check_weights(folder: Path) -> int:
+    """UserError unless weights and config.json agree on every name and shape; returns the number of token ids.
+
+    The library's own loader compares them, without room for the weights.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise UserError(
+            f"{folder}: no model can be built from config.json ({in_one_line(error)}); correct it, or get the folder again"
+        ) from None
+    problems = [
+        *(
+            f"{name} has shape {list(found)}, by config.json {list(said)}"
+            for name, found, said in report["mismatched_keys"]
+        ),
+        *(f"{name} is missing" for name in report["missing_keys"]),
+        *(f"{name} has no place in the model of config.json" for name in report["unexpected_keys"]),
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise UserError(
+            f"{folder}: weights and config.json do not belong together: {min(problems)}{more}; get the folder again"
+        )
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def max_positions(folder: Path) -> int | None:
@@ -55,7 +151,12 @@ def max_positions(folder: Path) -> int | None:
 
 def load_tokenizer(folder: Path, template: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder with the experiment's chat template in it, padding on the right."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="right")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="right")
+    except Exception as error:
+        # The library advises to run the folder's own code; we never do.
+        why = "it needs code of its own" if "remote_code" in str(error) else in_one_line(error)
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({why}); get tokenizer.json again") from None
     if template == "qilin":
         tokenizer.chat_template = QILIN_TEMPLATE
     if tokenizer.eos_token_id is None:

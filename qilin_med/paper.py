@@ -141,7 +141,7 @@ STATED: dict[str, Any] = {
 # What a run is called, reads and writes, how it is watched and how memory is spared says nothing of its method.
 _NOT_COMPARED = {
     "name", "output_dir", "evaluation", "data", "processes", "threads_per_process", "activation_checkpointing",
-    "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus", "index",
+    "checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus", "index",
     "decontamination", "exam_sources", "dense",
 }  # fmt: skip
 

@@ -23,10 +23,11 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
     """Yields a function that counts work done: `advance(n)`, in `unit`s out of `total`; "B" counts bytes.
 
     Work without a total (one long call into a library) shows the time it has taken. Nothing is shown of work that ends
-    within ten seconds in a log. Of work within work, the inner is shown. Of several ranks only the first speaks, and of
-    workers forked from this process none.
+    within ten seconds in a log. Of work within work, the inner is shown. Of several ranks only the first speaks; workers
+    forked from this process and threads in the background, behind what is shown anyway, say nothing.
     """
-    if os.environ.get("RANK", "0") != "0" or os.getpid() != _PROCESS:
+    in_background = threading.current_thread() is not threading.main_thread()
+    if os.environ.get("RANK", "0") != "0" or os.getpid() != _PROCESS or in_background:
         yield lambda n: None
         return
     meter = _Bar(label, total, unit) if sys.stderr.isatty() else _Lines(label, total, unit)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qilin_med.checkpoints import MANIFEST, digest, seal_folder, verify_folder
+from qilin_med.checkpoints import MANIFEST, commit_folder, digest, verify_folder
 from qilin_med.errors import UserError
 from qilin_med.job import Job
 
@@ -86,7 +86,7 @@ class ReferenceLogProbs:
     def commit(self) -> None:
         """List all parts in a manifest, if that is not done yet."""
         if not (self.folder / MANIFEST).exists():
-            seal_folder(self.folder, MANIFEST, self._facts)
+            commit_folder(self.folder, MANIFEST, self._facts)
 
 
 def _load(part: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -51,7 +51,8 @@ class RowTrainer(Trainer):
         self.step_metrics: dict[str, torch.Tensor] = {}
         self.seen_rows: list[torch.Tensor] = []
         self.step_tokens = 0
-        self.stop_requested = self.stop_agreed = False
+        self.stop_requested = self.stop_agreed = self.save_agreed = False
+        self.save_is_due: Callable[[], bool] = lambda: False  # by rank 0's clock
         rows = open_rows(job.rows).dataset
         super().__init__(model=model, train_dataset=rows, data_collator=collator(self.layout), **kwargs)
         self.add_callback(_Beginning(self))
@@ -79,10 +80,11 @@ class RowTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.seen_rows = [batch["rows"] for batch in batches]
         self.step_metrics = {}
-        counts = [sum(b["items"] for b in batches), sum(b["tokens"] for b in batches), int(self.stop_requested)]
-        # One small exchange a step also lets all ranks agree on stopping after the same one.
-        totals = self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
-        items, self.step_tokens, self.stop_agreed = totals.tolist()
+        counts = [sum(b["items"] for b in batches), sum(b["tokens"] for b in batches)]
+        # One small exchange a step also lets all ranks agree on stopping and saving after the same one.
+        wishes = [int(self.stop_requested), int(self.save_is_due())]
+        totals = self.accelerator.reduce(torch.tensor(counts + wishes, device=device), "sum")
+        items, self.step_tokens, self.stop_agreed, self.save_agreed = totals.tolist()
         return batches, max(items, 1)
 
     def add_metric(self, name: str, total: torch.Tensor) -> None:
@@ -117,6 +119,7 @@ class RowTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         with progress(f"writing {name}"), disk_errors_explained(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
+        wait_for_all()  # what follows may count on every rank's part
 
 
 class _Beginning(TrainerCallback):

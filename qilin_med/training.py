@@ -50,7 +50,7 @@ from qilin_med.nodes import NodeLost, Place, Team, find_place, other_nodes_start
 from qilin_med.operators import build_operators, load_operators, needed_operators
 from qilin_med.progress import progress
 from qilin_med.ranks import follow, train_on_all_nodes
-from qilin_med.results import read_metrics
+from qilin_med.results import checkpoint_cost, read_metrics
 from qilin_med.universal import convert_checkpoint
 
 if TYPE_CHECKING:
@@ -316,20 +316,17 @@ def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None
         starting.enter_context(progress("starting the ranks: libraries, model, checkpoint"))
         from transformers import PrinterCallback, set_seed
 
-        from qilin_med.callbacks import CheckpointSealer, Guard, MetricsFile, Progress, StartUp, end_rank
+        from qilin_med.callbacks import Checkpoints, Guard, MetricsFile, Progress, StartUp, end_rank
 
         trainer = build_trainer(job)
         trainer.remove_callback(PrinterCallback)
-        for callback in (
-            StartUp(starting),
-            MetricsFile(job.folder / "metrics.jsonl"),
-            Progress(),
-            CheckpointSealer(job),
-        ):
+        checkpoints, metrics = Checkpoints(job, trainer), MetricsFile(job.folder / "metrics.jsonl")
+        # In this order: a row is written before its checkpoint is committed, and times all that is waited for.
+        for callback in (StartUp(starting), metrics, Progress(), checkpoints, Guard(job, trainer, checkpoints)):
             trainer.add_callback(callback)
-        trainer.add_callback(Guard(job, trainer))
         set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
-        trainer.train(resume_from_checkpoint=resume)
+        with checkpoints:
+            trainer.train(resume_from_checkpoint=resume)
     end_rank()
 
 
@@ -359,8 +356,7 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
         deepspeed=section.deepspeed,
         logging_steps=1,  # a resumed run must log the same numbers, so no averages over several updates
         logging_nan_inf_filter=False,  # Guard stops the run instead
-        save_strategy="steps",
-        save_steps=section.checkpoint_every,
+        save_strategy="no",  # our callback says when
         report_to=section.report_to,
         disable_tqdm=True,  # Progress shows more
         remove_unused_columns=False,
@@ -396,7 +392,11 @@ def _publish(job: Job, checkpoint: Path) -> None:
     answers_end = set() if job.stage == "pretraining" else {ChatTemplate(tokenizer).end_id}
     temporary = _empty_folder(job.folder / ".merged.part")
     save_whole_model(model, tokenizer, temporary, settings.dtype, {tokenizer.eos_token_id} | answers_end)
-    publish_folder(temporary, job.merged, _manifest(job))
+    cost = publish_folder(temporary, job.merged, _manifest(job))["checkpoints"]
+    say(
+        f"{job.stage}: finished, {job.merged}. Training waited {cost['seconds']:,} s for {cost['number']} checkpoints,"
+        f" {cost['share']:.1%} of its time"
+    )
 
 
 def _publish_adapter(job: Job, checkpoint: Path) -> None:
@@ -429,6 +429,7 @@ def _manifest(job: Job) -> dict[str, Any]:
         "ranks": job.ranks,
         "updates": job.updates,
         "final_metrics": metrics[-1] if metrics else None,
+        "checkpoints": checkpoint_cost(metrics),
         "versions": versions(),
         "commit": commit(),
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qilin_med import progress as module
-from qilin_med.checkpoints import MANIFEST, seal_folder, sha256_of, verify_folder
+from qilin_med.checkpoints import MANIFEST, commit_folder, sha256_of, verify_folder
 from qilin_med.progress import clock, progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ def test_hashing_shows_bytes(often, capsys, tmp_path):
     assert (
         sha256_of(tmp_path / "weights") == hashlib.file_digest((tmp_path / "weights").open("rb"), "sha256").hexdigest()
     )
-    seal_folder(tmp_path, MANIFEST, {})
+    commit_folder(tmp_path, MANIFEST, {})
     verify_folder(tmp_path)
     lines = shown(capsys)
     for label in (f"hashing {tmp_path}", f"verifying {tmp_path}"):

@@ -15,9 +15,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import psutil
@@ -29,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from qilin_med import training
-from qilin_med.checkpoints import COMPLETE, MANIFEST, find_checkpoints, verify_folder
+from qilin_med.checkpoints import COMPLETE, MANIFEST, find_checkpoints, step_of, verify_folder
 from qilin_med.config import load_experiment
 from qilin_med.errors import UserError
 
@@ -199,6 +201,11 @@ def kill_when(process: subprocess.Popen, condition, number: int = signal.SIGKILL
     return False
 
 
+def steps_of(folder: Path) -> list[str]:
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def half_written_checkpoint(folder: Path) -> bool:
     return any(not (path / COMPLETE).exists() for path in find_checkpoints(folder / "checkpoints"))
 
@@ -214,13 +221,8 @@ def test_killed_anywhere_ends_like_an_uninterrupted_run(world, finished, stage, 
         arguments.append(f"{stage}.parent={finished / parent / 'merged'}")
     folder = tmp_path / "run" / stage
     step = random.SystemRandom().randint(1, 8)
-
-    def steps() -> int:
-        path = folder / "metrics.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
-
     reached = {
-        "step": lambda: steps() >= step,
+        "step": lambda: len(steps_of(folder)) >= step,
         "checkpoint": lambda: half_written_checkpoint(folder),
         "merge": lambda: (folder / ".merged.part").exists(),
     }
@@ -416,30 +418,104 @@ def test_a_damaged_or_foreign_checkpoint_is_set_aside(world, finished, tmp_path)
     assert {"checkpoint-6.damaged", "checkpoint-8.foreign"} <= names
 
 
-def test_a_full_disk_destroys_nothing(world, finished, tmp_path):
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        arguments = [f"output_dir={disk}/run"]
-        folder = disk / "run" / "pretraining"
-        process = start(world, "pretraining", *arguments)
-        while not (folder / "checkpoints" / "checkpoint-3" / COMPLETE).exists():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.001)
-        with pytest.raises(OSError), (disk / "filler").open("wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(2**12))
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 2 and "the disk is full" in output, output
-        assert "Traceback" not in output
-        (disk / "filler").unlink()
-        assert "continuing from checkpoint-" in run(world, "pretraining", *arguments)
-        assert losses(folder) == losses(finished / "pretraining")
-    finally:
-        subprocess.run(["umount", str(disk)], check=False)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=False)
+
+
+def fill(disk: Path) -> None:
+    with pytest.raises(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(2**12))
+
+
+def test_a_full_disk_destroys_nothing(world, finished, small_disk):
+    arguments = [f"output_dir={small_disk}/run"]
+    folder = small_disk / "run" / "pretraining"
+    process = start(world, "pretraining", *arguments)
+    while not (folder / "checkpoints" / "checkpoint-3" / COMPLETE).exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    fill(small_disk)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "the disk is full" in output, output
+    assert "Traceback" not in output
+    (small_disk / "filler").unlink()
+    assert "continuing from checkpoint-" in run(world, "pretraining", *arguments)
+    assert losses(folder) == losses(finished / "pretraining")
+
+
+def test_a_disk_that_fills_up_behind_the_training_is_told_of(world, small_disk):
+    from transformers import TrainerControl, TrainerState
+
+    from qilin_med.callbacks import Checkpoints, MetricsFile
+
+    job = training._prepare_job(load_experiment(world / "c.json", [f"output_dir={small_disk}"]), "pretraining", ranks=1)
+    checkpoint = job.checkpoints / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    metrics = job.folder / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    fill(small_disk)
+    trainer, state, control = (
+        SimpleNamespace(stop_agreed=0, save_agreed=0),
+        TrainerState(global_step=1),
+        TrainerControl(),
+    )
+    with pytest.raises(UserError, match="the disk is full"), Checkpoints(job, trainer) as checkpoints:
+        checkpoints.on_save(None, state, control)
+    with pytest.raises(UserError, match="the disk is full"):
+        checkpoints.on_step_end(None, TrainerState(global_step=2, max_steps=5), control)
+    assert not (checkpoint / COMPLETE).exists()
+    with pytest.raises(UserError, match="the disk is full"):
+        MetricsFile(metrics).on_train_begin(None, state, control)
+    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "lo'
+    (small_disk / "filler").unlink()
+    MetricsFile(metrics).on_train_begin(None, TrainerState(global_step=2), control)
+    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_training_goes_on_while_a_checkpoint_is_committed(world, finished, tmp_path):
+    """A pipe that nobody writes to, among the files of checkpoint-6, holds up its fsync as a slow disk would."""
+    arguments = [f"output_dir={tmp_path}/run"]
+    folder = tmp_path / "run" / "pretraining"
+    process = start(world, "pretraining", *arguments)
+    assert any(line.startswith("starting") for line in process.stdout)
+    checkpoint = folder / "checkpoints" / "checkpoint-6"
+    checkpoint.mkdir(parents=True)
+    os.mkfifo(checkpoint / "pipe")
+    assert kill_when(process, lambda: len(steps_of(folder)) == 8)
+    assert (checkpoint / "trainer_state.json").exists() and not (checkpoint / COMPLETE).exists()
+    assert "continuing from checkpoint-3" in run(world, "pretraining", *arguments)
+    assert losses(folder) == losses(finished / "pretraining")
+    assert not list(folder.glob("checkpoints/*incomplete*"))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "every", "saved"), [("1e-6", "null", [1, 2, 3, 4, 5]), ("null", "2", [2, 4, 5]), ("60", "null", [5])]
+)
+def test_checkpoints_by_the_clock_and_by_updates(world, tmp_path, minutes, every, saved):
+    overrides = [
+        f"output_dir={tmp_path}",
+        "pretraining.deepspeed=null",
+        "pretraining.max_steps=5",
+        f"pretraining.checkpoint_minutes={minutes}",
+        f"pretraining.checkpoint_every={every}",
+        "pretraining.keep_checkpoints=9",
+    ]
+    folder = run_stage(world / "c.json", "pretraining", *overrides)
+    assert [step_of(path) for path in find_checkpoints(folder / "checkpoints")] == saved
+    assert all((path / COMPLETE).exists() for path in find_checkpoints(folder / "checkpoints"))
+    rows = metrics(folder)
+    assert [row["step"] for row in rows if "checkpoint_seconds" in row] == saved
+    assert all(row["checkpoint_seconds"] < row["seconds"] for row in rows if "checkpoint_seconds" in row)
+    cost = verify_folder(folder / "merged")["checkpoints"]
+    assert cost["number"] == len(saved) and 0 < cost["share"] < 1
 
 
 def test_nan_stops_with_step_rows_and_last_good_checkpoint(world, finished, tmp_path):

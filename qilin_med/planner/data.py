@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qilin_med.checkpoints import read_manifest
 from qilin_med.config import Experiment, PretrainingConfig, StageConfig, StageName
+from qilin_med.errors import UserError
 from qilin_med.rows import row_settings
 
 
@@ -41,7 +42,10 @@ def _in_cache(experiment: Experiment, stage: StageName) -> Amount | None:
     settings = row_settings(stage, experiment.stage(stage))
     manifests = (Path(experiment.output_dir) / "cache").glob(f"{stage}-*/MANIFEST.json")
     for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
-        manifest = read_manifest(path.parent)
+        try:
+            manifest = read_manifest(path.parent)
+        except UserError:  # damaged, or of an earlier version: the stage will make these rows again
+            continue
         if manifest["inputs"]["settings"] == settings:
             counts = manifest["counts"]
             return Amount(

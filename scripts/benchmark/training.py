@@ -100,7 +100,7 @@ def sources_of(data: list[str], stage: str) -> list[dict[str, str]]:
 def describe_experiment(stages: list[str], arguments: argparse.Namespace, work: Path) -> Experiment:
     shared = {
         "epochs": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0, "report_to": [],
-        "checkpoint_every": 1_000_000, "parent": str(work / "model"),
+        "checkpoint_minutes": None, "parent": str(work / "model"),
     }  # fmt: skip
     limits = {"max_source_length": 256, "max_target_length": 256}
     lora = {"rank": 8, "alpha": 32, "dropout": 0.05}
@@ -162,14 +162,14 @@ def make_job(experiment: Experiment, stage: str, updates: int, work: Path) -> Jo
 def write_rows(dataset: Any, drawn: list[int], folder: Path) -> Path:
     import pyarrow as pa
 
-    from qilin_med.checkpoints import MANIFEST, write_json
+    from qilin_med.checkpoints import MANIFEST, commit_folder
     from qilin_med.rows import ROWS
 
     table = dataset.with_format("arrow")[drawn]
     folder.mkdir()
     with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    write_json(folder / MANIFEST, {"counts": {}})
+    commit_folder(folder, MANIFEST, {"counts": {}})
     return folder
 
 
