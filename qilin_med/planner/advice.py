@@ -83,7 +83,7 @@ def _with_batch(plan: StagePlan, change: Change) -> Change | None:
     """The change with the largest batch that fits and divides the update; None if there is none."""
     if fits(plan_memory(change.training), plan.machines):
         return change
-    rows = _largest_divisor(plan, largest_batch(change.training, plan.machines))
+    rows = _largest_divisor(plan, largest_batch(change.training, plan.machines, plan.rows_of_a_rank))
     if rows is None:
         return None
     overrides = f"{plan.stage}.batch_size_per_device={rows} {plan.stage}.global_batch_size={plan.rows_per_update}"
