@@ -297,7 +297,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(tmp_path, monkeypa
 
 def test_the_largest_batch_stops_at_a_ranks_part_of_an_update():
     plan = paper("pretraining", gpus(8, "a100-80g"))
-    assert (plan.rows_per_update, plan.rows_of_a_rank) == (8, 1)
+    assert (plan.global_batch_size, plan.rows_of_a_rank) == (8, 1)
     assert [largest_batch(plan.training, plan.machines, most) for most in (1, 3)] == [1, 3]
     assert largest_batch(plan.training, replace(plan.machines, memory=20 * GIB), 1) == 0
     found = largest_batch(plan.training, plan.machines, 1000)

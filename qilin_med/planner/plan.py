@@ -47,29 +47,29 @@ class StagePlan:
         return plan_memory(self.training)
 
     @property
-    def rows_per_update(self) -> int:
+    def global_batch_size(self) -> int:
         return self.section.global_batch_size or self.section.batch_size_per_device * self.machines.ranks
 
     @property
     def rows_of_a_rank(self) -> int:
         """A rank's part of an update, more than which it never takes at once."""
-        return self.rows_per_update // self.machines.ranks
+        return self.global_batch_size // self.machines.ranks
 
     @property
     def accumulation(self) -> int:
-        return self.rows_per_update // (self.section.batch_size_per_device * self.machines.ranks)
+        return self.global_batch_size // (self.section.batch_size_per_device * self.machines.ranks)
 
     @property
     def updates(self) -> int | None:
         if self.section.max_steps:
             return self.section.max_steps
-        return self.amount and math.ceil(self.section.epochs * math.ceil(self.amount.rows / self.rows_per_update))
+        return self.amount and math.ceil(self.section.epochs * math.ceil(self.amount.rows / self.global_batch_size))
 
     def work(self) -> Work | None:
         """What the whole stage computes; None where the data are unknown."""
         if not self.amount:
             return None
-        passes = self.updates / math.ceil(self.amount.rows / self.rows_per_update)
+        passes = self.updates / math.ceil(self.amount.rows / self.global_batch_size)
         return Work(self._tokens_of_a_pass * passes, self.amount.trained * passes)
 
     @property
@@ -82,7 +82,7 @@ class StagePlan:
     @property
     def update_work(self) -> Work:
         """One update of rows that are as long as they may be."""
-        tokens = self.rows_per_update * self.training.sequences * self.training.length
+        tokens = self.global_batch_size * self.training.sequences * self.training.length
         return Work(tokens, tokens * self.training.targets)
 
     def flops(self, count: Callable[[Training, Work], float] = training_flops) -> float:

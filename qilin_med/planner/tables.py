@@ -47,7 +47,7 @@ def _heading(plan: StagePlan, device: str) -> list[str]:
         f" ({t.trainable / t.parameters:.2%}){adapter}",
         f"{plan.machines.ranks} x {device}, {t.engine.name}, {t.dtype}, {recomputed};"
         f" {section.batch_size_per_device} {UNITS[plan.stage]} of {t.sequences * t.length} tokens at once,"
-        f" {plan.rows_per_update} an update",
+        f" {plan.global_batch_size} an update",
     ]
 
 
