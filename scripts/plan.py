@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="which GPU (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
     for name, default, what in (
-        ("efficiency", 0.5, "share of a GPU's peak that kernels reach while they compute"),
-        ("disk-gbs", 2.0, "GB/s at which checkpoints are written"),
+        ("efficiency", Rates.efficiency, "share of a GPU's peak that kernels reach while they compute"),
+        ("disk-gbs", Rates.disk / 1e9, "GB/s at which checkpoints are written"),
         ("network-gbs", 25.0, "GB/s between machines, each way, of all cards of a machine together"),
     ):
         parser.add_argument(f"--{name}", type=_positive, default=default, help=f"{what} (default: %(default)s)")

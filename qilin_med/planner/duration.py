@@ -21,9 +21,9 @@ PUBLISHED_MFU = 4357 * 42.04e9 / 312e12
 
 @dataclass(frozen=True)
 class Rates:
-    efficiency: float
+    efficiency: float = 0.5
     """Share of the peak that kernels reach while they compute."""
-    disk: float
+    disk: float = 2e9
     """Bytes/s at which checkpoints are written."""
     mfu: float | None = None
     """A whole run's model FLOPs utilisation, known from elsewhere: replaces the estimate of its time."""
