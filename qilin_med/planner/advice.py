@@ -93,4 +93,6 @@ def _with_batch(plan: StagePlan, change: Change) -> Change | None:
 
 def _largest_divisor(plan: StagePlan, most: int) -> int | None:
     """Rows at once that split a rank's part of an update evenly, at most `most` and fewer than now."""
-    return next((rows for rows in range(min(most, plan.training.rows - 1), 0, -1) if plan.rows_of_a_rank % rows == 0), None)
+    return next(
+        (rows for rows in range(min(most, plan.training.rows - 1), 0, -1) if plan.rows_of_a_rank % rows == 0), None
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qilin_med.config import DpoConfig, Experiment, PretrainingConfig, StageConfig, StageName
+from qilin_med.config import DpoConfig, Experiment, InstructionConfig, PretrainingConfig, StageConfig, StageName
 from qilin_med.job import check_batch, read_deepspeed
 from qilin_med.planner.architecture import Architecture
 from qilin_med.planner.compute import Work, reference_flops, training_flops
@@ -75,7 +75,7 @@ class StagePlan:
     @property
     def _tokens_of_a_pass(self) -> float:
         """A pair's question is read with either answer; without packing every sequence is as long as the longest."""
-        if not getattr(self.section, "packing", True):
+        if isinstance(self.section, InstructionConfig) and not self.section.packing:
             return self.amount.rows * self.training.sequences * self.training.length
         return 2 * self.amount.tokens - self.amount.trained if self.stage == "dpo" else self.amount.tokens
 
