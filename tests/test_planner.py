@@ -5,6 +5,8 @@ import gc
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -378,6 +380,32 @@ def test_the_papers_pretraining_at_the_best_published_rate_and_at_our_estimate()
     mfu, hfu = utilisation(CPT, time.total)
     assert mfu == pytest.approx(PUBLISHED_MFU * published * 3600 / time.total) and mfu < hfu < 0.5
     assert stage_duration(CPT, Rates(0.5, 2e9, mfu=PUBLISHED_MFU)).total == pytest.approx(published * 3600)
+
+
+def test_the_script_prints_our_estimate_beside_the_published_rate():
+    command = [
+        sys.executable,
+        "scripts/plan.py",
+        "--config",
+        "configs/qilin_med_7b.json",
+        "--model-config",
+        str(BAICHUAN),
+    ]
+    amounts = ["--gpus", "8", "--tokens", "pretraining=2.122e9", "sft=4.816e9", "--rows", "sft=11779500", "dpo=6000"]
+    said = subprocess.check_output([*command, *amounts], cwd=ROOT, text=True)
+    for words in (
+        "largest batch that fits: 1, a rank's part of an update",
+        "777,102 updates, 6,366,000,000 tokens",
+        "23,007 updates",
+        "188 updates",
+        "; 50.7 hours (2.11 days) at the best published MFU",
+        "all stages: ",
+    ):
+        assert words in said, said
+    said = subprocess.check_output(
+        [*command, "--stage", "sft", "--gpu", "910b-64g", "--mfu", "0.4"], cwd=ROOT, text=True
+    )
+    assert said.startswith("910b-64g: for planning only") and "s at an MFU of 40.0%, as stated" in said
 
 
 def test_gradients_are_waited_for_where_they_travel_longer_than_the_backward_pass():

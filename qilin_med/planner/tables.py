@@ -1,4 +1,4 @@
-"""The plan as text of 100 columns."""
+"""The plan as text of about 110 columns."""
 
 from collections.abc import Sequence
 from dataclasses import replace
