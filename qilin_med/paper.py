@@ -1,5 +1,6 @@
 """What the paper (arXiv:2310.09089) states and prints: its tables and its training settings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,41 +122,49 @@ STATED: dict[str, Any] = {
     **flatten(
         {
             "pretraining": {
-                "parent": None, "lora": None, "block_size": 1024, "epochs": 3, "batch_size_per_device": 1,
+                "parent": None, "lora": None, "block_size": 1024, "epochs": 3, "global_batch_size": 1 * 8,
                 "learning_rate": 2e-4, "warmup_ratio": 0.05, "weight_decay": 0.01,
             },
             "sft": {
-                "parent": None, **_LENGTHS, **_RATES, "batch_size_per_device": 64,
+                "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 64 * 8,
                 "deepspeed": "configs/deepspeed/zero2.json", "lora": {"rank": 8, "alpha": 32, "dropout": 0.05},
             },
             "dpo": {
-                "parent": None, **_LENGTHS, **_RATES, "batch_size_per_device": 8,
+                "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 8 * 4,
                 "lora": {"rank": 8, "alpha": 16, "dropout": 0.05},
             },
             "retrieval": {"passages": 5},
         }
     ),
 }  # fmt: skip
-"""Settings by key of the experiment file. `parent` null: each stage starts from the one before it."""
+"""Settings by key of the experiment file. `parent` null: each stage starts from the one before it. A global batch is the
+paper's batch per GPU times its GPUs: 8 A100s for the first two stages, 4 RTX 3090s for DPO."""
 
-# What a run is called, reads and writes, how it is watched and how memory is spared says nothing of its method.
+# What a run is called, reads and writes, how it is watched and how memory is spared says nothing of its method; how an
+# update is divided among GPUs and laid out in memory neither, as long as it holds the same number of samples.
 _NOT_COMPARED = {
     "name", "output_dir", "evaluation", "data", "processes", "threads_per_process", "activation_checkpointing",
+<<<<<<< HEAD
     "checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus", "index",
     "decontamination", "exam_sources", "dense",
+=======
+    "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus", "index",
+    "decontamination", "exam_sources", "dense", "batch_size_per_device", "packing",
+>>>>>>> work-b
 }  # fmt: skip
 
 Difference = tuple[str, Any, Any, bool]
 
 
-def differences(settings: dict[str, Any]) -> list[Difference]:
+def differences(settings: dict[str, Any], ranks: Mapping[str, int] | None = None) -> list[Difference]:
     """(key, the paper's value, ours, whether the paper states it) of every setting that differs.
 
-    `settings` is a whole experiment as a dictionary. Where the paper is silent, its value is configs/qilin_med_7b.json's.
-    A stage that the experiment leaves out is one difference; without a corpus, retrieval is not compared.
+    `settings` is a whole experiment as a dictionary, `ranks` the number that trains each stage (default:
+    launch.processes). Where the paper is silent, its value is configs/qilin_med_7b.json's. A stage that the experiment
+    leaves out is one difference; without a corpus, retrieval is not compared.
     """
-    whole = _comparable(load_experiment(EXPERIMENT_FILE).model_dump(mode="json")) | STATED
-    ours = _comparable(settings)
+    whole = _comparable(load_experiment(EXPERIMENT_FILE).model_dump(mode="json"), {}) | STATED
+    ours = _comparable(settings, ranks or {})
     left_out = [stage for stage in STAGES if not settings[stage]]
     if not settings["retrieval"]["corpus"]:
         left_out.append("retrieval")
@@ -166,7 +175,18 @@ def differences(settings: dict[str, Any]) -> list[Difference]:
     ]
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+def _comparable(settings: dict[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     flat = {key: value for key, value in flatten(settings).items() if not _NOT_COMPARED & set(key.split("."))}
+    for stage in filter(settings.get, STAGES):
+        flat[f"{stage}.global_batch_size"] = _global_batch_size(settings, stage, ranks.get(stage))
     is_same_base = Path(flat["model.path"]).name.lower() == BASE_MODEL
     return flat | {"model.path": BASE_MODEL} if is_same_base else flat
+
+
+def _global_batch_size(settings: dict[str, Any], stage: StageName, ranks: int | None) -> int | str:
+    """Of an update; in words where the number of GPUs is not known."""
+    section, ranks = settings[stage], ranks or settings["launch"]["processes"]
+    if section["global_batch_size"]:
+        return section["global_batch_size"]
+    each = section["batch_size_per_device"]
+    return f"{each} x GPUs" if ranks == "auto" else each * ranks

@@ -43,7 +43,7 @@ one level deep: `"extends": "qilin_med_7b.json"`.
 | `demo_chimed.json` | builds the demo's training sets (scripts/build_chimed.py) |
 | `qilin_med_7b.json` | the paper: Baichuan-7B on 8 x A100-80G, complete |
 | `qilin_med_7b_3090x4.json` | the paper's hardware for DPO, four 24 GB cards; shares the run folder of qilin_med_7b.json |
-| `qilin_med_7b_fast.json` | the paper's training in less time: packed SFT rows, FlashAttention 2, Liger's kernels |
+| `qilin_med_7b_fast.json` | the paper's training in less time: FlashAttention 2, Liger's kernels, nothing recomputed |
 | `qlora_1gpu.json` | all three stages on one 24 GB card: adapters on a base held in 4 bits |
 | `qwen3_8b.json` | another base with its own tokenizer and chat template, all else as in qilin_med_7b.json |
 | `deepspeed/*.json` | ZeRO-2 (the paper) and ZeRO-3, each also with the optimiser (ZeRO-3: and the weights) in CPU memory |
@@ -57,14 +57,18 @@ on it (61K rows are train and val together). A corpus file is no experiment file
 The variants extend qilin_med_7b.json, so each states only what it changes.
 
 - qilin_med_7b.json: epochs of SFT and DPO, beta, ZeRO-2 and bfloat16 are those of the published scripts or of the
-  library. Activations are recomputed, since 64 rows a card would not fit otherwise. Documents in a block do not see each
-  other, and rows of 8 cards are the global batch of CPT and SFT (8 and 512).
-- qilin_med_7b_3090x4.json: the paper's 8 pairs a card on 4 cards are 32 an update. The files for other machines keep 32.
-- qilin_med_7b_fast.json: a packed SFT row of 1024 tokens holds several conversations, so an update of 512 conversations
-  is fewer rows. 128 rows (131,072 tokens) are 256 tokens a conversation; `--dry-run` prints rows and tokens of your
-  data: set sft.global_batch_size to 512 x tokens / conversations / 1024 for the paper's number of updates. No stage
-  recomputes activations, so a card takes fewer rows at once. flash-attn and liger-kernel come with
-  requirements-gpu.txt.
+  library. Documents in a block do not see each other. The global batches are the paper's batch per card times its cards:
+  8 blocks and 512 conversations on 8 A100s, 32 pairs on 4 RTX 3090s. They hold on any number of cards that divides them;
+  batch_size_per_device is a matter of memory (`scripts/paper_diff.py CONFIG --gpus N` compares the global batch). SFT and
+  DPO recompute activations, since 64 conversations on an A100 or 8 pairs on a 3090 would not fit otherwise. CPT has one
+  block of 1,024 tokens a card, which fits with all its activations (32 of 80 GiB by the plan): recomputing them would
+  take a fifth more time for nothing.
+- LoRA on all linear layers at rank 8 has 19,988,480 parameters on our layout and 17,891,328 on the published one, which
+  stores q, k and v as one matrix, W_pack. There the three share one A (8 x 4096), here each has its own: 2 x 8 x 4096 more
+  in each of 32 layers. The paper gives no number.
+- qilin_med_7b_3090x4.json: the paper's 8 pairs a card on 4 cards. The files for other machines keep the 32 of an update.
+- qilin_med_7b_fast.json: the same updates, computed faster. No stage recomputes activations, so a card takes 16
+  conversations at once. flash-attn and liger-kernel come with requirements-gpu.txt.
 - qlora_1gpu.json: NF4 with double quantisation; for CPT rank 64, alpha 16, dropout 0.1 and learning rate 2e-4, which
   Dettmers et al. (2023) use for 7B models (2e-4 is also the paper's); for SFT and DPO the paper's own adapters. Global
   batches stay the paper's through accumulation. The next stage starts from the parent in its own precision with the

@@ -1,6 +1,6 @@
 """Print the settings in which an experiment differs from the paper's.
 
-python scripts/paper_diff.py configs/demo.json [key.path=value ...]
+python scripts/paper_diff.py configs/demo.json [--gpus 8] [key.path=value ...]
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qilin_med.config import load_experiment
+from qilin_med.config import STAGES, load_experiment
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.report.document import markdown_table
 from qilin_med.report.tables import difference_table
@@ -19,8 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="experiment file")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
-    arguments = parser.parse_args()
-    table = difference_table(load_experiment(arguments.config, arguments.overrides).model_dump(mode="json"))
+    parser.add_argument("--gpus", type=int, help="GPUs that train, over all nodes (default: launch.processes)")
+    arguments = parser.parse_intermixed_args()
+    settings = load_experiment(arguments.config, arguments.overrides).model_dump(mode="json")
+    table = difference_table(settings, dict.fromkeys(STAGES, arguments.gpus) if arguments.gpus else {})
     print(markdown_table(table) if table.rows else "no setting differs from the paper's")
 
 

@@ -18,6 +18,7 @@ from qilin_med.config import STAGES, Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.planner.architecture import read_architecture
 from qilin_med.planner.data import Amount, find_amount, stated_amount
+from qilin_med.planner.duration import Rates
 from qilin_med.planner.gpus import GPUS
 from qilin_med.planner.plan import Machines, plan_stage
 from qilin_med.planner.preflight import local_machine
@@ -30,12 +31,13 @@ def main() -> None:
     architecture = read_architecture(arguments.model_config or Path(experiment.model.path))
     rows, tokens = _amounts(arguments.rows), _amounts(arguments.tokens)
     machines, device = _machines(arguments, experiment)
+    rates = Rates(arguments.efficiency, arguments.disk_gbs * 1e9, arguments.mfu)
     plans = []
     for stage in stages:
         amount = _amount(experiment, stage, rows.get(stage), tokens.get(stage))
         plans.append(plan_stage(experiment, stage, architecture, machines, amount))
-        print(format_plan(plans[-1], device, arguments.mfu), end="\n\n")
-    if len(plans) > 1 and (total := format_total(plans, arguments.mfu)):
+        print(format_plan(plans[-1], device, rates), end="\n\n")
+    if len(plans) > 1 and (total := format_total(plans, rates)):
         print(total)
 
 
@@ -44,15 +46,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, help="GPUs of a machine (default: launch.processes, or 8)")
     parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="which GPU (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
+    for name, default, what in (
+        ("efficiency", Rates.efficiency, "share of a GPU's peak that kernels reach while they compute"),
+        ("disk-gbs", Rates.disk / 1e9, "GB/s at which checkpoints are written"),
+        ("network-gbs", 25.0, "GB/s between machines, each way, of all cards of a machine together"),
+    ):
+        parser.add_argument(f"--{name}", type=_positive, default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument(
-        "--mfu", type=float, default=0.4,
-        help="share of the GPUs' peak that the computed operations reach, recomputed ones included (default: %(default)s)",
-    )  # fmt: skip
+        "--mfu",
+        type=_positive,
+        help="model FLOPs utilisation of whole runs, known from elsewhere: replaces the estimate",
+    )
     parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage (may be repeated)")
     parser.add_argument("--model-config", type=Path, help="a model's config.json, where its folder is not there yet")
     for what in ("rows", "tokens"):
         parser.add_argument(f"--{what}", nargs="+", default=[], metavar="STAGE=NUMBER", help=f"{what} of the data")
     return parser
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return number
 
 
 def _amounts(values: list[str]) -> dict[str, float]:
@@ -78,7 +94,11 @@ def _machines(arguments: argparse.Namespace, experiment: Experiment) -> tuple[Ma
     processes = experiment.launch.processes
     gpus = arguments.gpus or (8 if processes == "auto" else processes)
     gpu = GPUS[arguments.gpu]
-    return Machines(arguments.nodes, gpus, gpu.memory, gpu.peak(experiment.model.dtype)), gpu.name
+    network = arguments.network_gbs * 1e9 if arguments.nodes > 1 else gpu.bandwidth
+    if gpu.note:
+        print(f"{gpu.name}: {gpu.note}", end="\n\n")
+    peak, bandwidth = gpu.peak(experiment.model.dtype), min(gpu.bandwidth, network)
+    return Machines(arguments.nodes, gpus, gpu.memory, peak, bandwidth), gpu.name
 
 
 if __name__ == "__main__":

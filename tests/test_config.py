@@ -39,12 +39,13 @@ def test_shipped_corpus_files_load_and_chimed_has_every_data_set_of_the_paper():
 def test_the_papers_file_states_the_papers_table():
     paper = load_experiment(PAPER)
     cpt, sft, dpo = paper.pretraining, paper.sft, paper.dpo
-    assert (cpt.epochs, cpt.learning_rate, cpt.block_size, cpt.batch_size_per_device) == (3, 2e-4, 1024, 1)
-    assert (cpt.warmup_ratio, cpt.weight_decay, cpt.global_batch_size) == (0.05, 0.01, 8)
-    assert (sft.learning_rate, sft.batch_size_per_device, sft.warmup_ratio, sft.weight_decay) == (2e-5, 64, 0.05, 0.05)
+    assert (cpt.epochs, cpt.learning_rate, cpt.block_size) == (3, 2e-4, 1024)
+    assert (cpt.warmup_ratio, cpt.weight_decay) == (0.05, 0.01)
+    assert [s.global_batch_size for s in (cpt, sft, dpo)] == [1 * 8, 64 * 8, 8 * 4]
+    assert (sft.learning_rate, sft.warmup_ratio, sft.weight_decay) == (2e-5, 0.05, 0.05)
     assert (sft.lora.rank, sft.lora.alpha, sft.lora.dropout) == (8, 32, 0.05)
     assert (dpo.lora.rank, dpo.lora.alpha, dpo.lora.dropout) == (8, 16, 0.05)
-    assert (dpo.learning_rate, dpo.batch_size_per_device, dpo.beta) == (2e-5, 8, 0.1)
+    assert (dpo.learning_rate, dpo.warmup_ratio, dpo.weight_decay, dpo.beta) == (2e-5, 0.05, 0.05, 0.1)
     assert {s.max_source_length for s in (sft, dpo)} == {s.max_target_length for s in (sft, dpo)} == {256}
 
 
@@ -121,7 +122,9 @@ def test_impossible_combinations():
         check_batch(cpu, "sft", ranks=2)
     paper = load_experiment(PAPER)
     assert count_ranks(paper, gpus=8) == 8
-    check_batch(paper, "sft", ranks=8)
+    for stage in ("pretraining", "sft", "dpo"):
+        check_batch(paper, stage, ranks=8)  # the machine that README names
+    check_batch(load_experiment(ROOT / "configs/qilin_med_7b_3090x4.json"), "dpo", ranks=4)
     with pytest.raises(UserError, match="no GPU is visible"):
         count_ranks(paper, gpus=0)
     with pytest.raises(UserError, match="16 but 8 GPUs"):

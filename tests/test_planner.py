@@ -5,6 +5,8 @@ import gc
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +26,24 @@ from qilin_med.models import forward_through_head, lora_config
 from qilin_med.planner import preflight
 from qilin_med.planner.advice import cheapest_change
 from qilin_med.planner.architecture import read_architecture
-from qilin_med.planner.compute import Work, training_flops
+from qilin_med.planner.compute import Work, model_flops, training_flops
+from qilin_med.planner.data import Amount, stated_amount
+from qilin_med.planner.duration import (
+    PUBLISHED_MFU,
+    Exchange,
+    Rates,
+    at_mfu,
+    count_checkpoints,
+    exchange,
+    ring_seconds,
+    stage_duration,
+    utilisation,
+)
 from qilin_med.planner.engine import Engine
 from qilin_med.planner.gpus import GPUS
 from qilin_med.planner.memory import Training, model_states, moments, plan_memory, step_gradients
-from qilin_med.planner.plan import Machines, plan_stage
-from qilin_med.planner.storage import offloaded_bytes
+from qilin_med.planner.plan import Machines, StagePlan, largest_batch, plan_stage
+from qilin_med.planner.storage import checkpoint_bytes, offloaded_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 BAICHUAN = ROOT / "configs/architectures/baichuan-7b.json"
@@ -73,6 +87,21 @@ def test_parameters_are_those_of_transformers_and_peft(path, targets):
     planned = training(path, lora=lora)
     assert planned.parameters == sum(n for n, _ in counts)
     assert planned.trainable == sum(n for n, trained in counts if trained)
+
+
+def test_adapters_on_split_q_k_v_have_three_a_matrices_and_on_the_published_fused_layer_one():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    assert training(lora=LORA).trainable == 19_988_480
+    fused = {"W_pack": (4096, 3 * 4096), "o_proj": (4096, 4096), "gate_proj": (4096, 11008), "up_proj": (4096, 11008),
+             "down_proj": (11008, 4096)}  # fmt: skip
+    with torch.device("meta"):
+        layers = [
+            torch.nn.ModuleDict({n: torch.nn.Linear(*s, bias=False) for n, s in fused.items()}) for _ in range(32)
+        ]
+        model = inject_adapter_in_model(LoraConfig(r=8, target_modules=list(fused)), torch.nn.ModuleList(layers))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 17_891_328
+    assert 19_988_480 - 17_891_328 == 32 * 2 * 8 * 4096
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
@@ -216,13 +245,13 @@ def test_memory_and_flops_of_the_7b_model(case, tmp_path):
 # ------------------------------------------------------------------------------------------------- fits, and refusals
 
 
-def paper(stage: str, machines: Machines, *overrides: str):
+def paper(stage: str, machines: Machines, *overrides: str, amount: Amount | None = None) -> StagePlan:
     experiment = load_experiment(ROOT / "configs/qilin_med_7b.json", overrides)
-    return plan_stage(experiment, stage, read_architecture(BAICHUAN), machines)
+    return plan_stage(experiment, stage, read_architecture(BAICHUAN), machines, amount)
 
 
 def gpus(number: int, name: str) -> Machines:
-    return Machines(1, number, GPUS[name].memory, GPUS[name].bf16)
+    return Machines(1, number, GPUS[name].memory, GPUS[name].bf16, GPUS[name].bandwidth)
 
 
 def test_the_papers_machines_are_large_enough():
@@ -240,7 +269,8 @@ def test_the_papers_machines_are_large_enough():
         ("dpo", gpus(4, "3090-24g"), ["dpo.batch_size_per_device=16"], "dpo.batch_size_per_device=8 dpo.global_batch_size=64"),
         ("sft", gpus(8, "a100-80g"), ["sft.activation_checkpointing=false", "sft.batch_size_per_device=512"],
          "sft.batch_size_per_device=8 sft.global_batch_size=4096"),
-        ("pretraining", gpus(8, "3090-24g"), [], "pretraining.deepspeed=configs/deepspeed/zero3.json"),
+        ("pretraining", gpus(8, "3090-24g"), [],
+         "pretraining.activation_checkpointing=true pretraining.deepspeed=configs/deepspeed/zero3.json"),
         ("pretraining", gpus(1, "3090-24g"), ["pretraining.global_batch_size=8"],
          "pretraining.deepspeed=configs/deepspeed/zero2_offload.json"),
     ],
@@ -267,12 +297,140 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(tmp_path, monkeypa
         preflight.check_disk(plan, tmp_path)
 
 
+def test_the_largest_batch_stops_at_a_ranks_part_of_an_update():
+    plan = paper("pretraining", gpus(8, "a100-80g"))
+    assert (plan.global_batch_size, plan.rows_of_a_rank) == (8, 1)
+    assert [largest_batch(plan.training, plan.machines, most) for most in (1, 3)] == [1, 3]
+    assert largest_batch(plan.training, replace(plan.machines, memory=20 * GIB), 1) == 0
+    found = largest_batch(plan.training, plan.machines, 1000)
+    totals = [plan_memory(replace(plan.training, rows=rows)).total * 1.1 / GIB for rows in (found, found + 1)]
+    assert totals[0] <= 80 < totals[1]
+
+
+def test_blocks_are_full_however_short_their_documents_are():
+    amount = Amount(rows=100, tokens=1e5, trained=1e5, longest=30, source="")
+    assert paper("pretraining", gpus(8, "a100-80g"), amount=amount).training.length == 1024
+    assert paper("sft", gpus(8, "a100-80g"), amount=amount).training.length == 30
+
+
 def test_the_demo_fits_a_machine_of_8_gib():
     experiment = load_experiment(ROOT / "configs/demo.json")
     architecture = replace(read_architecture(BAICHUAN), hidden=128, layers=4, heads=4, kv_heads=4, head_dim=32,
                            intermediate=384, vocabulary=1280)  # fmt: skip
     for stage in STAGES:
         assert plan_stage(experiment, stage, architecture, Machines(1, 2, 3 * GIB, None)).verdict == "fits"
+
+
+# ------------------------------------------------------------------------------------------------------------ time
+
+EIGHT = gpus(8, "a100-80g")
+
+
+def amount_of(stage: str, **numbers: float) -> Amount:
+    given = {"rows": None, "tokens": None} | numbers
+    return stated_amount(load_experiment(ROOT / "configs/qilin_med_7b.json"), stage, **given)
+
+
+CPT = paper("pretraining", EIGHT, amount=amount_of("pretraining", tokens=2.122e9))
+
+
+def test_a_ring_over_8_ranks_moves_7_eighths_once_or_twice():
+    nvlink, pcie = GPUS["a100-80g"].bandwidth, GPUS["4090-24g"].bandwidth
+    assert ring_seconds(14e9, 8, nvlink, 2) == pytest.approx(0.1065, abs=1e-4)  # 2 x 7/8 x 14 GB at 230 GB/s
+    assert ring_seconds(14e9, 8, nvlink, 1) == pytest.approx(0.0533, abs=1e-4)
+    assert ring_seconds(14e9, 8, pcie, 2) + ring_seconds(14e9, 8, pcie, 1) == pytest.approx(1.8375)
+    assert ring_seconds(14e9, 1, pcie, 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "sent"),
+    [
+        (Engine(True, 2, buckets=2), 1, Exchange(backward=2, after=1)),
+        (Engine(True, 2, buckets=2), 4, Exchange(backward=8, after=1)),
+        (Engine(True, 2, buckets=1), 4, Exchange(after=9)),
+        (Engine(True, 1, buckets=2), 4, Exchange(backward=2, after=1)),
+        (Engine(True, 0), 4, Exchange(after=2)),
+        (Engine(True, 3), 4, Exchange(forward=4, backward=8)),
+        (Engine(False, 0), 4, Exchange(backward=4)),  # fp32 gradients
+    ],
+)
+def test_what_is_sent_by_stage_of_zero(engine, accumulation, sent):
+    """In passes of the bf16 weights around the ring."""
+    once = 7 / 8 * 2 * 7_000_559_616
+    found = exchange(training(engine=engine, ranks=8), accumulation, bandwidth=once)
+    assert (found.forward, found.backward, found.after) == pytest.approx((sent.forward, sent.backward, sent.after))
+
+
+def test_model_flops_are_palms_whatever_is_recomputed():
+    per_token = 6 * (32 * 202_375_168 + 64_000 * 4096) + 12 * 32 * 4096 * 1024  # 6 N + 12 L d T
+    for changes in ({}, {"checkpointing": True}, {"attention": "flash_attention_2"}):
+        assert model_flops(training(**changes), Work(1, 1)) == per_token
+    adapters = 4 * (32 * 202_375_168 + 64_000 * 4096) + 6 * 19_988_480 + 12 * 32 * 4096 * 1024
+    assert model_flops(training(lora=LORA), Work(1, 1)) == adapters
+
+
+def test_the_papers_pretraining_at_the_best_published_rate_and_at_our_estimate():
+    assert CPT.updates == 777_102
+    published = at_mfu(CPT, CPT.flops(model_flops), PUBLISHED_MFU) / 3600
+    assert published == pytest.approx(3 * 2.122e9 / (8 * 4357) / 3600, rel=1e-3)
+    assert published == pytest.approx(50.7, abs=0.05)
+    time = stage_duration(CPT, Rates(efficiency=0.5, disk=2e9))
+    assert time.compute == pytest.approx(CPT.flops() / (8 * 312e12 * 0.5))
+    assert time.waiting == pytest.approx(777_102 * ring_seconds(2 * 7_000_559_616, 8, 230e9, 1))  # the weights' gather
+    mfu, hfu = utilisation(CPT, time.total)
+    assert mfu == pytest.approx(PUBLISHED_MFU * published * 3600 / time.total) and mfu < hfu < 0.5
+    assert stage_duration(CPT, Rates(0.5, 2e9, mfu=PUBLISHED_MFU)).total == pytest.approx(published * 3600)
+
+
+def test_the_script_prints_our_estimate_beside_the_published_rate():
+    command = [
+        sys.executable,
+        "scripts/plan.py",
+        "--config",
+        "configs/qilin_med_7b.json",
+        "--model-config",
+        str(BAICHUAN),
+    ]
+    amounts = ["--gpus", "8", "--tokens", "pretraining=2.122e9", "sft=4.816e9", "--rows", "sft=11779500", "dpo=6000"]
+    said = subprocess.check_output([*command, *amounts], cwd=ROOT, text=True)
+    for words in (
+        "largest batch that fits: 1, a rank's part of an update",
+        "777,102 updates, 6,366,000,000 tokens",
+        "23,007 updates",
+        "188 updates",
+        "; 50.7 hours (2.11 days) at the best published MFU",
+        "all stages: ",
+    ):
+        assert words in said, said
+    said = subprocess.check_output(
+        [*command, "--stage", "sft", "--gpu", "910b-64g", "--mfu", "0.4"], cwd=ROOT, text=True
+    )
+    assert said.startswith("910b-64g: for planning only") and "s at an MFU of 40.0%, as stated" in said
+
+
+def test_gradients_are_waited_for_where_they_travel_longer_than_the_backward_pass():
+    slow = replace(CPT, machines=replace(EIGHT, bandwidth=20e9))
+    reduced, gathered = (ring_seconds(2 * 7_000_559_616, 8, 20e9, passes) for passes in (2, 1))
+    time = stage_duration(slow, Rates(0.5, 2e9))
+    hidden = reduced + gathered - time.waiting / 777_102
+    assert hidden == pytest.approx(2 / 3 * time.compute / 777_102, rel=0.02)  # the backward pass
+
+
+def test_sft_counts_conversations_and_padding_only_where_there_is_some():
+    amount = amount_of("sft", rows=11_779_500, tokens=4.816e9)  # Table 2
+    for packing, tokens in (("true", 4.816e9), ("false", 11_779_500 * 512)):
+        plan = paper("sft", EIGHT, f"sft.packing={packing}", amount=amount)
+        assert (plan.updates, plan.training.length, plan.work().tokens) == (23_007, 512, tokens)
+
+
+def test_a_checkpoint_is_due_by_either_interval():
+    assert checkpoint_bytes(CPT.training) == 16 * 7_000_559_616  # 112 GB: 56 s at 2 GB/s
+    day = 86_400
+    assert count_checkpoints(30, None, updates=5000, seconds=day) == 1 + 48
+    assert count_checkpoints(30, 1000, updates=5000, seconds=day) == 1 + 48
+    assert count_checkpoints(30, 50, updates=5000, seconds=day) == 1 + 100
+    assert count_checkpoints(None, 1000, updates=777_102, seconds=day) == 1 + 777
+    assert count_checkpoints(None, None, updates=5000, seconds=day) == 1
 
 
 # ------------------------------------------------------------------------------------------------ measured, real runs

@@ -158,6 +158,12 @@ def test_paper_settings_are_those_of_the_papers_experiment_file():
         ("sft.lora.rank", 8, 16, True),
         ("dpo.beta", 0.1, 0.2, False),
     ]
+    alone = load_experiment(EXPERIMENT_FILE, ["dpo.global_batch_size=null", "sft.packing=true"]).model_dump(mode="json")
+    key = "dpo.global_batch_size"
+    assert differences(alone, {"dpo": 8}) == []  # 4 pairs a GPU
+    assert differences(alone, {"dpo": 16}) == [(key, 32, 64, True)]
+    assert differences(alone) == [(key, 32, "4 x GPUs", True)]
+    assert [STATED[f"{stage}.global_batch_size"] for stage in ("pretraining", "sft", "dpo")] == [8, 512, 32]
     assert STATED["pretraining.learning_rate"] == 2e-4 and STATED["dpo.lora.alpha"] == 16
     other = load_experiment(ROOT / "configs/demo.json", ["pretraining.block_size=128", "dpo.epochs=3"])
     stated = {key: (ours, says) for key, _, ours, says in differences(other.model_dump(mode="json"))}
@@ -250,7 +256,9 @@ def test_scripts_tell_what_is_missing_and_print_differences(tmp_path):
     assert (
         ended.returncode != 0 and "no finished stage and no results" in ended.stderr and "Traceback" not in ended.stderr
     )
-    said = subprocess.check_output(
-        [sys.executable, "scripts/paper_diff.py", "configs/qilin_med_7b.json"], cwd=ROOT, text=True
-    )
-    assert said == "no setting differs from the paper's\n"
+    command = [sys.executable, "scripts/paper_diff.py", "configs/qilin_med_7b.json", "--gpus", "8"]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "no setting differs from the paper's\n"
+    overrides = ["dpo.global_batch_size=null", "dpo.batch_size_per_device=8"]
+    said = subprocess.check_output([*command, *overrides], cwd=ROOT, text=True).splitlines()
+    assert [cell.strip() for cell in said[2].split("|")[1:5]] == ["dpo.global_batch_size", "32", "64", "the paper"]
+    assert len(said) == 3

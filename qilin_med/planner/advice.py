@@ -83,15 +83,16 @@ def _with_batch(plan: StagePlan, change: Change) -> Change | None:
     """The change with the largest batch that fits and divides the update; None if there is none."""
     if fits(plan_memory(change.training), plan.machines):
         return change
-    rows = _largest_divisor(plan, largest_batch(change.training, plan.machines))
+    rows = _largest_divisor(plan, largest_batch(change.training, plan.machines, plan.rows_of_a_rank))
     if rows is None:
         return None
-    overrides = f"{plan.stage}.batch_size_per_device={rows} {plan.stage}.global_batch_size={plan.rows_per_update}"
+    overrides = f"{plan.stage}.batch_size_per_device={rows} {plan.stage}.global_batch_size={plan.global_batch_size}"
     smaller = replace(change.training, rows=rows, accumulates=True)
     return change.then(smaller, overrides, _BATCH) if fits(plan_memory(smaller), plan.machines) else None
 
 
 def _largest_divisor(plan: StagePlan, most: int) -> int | None:
     """Rows at once that split a rank's part of an update evenly, at most `most` and fewer than now."""
-    each = plan.rows_per_update // plan.machines.ranks
-    return next((rows for rows in range(min(most, plan.training.rows - 1), 0, -1) if each % rows == 0), None)
+    return next(
+        (rows for rows in range(min(most, plan.training.rows - 1), 0, -1) if plan.rows_of_a_rank % rows == 0), None
+    )

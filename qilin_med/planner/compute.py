@@ -5,7 +5,7 @@ attention; Hoffmann et al. (arXiv:2203.15556, appendix F). Frozen weights need n
 recomputation adds a forward pass. Embeddings, norms and softmax are left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qilin_med.planner.memory import Training
 
@@ -29,6 +29,19 @@ def training_flops(training: Training, work: Work) -> float:
     backward = linear + 2.5 * attention_flops(t, work.tokens)
     recomputed = layers - skipped_flops(t, work.tokens) if t.checkpointing else 0
     return layers + backward + recomputed + head_flops(t, work.targets)
+
+
+def model_flops(training: Training, work: Work) -> float:
+    """Forward and backward with nothing computed twice, and attention over whole squares, as PaLM's MFU counts them."""
+    t = training
+    passes = 2 if t.lora else 3  # a frozen matrix gets no gradient of its own
+    square = attention_flops(replace(t, attention="sdpa"), work.tokens)
+    head = 2 * t.architecture.embedding * work.targets
+    return passes * (matrices_flops(t, work.tokens) + head) + 3 * (adapter_flops(t, work.tokens) + square)
+
+
+def forward_flops(training: Training, work: Work) -> float:
+    return layers_flops(training, work.tokens) + 2 * training.architecture.embedding * work.targets
 
 
 def reference_flops(training: Training, work: Work) -> float:

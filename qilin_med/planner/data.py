@@ -14,6 +14,7 @@ from qilin_med.rows import row_settings
 @dataclass(frozen=True)
 class Amount:
     rows: int
+    """Blocks (pretraining), conversations (sft) or pairs (dpo)."""
     tokens: float
     """Without padding; a preference pair's question counts once."""
     trained: float

@@ -1,11 +1,12 @@
 """One stage of an experiment on given machines: what it needs, and whether it fits."""
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qilin_med.config import DpoConfig, Experiment, StageConfig, StageName
+from qilin_med.config import DpoConfig, Experiment, InstructionConfig, PretrainingConfig, StageConfig, StageName
 from qilin_med.job import check_batch, read_deepspeed
 from qilin_med.planner.architecture import Architecture
 from qilin_med.planner.compute import Work, reference_flops, training_flops
@@ -25,6 +26,8 @@ class Machines:
     """Bytes that one rank may use: its GPU's, or its part of a CPU machine's."""
     peak: float | None
     """FLOP/s of one rank at its best; None where unknown (CPUs)."""
+    bandwidth: float | None = None
+    """Bytes/s that a ring of all ranks passes through each of them; None where unknown."""
 
     @property
     def ranks(self) -> int:
@@ -44,45 +47,54 @@ class StagePlan:
         return plan_memory(self.training)
 
     @property
-    def rows_per_update(self) -> int:
+    def global_batch_size(self) -> int:
         return self.section.global_batch_size or self.section.batch_size_per_device * self.machines.ranks
 
     @property
+    def rows_of_a_rank(self) -> int:
+        """A rank's part of an update, more than which it never takes at once."""
+        return self.global_batch_size // self.machines.ranks
+
+    @property
     def accumulation(self) -> int:
-        return self.rows_per_update // (self.section.batch_size_per_device * self.machines.ranks)
+        return self.global_batch_size // (self.section.batch_size_per_device * self.machines.ranks)
 
     @property
     def updates(self) -> int | None:
         if self.section.max_steps:
             return self.section.max_steps
-        return self.amount and math.ceil(self.section.epochs * math.ceil(self.amount.rows / self.rows_per_update))
+        return self.amount and math.ceil(self.section.epochs * math.ceil(self.amount.rows / self.global_batch_size))
 
     def work(self) -> Work | None:
         """What the whole stage computes; None where the data are unknown."""
         if not self.amount:
             return None
-        passes = self.updates / math.ceil(self.amount.rows / self.rows_per_update)
-        return Work(_computed_tokens(self.stage, self.amount) * passes, self.amount.trained * passes)
+        passes = self.updates / math.ceil(self.amount.rows / self.global_batch_size)
+        return Work(self._tokens_of_a_pass * passes, self.amount.trained * passes)
+
+    @property
+    def _tokens_of_a_pass(self) -> float:
+        """A pair's question is read with either answer; without packing every sequence is as long as the longest."""
+        if isinstance(self.section, InstructionConfig) and not self.section.packing:
+            return self.amount.rows * self.training.sequences * self.training.length
+        return 2 * self.amount.tokens - self.amount.trained if self.stage == "dpo" else self.amount.tokens
 
     @property
     def update_work(self) -> Work:
         """One update of rows that are as long as they may be."""
-        tokens = self.rows_per_update * self.training.sequences * self.training.length
+        tokens = self.global_batch_size * self.training.sequences * self.training.length
         return Work(tokens, tokens * self.training.targets)
 
-    def flops(self) -> float | None:
-        """Of the whole stage over all ranks, a DPO reference pass included."""
-        work = self.work()
-        if work is None:
-            return None
-        if self.stage != "dpo":
-            return training_flops(self.training, work)
-        reference = Work(_computed_tokens(self.stage, self.amount), self.amount.trained)
-        return training_flops(self.training, work) + reference_flops(self.training, reference)
+    def flops(self, count: Callable[[Training, Work], float] = training_flops) -> float:
+        """Of the whole stage over all ranks, its data being known."""
+        return count(self.training, self.work()) + self.reference_flops
 
-    def seconds(self, flops: float, utilisation: float) -> float:
-        """How long so many operations take when so great a share of all ranks' peak is reached."""
-        return flops / (self.machines.ranks * self.machines.peak * utilisation)
+    @property
+    def reference_flops(self) -> float:
+        """Of the reference's pass over all pairs, before DPO."""
+        if self.stage != "dpo":
+            return 0
+        return reference_flops(self.training, Work(self._tokens_of_a_pass, self.amount.trained))
 
     @property
     def disk(self) -> float:
@@ -95,11 +107,6 @@ class StagePlan:
     @property
     def verdict(self) -> str:
         return verdict(self.memory, self.machines)
-
-
-def _computed_tokens(stage: StageName, amount: Amount) -> float:
-    """A pair's question is read with either answer."""
-    return 2 * amount.tokens - amount.trained if stage == "dpo" else amount.tokens
 
 
 def verdict(memory: Memory, machines: Machines) -> str:
@@ -138,7 +145,8 @@ def _training(
     if lora:
         architecture.adapted(lora)
     longest, targets = row_shape(section)
-    if amount and amount.longest:
+    if amount and amount.longest and not isinstance(section, PretrainingConfig):
+        # Blocks are full, however short their documents are.
         longest = min(longest, amount.longest)
     return Training(
         architecture=architecture,
@@ -159,22 +167,13 @@ def _training(
     )
 
 
-def largest_batch(training: Training, machines: Machines) -> int:
-    """Rows at once that fit, 0 if not even one does."""
+def largest_batch(training: Training, machines: Machines, most: int) -> int:
+    """Rows at once that fit, at most `most`; 0 if not even one does."""
 
     def fit(rows: int) -> bool:
         return fits(plan_memory(replace(training, rows=rows)), machines)
 
-    if not fit(1):
-        return 0
-    high = 2
-    while fit(high) and high < 2**16:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fit(middle) else (low, middle)
-    return low
+    return bisect_left(range(1, most + 1), True, key=lambda rows: not fit(rows))
 
 
 ENGINES = ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True))

@@ -1,18 +1,28 @@
-"""The plan as text of 100 columns."""
+"""The plan as text of about 110 columns."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from qilin_med.planner.advice import describe_change
-from qilin_med.planner.compute import training_flops
+from qilin_med.planner.compute import model_flops, training_flops
+from qilin_med.planner.duration import (
+    PUBLISHED_MFU,
+    Duration,
+    Rates,
+    at_mfu,
+    estimate,
+    stage_duration,
+    utilisation,
+)
 from qilin_med.planner.memory import moments, plan_memory
 from qilin_med.planner.plan import StagePlan, alternatives, fits, largest_batch
 from qilin_med.planner.storage import checkpoint_bytes, host_bytes, merged_bytes, offloaded_bytes
 
 GIB = 2**30
+UNITS = {"pretraining": "blocks", "sft": "conversations", "dpo": "pairs"}
 
 
-def format_plan(plan: StagePlan, device: str, utilisation: float) -> str:
+def format_plan(plan: StagePlan, device: str, rates: Rates) -> str:
     """All there is to say on one stage. `device`: what a rank runs on, for the heading."""
     lines = [
         *_heading(plan, device),
@@ -22,7 +32,7 @@ def format_plan(plan: StagePlan, device: str, utilisation: float) -> str:
         "",
         *_comparison(plan),
         "",
-        *_run_lines(plan, utilisation),
+        *_run_lines(plan, rates),
         *_storage_lines(plan),
     ]
     return "\n".join(lines)
@@ -32,13 +42,12 @@ def _heading(plan: StagePlan, device: str) -> list[str]:
     t, section = plan.training, plan.section
     adapter = f", LoRA rank {t.lora.rank}{' on NF4' if t.lora.quantization else ''}" if t.lora else ", all parameters"
     recomputed = "recomputed activations" if t.checkpointing else "activations kept"
-    pairs = "pairs" if t.sequences == 2 else "rows"
     return [
         f"{plan.stage}: {t.parameters:,} parameters, {t.trainable:,} trainable"
         f" ({t.trainable / t.parameters:.2%}){adapter}",
         f"{plan.machines.ranks} x {device}, {t.engine.name}, {t.dtype}, {recomputed};"
-        f" {section.batch_size_per_device} {pairs} of {t.sequences * t.length} tokens at once,"
-        f" {plan.rows_per_update} an update",
+        f" {section.batch_size_per_device} {UNITS[plan.stage]} of {t.sequences * t.length} tokens at once,"
+        f" {plan.global_batch_size} an update",
     ]
 
 
@@ -50,7 +59,9 @@ def _memory_table(plan: StagePlan) -> list[str]:
     for memory in (fullest, step):
         values = [*memory.parts().values(), memory.total, plan.machines.memory]
         rows.append([memory.moment, *map(_gib, values)])
-    return [*_table(rows), f"{plan.verdict}; largest batch that fits: {largest_batch(plan.training, plan.machines)}"]
+    largest = largest_batch(plan.training, plan.machines, plan.rows_of_a_rank)
+    whole = ", a rank's part of an update" if largest == plan.rows_of_a_rank else ""
+    return [*_table(rows), f"{plan.verdict}; largest batch that fits: {largest}{whole}"]
 
 
 def _advice(plan: StagePlan) -> list[str]:
@@ -70,28 +81,66 @@ def _comparison(plan: StagePlan) -> list[str]:
             memory = plan_memory(option)
             mark = "<" if option == own else " "
             word = "fits" if fits(memory, plan.machines) else "no"
-            cells += [f"{_gib(memory.total)}{mark}", word, str(largest_batch(option, plan.machines))]
+            cells += [
+                f"{_gib(memory.total)}{mark}",
+                word,
+                str(largest_batch(option, plan.machines, plan.rows_of_a_rank)),
+            ]
         rows.append([*cells, _gib(host_bytes(training))])
     note = "GiB a rank with activations kept or recomputed, largest batch, host GiB a machine; < is this run"
     return [*_table(rows), note]
 
 
-def _run_lines(plan: StagePlan, utilisation: float) -> list[str]:
+def _run_lines(plan: StagePlan, rates: Rates) -> list[str]:
     work, amount = plan.work(), plan.amount
     if work is None:
         flops = training_flops(plan.training, plan.update_work)
-        lines = [
+        return [
             "data not built: figures of one update of full rows (--rows and --tokens set the amount)",
-            f"an update: {plan.update_work.tokens:,.0f} tokens, {_flops(flops)}{_duration(plan, flops, utilisation)}",
+            f"an update: {plan.update_work.tokens:,.0f} tokens, {flops:.3g} FLOP{_update_time(plan, rates)}",
         ]
-    else:
-        flops = plan.flops()
-        lines = [
-            f"data: {amount.rows:,} rows, {amount.tokens:,.0f} tokens ({amount.source})",
-            f"{plan.updates:,} updates, {work.tokens:,.0f} tokens, {_flops(flops)}"
-            f"{_duration(plan, flops, utilisation)}",
-        ]
-    return lines
+    return [
+        f"data: {amount.rows:,} {UNITS[plan.stage]}, {amount.tokens:,.0f} tokens ({amount.source})",
+        f"{plan.updates:,} updates, {work.tokens:,.0f} tokens, {plan.flops():.3g} FLOP",
+        *_time_lines(plan, rates),
+    ]
+
+
+def _update_time(plan: StagePlan, rates: Rates) -> str:
+    if plan.machines.peak is None:
+        return ""
+    if rates.mfu:
+        seconds = at_mfu(plan, model_flops(plan.training, plan.update_work), rates.mfu)
+        return f", {seconds:,.2f} s at an MFU of {rates.mfu:.1%}, as stated"
+    time = estimate(plan, rates, plan.update_work, 1)
+    return f", {time.total:,.2f} s ({time.waiting:,.2f} of it waiting for other ranks)"
+
+
+def _time_lines(plan: StagePlan, rates: Rates) -> list[str]:
+    """Our own estimate, and beside it the best published rate."""
+    time = stage_duration(plan, rates)
+    if time is None:
+        return []
+    mfu, hfu = utilisation(plan, time.total)
+    published = at_mfu(plan, plan.flops(model_flops), PUBLISHED_MFU)
+    return [
+        f"time: {_hours(time.total)}, MFU {mfu:.1%}, HFU {hfu:.1%}{', as stated' if rates.mfu else ''};"
+        f" {_hours(published)} at the best published MFU, {PUBLISHED_MFU:.1%}",
+        *([] if rates.mfu else [_parts(time, rates)]),
+    ]
+
+
+def _parts(time: Duration, rates: Rates) -> str:
+    compute, waiting, writing = (part / time.total for part in (time.compute, time.waiting, time.writing))
+    return (
+        f"      {compute:.1%} computing at {rates.efficiency:.0%} of the peak, {waiting:.1%} waiting for other ranks,"
+        f" {writing:.1%} writing {time.checkpoints:,} checkpoints"
+    )
+
+
+def _hours(seconds: float) -> str:
+    days = f" ({seconds / 86400:,.2f} days)" if seconds > 86400 else ""
+    return f"{seconds / 3600:,.1f} hours{days}" if seconds > 3600 else f"{seconds / 60:,.1f} minutes"
 
 
 def _storage_lines(plan: StagePlan) -> list[str]:
@@ -101,18 +150,6 @@ def _storage_lines(plan: StagePlan) -> list[str]:
     if t.engine.offload_optimizer:
         host += f", {_gib(offloaded_bytes(t))} of it offloaded"
     return [f"disk: {whole}, merged model{' and adapter' if t.lora else ''} {_gib(merged_bytes(t))}", host]
-
-
-def _duration(plan: StagePlan, flops: float, utilisation: float) -> str:
-    if plan.machines.peak is None:
-        return ""
-    seconds = plan.seconds(flops, utilisation)
-    length = f"{seconds / 86400:,.2f} days" if seconds > 36000 else f"{seconds / 3600:,.2f} hours"
-    return f", {length if seconds > 360 else f'{seconds:,.2f} s'} at {utilisation:.0%} of the peak"
-
-
-def _flops(value: float) -> str:
-    return f"{value:.3g} FLOP"
 
 
 def _gib(value: float) -> str:
@@ -126,10 +163,10 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
             for row in rows]  # fmt: skip
 
 
-def format_total(plans: list[StagePlan], utilisation: float) -> str | None:
-    """Days of all stages together; None where a stage's data or rate are unknown."""
-    flops = [plan.flops() for plan in plans]
-    if None in flops or any(plan.machines.peak is None for plan in plans):
+def format_total(plans: list[StagePlan], rates: Rates) -> str | None:
+    """Time of all stages together; None where a stage's data or rate are unknown."""
+    times = [stage_duration(plan, rates) for plan in plans]
+    if None in times:
         return None
-    seconds = sum(plan.seconds(value, utilisation) for plan, value in zip(plans, flops, strict=True))
-    return f"all stages: {seconds / 86400:,.2f} days at {utilisation:.0%} of the peak"
+    published = sum(at_mfu(plan, plan.flops(model_flops), PUBLISHED_MFU) for plan in plans)
+    return f"all stages: {_hours(sum(time.total for time in times))}; {_hours(published)} at the best published MFU"

@@ -84,7 +84,7 @@ def _hub_result(result: Result) -> EvalResult:
 
 def _differences(run: Run, stage: StageName) -> Table:
     """From the paper, in the stages that made this model."""
-    table, made_by = difference_table(run.settings()), {"seed", "model", "launch", *_way_to(run, stage)}
+    table, made_by = difference_table(run.settings(), run.ranks()), {"seed", "model", "launch", *_way_to(run, stage)}
     return replace(table, rows=[row for row in table.rows if row[0].split(".")[0] in made_by])
 
 

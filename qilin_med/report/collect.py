@@ -89,6 +89,10 @@ class Run:
         trained = {stage: manifest["experiment"][stage] for stage, manifest in self.manifests.items()}
         return self.experiment.model_dump(mode="json") | trained
 
+    def ranks(self) -> dict[str, int]:
+        """How many trained each finished stage."""
+        return {stage: manifest["ranks"] for stage, manifest in self.manifests.items()}
+
     def sets(self) -> list[str]:
         """Names of the sets of questions."""
         return list(dict.fromkeys(result.set for result in self.results))

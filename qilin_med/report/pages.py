@@ -117,7 +117,7 @@ def _data(run: Run) -> list[Block]:
 
 def _settings(run: Run) -> list[Block]:
     settings = run.settings()
-    table = difference_table(settings)
+    table = difference_table(settings, run.ranks())
     blocks: list[Block] = [table] if table.rows else [Text("No setting differs from the paper's.")]
     file = run.experiment.model_dump(mode="json")
     if changed := changes_between({s: settings[s] for s in run.manifests}, {s: file[s] for s in run.manifests}):

@@ -1,7 +1,7 @@
 """Tables of a run: scores, scores beside the paper's, tests, data, settings."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +227,11 @@ def _corpus_row(source: dict[str, Any]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- settings
 
 
-def difference_table(settings: dict[str, Any]) -> Table:
-    """Settings that differ from the paper's; `settings` is a whole experiment as a dictionary."""
+def difference_table(settings: dict[str, Any], ranks: Mapping[str, int]) -> Table:
+    """Settings that differ from the paper's; arguments as of `differences`."""
     rows = [
         [key, _shown(paper), _shown(ours), "the paper" if stated else "our choice, the paper is silent"]
-        for key, paper, ours, stated in differences(settings)
+        for key, paper, ours, stated in differences(settings, ranks)
     ]
     return Table(
         "Settings that differ from the paper's",
