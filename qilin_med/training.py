@@ -92,16 +92,16 @@ def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", descr
         arguments, experiment = parse_experiment(parser)
         experiment.stage(stage)
         if arguments.dry_run:
-            _show_stage(experiment, stage, find_place())
+            _show_stage(experiment, stage)
         else:
             _take_part(experiment, stage, find_place(), arguments.restart, arguments.force)
 
 
-def _show_stage(experiment: Experiment, stage: StageName, place: Place) -> None:
-    folder = experiment.stage_folder(stage)
-    with disk_errors_explained(folder), _only_run_in(folder):
-        job = _prepare_job(experiment, stage, place.nodes * _count_ranks(experiment, place.slots, dry_run=True))
-        _describe(job, *_count_parameters(job), whole=True)
+def _show_stage(experiment: Experiment, stage: StageName) -> None:
+    from qilin_med.dry_run.report import check_experiment, print_report
+
+    print(json.dumps(experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
+    print_report(check_experiment(experiment, stage))
 
 
 def _take_part(experiment: Experiment, stage: StageName, place: Place, restart: bool, force: bool) -> None:
@@ -130,7 +130,7 @@ def _run_whole_stage(
             return
         if not force:
             _refuse_what_cannot_fit(job, len(ranks))
-        _describe(job, parameters, trainable, whole=False)
+        _describe(job, parameters, trainable)
         job.folder.mkdir(parents=True, exist_ok=True)
         write_json(Path(experiment.output_dir) / "config.json", experiment.model_dump(mode="json"))
         job.save(job.folder / "job.json")
@@ -151,9 +151,10 @@ def _only_run_in(folder: Path) -> Iterator[None]:
 
 def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> Job:
     """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything."""
-    from qilin_med.models import check_model_folder, check_packages, load_tokenizer, max_positions
+    from qilin_med.models import check_model_folder, check_packages, check_trackers, load_tokenizer, max_positions
 
     check_batch(experiment, stage, ranks)
+    check_trackers(stage, experiment.stage(stage).report_to)
     parent = experiment.parent_folder(stage)
     _explain_missing_parent(experiment, stage, parent)
     check_model_folder(parent)
@@ -171,19 +172,14 @@ def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> Job:
     return job
 
 
-def _count_ranks(experiment: Experiment, slots: int | None = None, dry_run: bool = False) -> int:
+def _count_ranks(experiment: Experiment, slots: int | None = None) -> int:
     """Ranks on this node: `slots` where a hostfile says so, else as launch.processes says."""
     import torch
 
     if slots:
         launch = experiment.launch.model_copy(update={"processes": slots})
         experiment = experiment.model_copy(update={"launch": launch})
-    gpus = torch.cuda.device_count()
-    if dry_run and experiment.launch.device == "cuda" and gpus == 0:
-        processes = experiment.launch.processes
-        say(f"no GPU here: steps are counted for {1 if processes == 'auto' else processes} rank(s)")
-        return 1 if processes == "auto" else processes
-    ranks = count_ranks(experiment, gpus)
+    ranks = count_ranks(experiment, torch.cuda.device_count())
     wants_bf16 = experiment.model.dtype == "bfloat16" and experiment.launch.device == "cuda"
     if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
@@ -408,15 +404,9 @@ def _manifest(job: Job) -> dict[str, Any]:
     }
 
 
-def _describe(job: Job, parameters: int, trainable: int, whole: bool) -> None:
-    """The summary before a run; `whole` adds every resolved setting and file (for a dry run)."""
+def _describe(job: Job, parameters: int, trainable: int) -> None:
+    """The summary before a run."""
     counts = read_manifest(job.rows)["counts"]
-    if whole:
-        print(json.dumps(job.experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
-        for file in counts["files"]:
-            print(
-                f"file: {file['path']}: {file['records']} records, {file['used']} used, {file['set_aside']} set aside"
-            )
     section, passes = job.section, job.updates / math.ceil(job.row_count / job.global_batch_size)
     lines = {
         "stage": f"{job.stage} of {job.experiment.name}",
