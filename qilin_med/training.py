@@ -37,11 +37,11 @@ from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.job import (
     Job,
     check_batch,
+    check_begun,
     check_engine,
     check_rows,
     commit,
     count_ranks,
-    differences,
     versions,
 )
 from qilin_med.launch import RanksFailed, die_with_launcher, errors_reported, is_rank
@@ -125,7 +125,7 @@ def _run_whole_stage(
             say(f"moved what was there to {set_aside(folder, 'before')}")
         job = _prepare_job(experiment, stage, sum(ranks))
         parameters, trainable = _count_parameters(job)
-        _refuse_other_settings(job)
+        check_begun(job)
         if _is_finished(job):
             return
         if not force:
@@ -211,19 +211,6 @@ def _refuse_what_cannot_fit(job: Job, nodes: int) -> None:
     counts = read_manifest(job.rows)["counts"]
     if note := check_machine(job, nodes, counts["longest"], min(gpus, default=0)):
         say(note)
-
-
-def _refuse_other_settings(job: Job) -> None:
-    """UserError if this folder was begun with other settings, data or parent: a good run is never overwritten."""
-    path = job.folder / "job.json"
-    if not path.exists():
-        return
-    changed = differences(json.loads(path.read_text(encoding="utf-8"))["identity"], job.identity())
-    if changed:
-        raise UserError(
-            f"{job.folder} was made with other settings ({'; '.join(changed)}). Use the old ones, set another output_dir,"
-            " or add --restart to move the old folder aside"
-        )
 
 
 def _is_finished(job: Job) -> bool:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qilin_med.config import load_experiment
 from qilin_med.dry_run.report import check_experiment, print_report
+from qilin_med.job import Job
 from qilin_med.tasks.subjects import SUBJECTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +193,22 @@ def test_a_disk_that_is_too_small_ends_a_run_here(checked):
     cpu = ("launch.device=cpu", "launch.processes=1")  # whose memory is too small as well
     _, findings = checked(*cpu, disk=100)
     assert [problem.split(" needed")[0][-9:] for problem in findings.problems if "free;" in problem] == ["353.9 GiB"]
+
+
+def test_what_an_earlier_run_left_is_counted(checked):
+    """A finished stage needs nothing more; one that was begun with other settings would be refused when its turn comes."""
+    folder = Path("runs/begun")
+    shutil.copytree("models/baichuan-7b", folder / "pretraining/merged", copy_function=os.link)
+    (folder / "pretraining/merged/MANIFEST.json").write_text("{}")
+    overrides = ["output_dir=runs/begun", "sft.learning_rate=1e-4"]
+    job = Job(load_experiment(CONFIG, overrides), "sft", Path("parent"), "fingerprint", Path("rows"), 600, 8)
+    job.folder.mkdir()
+    job.save(job.folder / "job.json")
+    out, findings = checked("output_dir=runs/begun", gpu="3090-24g")
+    assert cells(out, "pretraining")[-1] == "done" and cells(out, "sft")[0] == "pretraining"
+    assert len(findings.problems) == 1
+    assert "sft was made with other settings (sft.learning_rate: 0.0001 -> 2e-05). Use" in findings.problems[0]
+    shutil.rmtree(folder)
 
 
 def test_large_data_are_estimated_from_their_heads(checked):

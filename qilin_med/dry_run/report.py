@@ -12,6 +12,7 @@ from qilin_med.dry_run.stages import (
     Models,
     StageCheck,
     check_disk,
+    check_folder,
     check_stage,
     find_machine,
 )
@@ -53,6 +54,8 @@ def check_experiment(
         if machine:
             check_disk(findings, experiment, report.stages, machine)
         if only is None:
+            for check in report.stages if machine else []:
+                check_folder(findings, experiment, check.stage, machine)
             report.sets = check_evaluation(findings, experiment, models.base())
             report.sets += check_retrieval(findings, experiment)
     return report
@@ -82,7 +85,7 @@ def _stage_table(checks: list[StageCheck]) -> list[str]:
         "cut",
         "updates",
         "tokens",
-        "GiB a rank",
+        "GiB/rank",
         "GiB disk",
         "hours",
     ]
@@ -107,15 +110,13 @@ def _stage_row(check: StageCheck) -> list[str]:
 
 
 def _stage_lines(check: StageCheck) -> list[str]:
-    """What the table has no room for: the size of the model, and where the amount of data is known from."""
-    lines = []
-    if check.parameters:
-        total, trainable = check.parameters
-        lines.append(f"{check.stage}: {total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})")
-    if check.amount:
-        amount = check.amount
-        lines.append(f"{check.stage}: {amount.rows:,} rows, {amount.tokens:,.0f} tokens ({amount.source})")
-    return lines
+    """What the table has no room for: the size of the model, its attention, and where the amount of data is known from."""
+    total, trainable = check.parameters or (0, 0)
+    lines = [f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})"] if total else []
+    lines.append(f"attention: {check.attention}")
+    if amount := check.amount:
+        lines.append(f"{amount.rows:,} rows, {amount.tokens:,.0f} tokens ({amount.source})")
+    return [f"{check.stage}: {line}" for line in lines]
 
 
 def _set_table(checks: list[SetCheck]) -> list[str]:
@@ -131,7 +132,7 @@ def _set_row(check: SetCheck) -> list[str]:
 
 
 def _short(path: str) -> str:
-    return path if len(path) <= 14 else f"...{path[-11:]}"
+    return path if len(path) <= 12 else f"...{path[-9:]}"
 
 
 def _data_cells(data: Data, has_limits: bool = True) -> list[str]:

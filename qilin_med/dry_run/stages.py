@@ -11,7 +11,7 @@ from qilin_med.config import STAGES, Experiment, StageName
 from qilin_med.dry_run.findings import Findings
 from qilin_med.dry_run.heads import Data, encode_heads, judge_format, judge_lengths, read_heads
 from qilin_med.errors import UserError
-from qilin_med.job import Job, check_batch, check_engine, check_rows, count_ranks
+from qilin_med.job import Job, check_batch, check_begun, check_engine, check_rows, count_ranks
 from qilin_med.models import (
     check_model_folder,
     check_trackers,
@@ -41,6 +41,8 @@ class StageCheck:
     parameters: tuple[int, int] | None
     """All, and trainable ones."""
     is_finished: bool
+    attention: str
+    """Which attention kernel computes a batch."""
 
 
 # ------------------------------------------------------------------------------------------------------- machines
@@ -101,12 +103,12 @@ class Models:
         """What a stage starts from, and that model; before it is made, the nearest one that is there."""
         base = Path(self._experiment.model.path)
         parent = self._experiment.parent_folder(stage)
-        folder, maker = parent, stage
-        while not folder.exists() and (maker := self._maker(folder, maker)):
-            folder = self._experiment.parent_folder(maker)
+        folder, heir = parent, stage
+        while not folder.exists() and (maker := self._maker(folder, heir)):
+            folder, heir = self._experiment.parent_folder(maker), maker
         word = "base" if parent == base else self._maker(parent, stage) or str(parent)
         if not folder.exists() and folder != base and not self._findings.is_awaited(folder):
-            self._findings.problem(f"{stage} starts from {folder}, which does not exist, and no earlier stage makes it")
+            self._findings.problem(f"{heir} starts from {folder}, which does not exist, and no earlier stage makes it")
             folder = base
         elif folder != parent and folder.exists():
             self._findings.note(f"* {parent} is not made yet: {stage} is checked with {folder}")
@@ -185,7 +187,15 @@ def check_stage(
     if plan and not is_finished:
         with findings.collecting():
             check_memory(plan)
-    return StageCheck(stage, start, data, amount, plan, parameters, is_finished)
+    return StageCheck(stage, start, data, amount, plan, parameters, is_finished, _attention(experiment, stage))
+
+
+def _attention(experiment: Experiment, stage: StageName) -> str:
+    name = experiment.model.attention
+    if name == "flash_attention_2":
+        return "FlashAttention 2 by cumulative lengths, no mask"
+    is_masked = Job(experiment, stage, Path(), "", Path(), 0, 1).keeps_sequences_apart
+    return f"{name} with a block-diagonal mask" if is_masked else f"{name}, plain causal, no mask"
 
 
 def check_data(findings: Findings, key: str, stage: StageName, section: Any, model: OpenModel | None) -> Data:
@@ -211,6 +221,13 @@ def _check_settings(
     if amount:
         with findings.collecting():
             check_rows(job)
+
+
+def check_folder(findings: Findings, experiment: Experiment, stage: StageName, machine: Machine) -> None:
+    """A problem if the stage was begun with other settings, so that it would be refused once its turn comes."""
+    job = Job(experiment, stage, Path(), "", Path(), 0, machine.planned.ranks)
+    with findings.collecting():
+        check_begun(job, unknown=("parent fingerprint", "rows"))
 
 
 def _plan(
