@@ -7,6 +7,7 @@ the same thing.
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from qilin_med.batches import Collator, Layout, PairCollator, TokenCollator, model_inputs
 from qilin_med.checkpoints import digest, fingerprint_model, write_json
-from qilin_med.config import Experiment, Source, StageName
+from qilin_med.config import Experiment, Source, StageConfig, StageName
 from qilin_med.job import commit, versions
 from qilin_med.losses import sequence_log_probs, target_losses
 from qilin_med.models import (
@@ -57,19 +58,40 @@ def evaluate_model(experiment: Experiment, folder: Path, result: Path) -> dict[s
 def _prepare_all(
     experiment: Experiment, folder: Path, tokenizer: Any
 ) -> Iterator[tuple[str, tuple[Any, PreparedRows]]]:
-    """(name of the measure, (function, rows)) for every held-out set whose stage section gives the limits."""
+    """(name of the measure, (function, rows)) of every held-out set."""
+    cache = Path(experiment.output_dir) / "cache"
+    for held_out in held_out_sets(experiment):
+        rows = prepare_rows(held_out.stage, held_out.section, tokenizer, max_positions(folder), cache)
+        yield held_out.name, (held_out.measure, rows)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One set of held-out data. `section`: its stage's settings, with the set's files in place of the training data."""
+
+    name: str
+    key: str
+    """The setting that names its files."""
+    stage: StageName
+    section: StageConfig
+    measure: Callable[[torch.nn.Module, PreparedRows, int], dict[str, Any]]
+
+
+def held_out_sets(experiment: Experiment) -> Iterator[HeldOut]:
+    """Every held-out set of the evaluation section whose stage's section gives the limits."""
     settings = experiment.evaluation
-    wanted: list[tuple[str, StageName, list[Source], Any]] = [
-        *((f"perplexity {name}", "pretraining", data, perplexity) for name, data in settings.documents.items()),
-        ("answer loss", "sft", settings.answers, answer_loss),
-        ("preference accuracy", "dpo", settings.preferences, preference_accuracy),
+    wanted: list[tuple[str, str, StageName, list[Source], Any]] = [
+        *(
+            (f"perplexity {name}", f"evaluation.documents.{name}", "pretraining", data, perplexity)
+            for name, data in settings.documents.items()
+        ),
+        ("answer loss", "evaluation.answers", "sft", settings.answers, answer_loss),
+        ("preference accuracy", "evaluation.preferences", "dpo", settings.preferences, preference_accuracy),
     ]
-    for name, stage, data, measure in wanted:
+    for name, key, stage, data, measure in wanted:
         section = getattr(experiment, stage)
         if data and section:
-            section = section.model_copy(update={"data": data})
-            cache = Path(experiment.output_dir) / "cache"
-            yield name, (measure, prepare_rows(stage, section, tokenizer, max_positions(folder), cache))
+            yield HeldOut(name, key, stage, section.model_copy(update={"data": data}), measure)
 
 
 def perplexity(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ interrupted run asks no question twice; results are computed from the answers, a
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -84,14 +85,15 @@ class ModelUnderTest:
     def _open_vllm(self) -> Any:
         from lm_eval.api.registry import get_model
 
-        try:
-            importlib.metadata.version("vllm")
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(
-                "evaluation.backend is 'vllm', which is not installed: pip install vllm, or set 'hf'"
-            ) from None
+        check_backend(self.experiment)
         arguments = {"pretrained": str(self.folder), "dtype": self.experiment.model.dtype, "trust_remote_code": False}
         return get_model("vllm").create_from_arg_obj(arguments, {"batch_size": "auto"})
+
+
+def check_backend(experiment: Experiment) -> None:
+    """UserError if what answers the questions is not installed."""
+    if experiment.evaluation.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError("evaluation.backend is 'vllm', which is not installed: pip install vllm, or set 'hf'")
 
 
 def _device(experiment: Experiment) -> str:
@@ -119,8 +121,8 @@ def run_task(
     result = model.results / f"{name}{suffix}.json"
     if result.exists() and (old := json.loads(result.read_text(encoding="utf-8"))).items() >= inputs.items():
         return old if is_first else {}
-    task, scoring = _load_task(name, inputs, retrieval), TASKS[inputs["task"]]
-    _check_room(model, task, name)
+    task, scoring = load_task(name, inputs, retrieval), TASKS[inputs["task"]]
+    check_room(name, inputs, model.lm.max_length, model.folder)
     asked = _ask(model, task, settings)
     if asked is None:
         return {}
@@ -163,7 +165,10 @@ def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
     }
 
 
-def _load_task(name: str, inputs: dict[str, Any], retrieval: Retrieval | None) -> "Task":
+def load_task(name: str, inputs: dict[str, Any], retrieval: Retrieval | None = None) -> "Task":
+    """The harness's task with its questions read. `inputs`: from `describe_task`, and "until" where an answer ends.
+
+    UserError: no usable question, or too few worked examples."""
     metadata = {
         "test": list(inputs["files"]["test"]),
         "fewshot": list(inputs["files"]["fewshot"]),
@@ -180,7 +185,7 @@ def _load_task(name: str, inputs: dict[str, Any], retrieval: Retrieval | None) -
     task.set_config("num_fewshot", inputs["shots"])
     task.set_fewshot_seed(0)
     if inputs["max_new_tokens"]:
-        generation = {"max_gen_toks": inputs["max_new_tokens"], "until": inputs["until"]}
+        generation = {"max_gen_toks": inputs["max_new_tokens"], "until": inputs.get("until", [])}
         task.set_config("generation_kwargs", generation, update=True)
     return task
 
@@ -191,12 +196,11 @@ def _manager(metadata: dict[str, Any]) -> Any:
     return TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
 
 
-def _check_room(model: ModelUnderTest, task: "Task", name: str) -> None:
-    generation = task.config.generation_kwargs if task.OUTPUT_TYPE == "generate_until" else None
-    if generation and (longest := model.lm.max_length) <= generation["max_gen_toks"]:
+def check_room(name: str, inputs: dict[str, Any], positions: int, folder: Path) -> None:
+    if (generated := inputs["max_new_tokens"]) and positions <= generated:
         raise UserError(
-            f"{name}: max_new_tokens is {generation['max_gen_toks']}, which leaves no room for a question in the"
-            f" {longest} positions of {model.folder}; lower evaluation.tasks.{name}.max_new_tokens"
+            f"{name}: max_new_tokens is {generated}, which leaves no room for a question in the {positions} positions of"
+            f" {folder}; lower evaluation.tasks.{name}.max_new_tokens"
         )
 
 

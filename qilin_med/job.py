@@ -147,6 +147,21 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def check_begun(job: Job, unknown: tuple[str, ...] = ()) -> None:
+    """UserError if this folder was begun with other settings, data or parent: a good run is never overwritten. Keys of the
+    identity that are not known yet are left out."""
+    path = job.folder / "job.json"
+    if not path.exists():
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    before, after = ({k: v for k, v in identity.items() if k not in unknown} for identity in (old, job.identity()))
+    if changed := differences(before, after):
+        raise UserError(
+            f"{job.folder} was made with other settings ({'; '.join(changed)}). Use the old ones, set another output_dir,"
+            " or add --restart to move the old folder aside"
+        )
+
+
 def count_ranks(experiment: Experiment, gpus: int) -> int:
     """Ranks on this machine; UserError where the device asked for is not there."""
     launch = experiment.launch

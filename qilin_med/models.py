@@ -21,9 +21,10 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import apply_liger_kernel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from qilin_med.checkpoints import MANIFEST, check_sizes
-from qilin_med.config import LoraSettings, ModelConfig
+from qilin_med.config import LoraSettings, ModelConfig, StageName
 from qilin_med.errors import UserError, in_one_line
 from qilin_med.job import Job
 from qilin_med.template import QILIN_TEMPLATE
@@ -213,6 +214,22 @@ def check_packages(settings: ModelConfig, training: bool = False) -> None:
             raise UserError(
                 f"the package {package} is not installed: .venv/bin/pip install -r requirements-gpu.txt --no-build-isolation"
                 f" (the version that fits), or set {otherwise}"
+            )
+
+
+def check_trackers(stage: StageName, names: list[str]) -> None:
+    """UserError if a tracker is unknown to transformers or its package is not installed."""
+    # transformers' list of what is installed never names Flyte, which runs inside Flyte's own tasks.
+    for name in (name for name in names if name not in ("all", "none", "flyte")):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"{stage}.report_to names '{name}', which transformers does not know; it knows"
+                f" {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise UserError(
+                f"{stage}.report_to names '{name}', which is not installed: pip install {name.replace('_', '-')}, or take it"
+                " out of report_to"
             )
 
 

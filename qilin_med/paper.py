@@ -144,13 +144,8 @@ paper's batch per GPU times its GPUs: 8 A100s for the first two stages, 4 RTX 30
 # update is divided among GPUs and laid out in memory neither, as long as it holds the same number of samples.
 _NOT_COMPARED = {
     "name", "output_dir", "evaluation", "data", "processes", "threads_per_process", "activation_checkpointing",
-<<<<<<< HEAD
-    "checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus", "index",
-    "decontamination", "exam_sources", "dense",
-=======
-    "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus", "index",
-    "decontamination", "exam_sources", "dense", "batch_size_per_device", "packing",
->>>>>>> work-b
+    "checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus",
+    "index", "decontamination", "exam_sources", "dense", "batch_size_per_device", "packing",
 }  # fmt: skip
 
 Difference = tuple[str, Any, Any, bool]

@@ -37,11 +37,11 @@ from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.job import (
     Job,
     check_batch,
+    check_begun,
     check_engine,
     check_rows,
     commit,
     count_ranks,
-    differences,
     read_deepspeed,
     versions,
 )
@@ -96,19 +96,16 @@ def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", descr
         arguments, experiment = parse_experiment(parser)
         experiment.stage(stage)
         if arguments.dry_run:
-            _show_stage(experiment, stage, find_place())
+            _show_stage(experiment, stage)
         else:
             _take_part(experiment, stage, find_place(), arguments.restart, arguments.force)
 
 
-def _show_stage(experiment: Experiment, stage: StageName, place: Place) -> None:
-    folder = experiment.stage_folder(stage)
-    with disk_errors_explained(folder), _only_run_in(folder):
-        ranks = place.nodes * _count_ranks(experiment, place.slots, dry_run=True)
-        with progress(f"preparing {stage}"):
-            job = _prepare_job(experiment, stage, ranks)
-            counts = _count_parameters(job)
-        _describe(job, *counts, whole=True)
+def _show_stage(experiment: Experiment, stage: StageName) -> None:
+    from qilin_med.dry_run.report import check_experiment, print_report
+
+    print(json.dumps(experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
+    print_report(check_experiment(experiment, stage))
 
 
 def _take_part(experiment: Experiment, stage: StageName, place: Place, restart: bool, force: bool) -> None:
@@ -139,12 +136,12 @@ def _run_whole_stage(
         with progress(f"preparing {stage}"):
             job = _prepare_job(experiment, stage, sum(ranks))
             parameters, trainable = _count_parameters(job)
-        _refuse_other_settings(job)
+        check_begun(job)
         if _is_finished(job):
             return
         if not force:
             _refuse_what_cannot_fit(job, len(ranks))
-        _describe(job, parameters, trainable, whole=False)
+        _describe(job, parameters, trainable)
         job.folder.mkdir(parents=True, exist_ok=True)
         write_json(Path(experiment.output_dir) / "config.json", experiment.model_dump(mode="json"))
         job.save(job.folder / "job.json")
@@ -169,9 +166,10 @@ def _only_run_in(folder: Path) -> Iterator[None]:
 
 def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> Job:
     """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything."""
-    from qilin_med.models import check_model_folder, check_packages, load_tokenizer, max_positions
+    from qilin_med.models import check_model_folder, check_packages, check_trackers, load_tokenizer, max_positions
 
     check_batch(experiment, stage, ranks)
+    check_trackers(stage, experiment.stage(stage).report_to)
     parent = experiment.parent_folder(stage)
     _explain_missing_parent(experiment, stage, parent)
     check_model_folder(parent)
@@ -189,19 +187,14 @@ def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> Job:
     return job
 
 
-def _count_ranks(experiment: Experiment, slots: int | None = None, dry_run: bool = False) -> int:
+def _count_ranks(experiment: Experiment, slots: int | None = None) -> int:
     """Ranks on this node: `slots` where a hostfile says so, else as launch.processes says."""
     import torch
 
     if slots:
         launch = experiment.launch.model_copy(update={"processes": slots})
         experiment = experiment.model_copy(update={"launch": launch})
-    gpus = torch.cuda.device_count()
-    if dry_run and experiment.launch.device == "cuda" and gpus == 0:
-        processes = experiment.launch.processes
-        say(f"no GPU here: steps are counted for {1 if processes == 'auto' else processes} rank(s)")
-        return 1 if processes == "auto" else processes
-    ranks = count_ranks(experiment, gpus)
+    ranks = count_ranks(experiment, torch.cuda.device_count())
     wants_bf16 = experiment.model.dtype == "bfloat16" and experiment.launch.device == "cuda"
     if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
@@ -233,19 +226,6 @@ def _refuse_what_cannot_fit(job: Job, nodes: int) -> None:
     counts = read_manifest(job.rows)["counts"]
     if note := check_machine(job, nodes, counts["longest"], min(gpus, default=0)):
         say(note)
-
-
-def _refuse_other_settings(job: Job) -> None:
-    """UserError if this folder was begun with other settings, data or parent: a good run is never overwritten."""
-    path = job.folder / "job.json"
-    if not path.exists():
-        return
-    changed = differences(json.loads(path.read_text(encoding="utf-8"))["identity"], job.identity())
-    if changed:
-        raise UserError(
-            f"{job.folder} was made with other settings ({'; '.join(changed)}). Use the old ones, set another output_dir,"
-            " or add --restart to move the old folder aside"
-        )
 
 
 def _is_finished(job: Job) -> bool:
@@ -435,15 +415,9 @@ def _manifest(job: Job) -> dict[str, Any]:
     }
 
 
-def _describe(job: Job, parameters: int, trainable: int, whole: bool) -> None:
-    """The summary before a run; `whole` adds every resolved setting and file (for a dry run)."""
+def _describe(job: Job, parameters: int, trainable: int) -> None:
+    """The summary before a run."""
     counts = read_manifest(job.rows)["counts"]
-    if whole:
-        print(json.dumps(job.experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
-        for file in counts["files"]:
-            print(
-                f"file: {file['path']}: {file['records']} records, {file['used']} used, {file['set_aside']} set aside"
-            )
     from qilin_med.models import attention_path
 
     section, passes = job.section, job.updates / math.ceil(job.row_count / job.global_batch_size)

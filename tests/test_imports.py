@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["pretraining", "supervised_finetuning", "dpo_training", "scripts"],
     ["report", "reference", "comparisons", "terminal", "page"],
-    ["training", "evaluation", "inspection", "harness"],
+    ["training", "evaluation", "inspection", "harness", "dry_run"],
     ["callbacks", "trainers", "lm", "answers", "planner", "ranks", "chat"],
     ["rows", "models", "baichuan", "retrieval", "tasks", "launch", "operators", "isolation", "reference_log_probs"],
     ["corpus", "template", "tokenizer", "batches", "losses", "nodes", "job", "demo", "universal"],

@@ -575,6 +575,10 @@ def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, ov
 
 def test_a_dry_run_tells_all_and_does_nothing(world, tmp_path):
     output = run(world, "pretraining", f"output_dir={tmp_path}/run", "--dry-run")
-    for words in ('"learning_rate": 0.01', "cpt.txt: 120 records", "updates:", "trainable (100.00%)", "tokens"):
-        assert words in output
-    assert not (tmp_path / "run" / "pretraining").exists()
+    [row] = [line.split() for line in output.splitlines() if line.startswith("pretraining  ")]
+    counts = training._prepare_job(load_experiment(world / "c.json", [f"output_dir={tmp_path}/real"]), "pretraining", 2)
+    tokens = json.loads((counts.rows / MANIFEST).read_text())["counts"]["tokens"]
+    assert row[1:7] == ["base", "120", "0.0%", "-", str(counts.updates), f"{tokens:,}"]
+    assert '"learning_rate": 0.01' in output and "trainable (100.00%)" in output
+    assert f"{counts.row_count} rows, {tokens:,} tokens (all records)" in output
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qilin_med.checkpoints import read_manifest
 from qilin_med.config import Experiment, PretrainingConfig, StageConfig, StageName
+from qilin_med.corpus.sources import find_files
 from qilin_med.errors import UserError
 from qilin_med.rows import row_settings
 
@@ -34,21 +35,28 @@ def row_shape(section: StageConfig) -> tuple[int, float]:
 
 
 def find_amount(experiment: Experiment, stage: StageName) -> Amount | None:
-    """Of rows prepared by an earlier run or --dry-run, else of the built corpus; None where neither is there."""
+    """Of rows prepared by an earlier run, else of the built corpus; None where neither is there."""
     return _in_cache(experiment, stage) or _in_corpus(experiment, stage)
 
 
 def _in_cache(experiment: Experiment, stage: StageName) -> Amount | None:
-    """Of the newest rows that were prepared with these settings."""
-    settings = row_settings(stage, experiment.stage(stage))
+    """Of the newest rows that were prepared from these files with these settings."""
+    section = experiment.stage(stage)
+    settings = row_settings(stage, section)
+    try:
+        files = [(str(file), file.stat().st_size) for file, _ in find_files(section.data)]
+    except UserError:  # the data are elsewhere
+        return None
     manifests = (Path(experiment.output_dir) / "cache").glob(f"{stage}-*/MANIFEST.json")
     for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             manifest = read_manifest(path.parent)
         except UserError:  # damaged, or of an earlier version: the stage will make these rows again
             continue
-        if manifest["inputs"]["settings"] == settings:
-            counts = manifest["counts"]
+        counts = manifest["counts"]
+        # Held-out sets lie in the same cache.
+        same_files = [(file["path"], file["bytes"]) for file in counts["files"]] == files
+        if same_files and manifest["inputs"]["settings"] == settings:
             return Amount(
                 counts["rows"],
                 counts["tokens"],
@@ -60,9 +68,10 @@ def _in_cache(experiment: Experiment, stage: StageName) -> Amount | None:
 
 
 def _in_corpus(experiment: Experiment, stage: StageName) -> Amount | None:
-    """Of the built corpus that the stage reads; None if it was not built."""
-    manifest = Path(experiment.stage(stage).data[0].path).parent / "manifest.json"
-    if not manifest.is_file():
+    """Of the built corpus, where that is all that the stage reads; else None."""
+    sources = experiment.stage(stage).data
+    manifest = Path(sources[0].path).parent / "manifest.json"
+    if len(sources) > 1 or not manifest.is_file():
         return None
     total = json.loads(manifest.read_text(encoding="utf-8"))["totals"].get(stage)
     if not total or not total["train"]:

@@ -61,7 +61,7 @@ def _memory_table(plan: StagePlan) -> list[str]:
         rows.append([memory.moment, *map(_gib, values)])
     largest = largest_batch(plan.training, plan.machines, plan.rows_of_a_rank)
     whole = ", a rank's part of an update" if largest == plan.rows_of_a_rank else ""
-    return [*_table(rows), f"{plan.verdict}; largest batch that fits: {largest}{whole}"]
+    return [*format_table(rows), f"{plan.verdict}; largest batch that fits: {largest}{whole}"]
 
 
 def _advice(plan: StagePlan) -> list[str]:
@@ -88,7 +88,7 @@ def _comparison(plan: StagePlan) -> list[str]:
             ]
         rows.append([*cells, _gib(host_bytes(training))])
     note = "GiB a rank with activations kept or recomputed, largest batch, host GiB a machine; < is this run"
-    return [*_table(rows), note]
+    return [*format_table(rows), note]
 
 
 def _run_lines(plan: StagePlan, rates: Rates) -> list[str]:
@@ -156,7 +156,7 @@ def _gib(value: float) -> str:
     return f"{value / GIB:,.2f}" if value < 99.995 * GIB else f"{value / GIB:,.0f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest cell, the first on the left, the others on the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()

@@ -1,6 +1,7 @@
 """Likeness of embeddings over chunks: encoded by a sentence-transformers model, searched by FAISS (inner product of
 unit vectors, which is the cosine)."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,24 +25,32 @@ NEIGHBOURS, BUILD_EFFORT, SEARCH_EFFORT = 32, 200, 128  # HNSW (Malkov & Yashuni
 CELL_SAMPLE = 64  # IVF: training vectors for each cell (FAISS warns below 39)
 
 
-def fingerprint_encoder(settings: DenseSettings) -> str:
-    """As `fingerprint_model`. UserError: no such folder."""
+def check_encoder_folder(settings: DenseSettings) -> None:
     if not Path(settings.model).is_dir():
         raise UserError(
             f"{settings.model}: no such folder; retrieval.dense.model must name a sentence-transformers one"
         )
+
+
+def check_encoder_package() -> None:
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise UserError(
+            "dense retrieval needs sentence-transformers, which is not installed; install it with: pip install"
+            ' sentence-transformers, or set retrieval.retriever to "bm25"'
+        )
+
+
+def fingerprint_encoder(settings: DenseSettings) -> str:
+    """As `fingerprint_model`. UserError: no such folder."""
+    check_encoder_folder(settings)
     return fingerprint_model(Path(settings.model))
 
 
 def load_encoder(settings: DenseSettings) -> Encoder:
     """The model of a folder. UserError: sentence-transformers is not installed."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise UserError(
-            "dense retrieval needs sentence-transformers, which is not installed; install it with: pip install"
-            ' sentence-transformers, or set retrieval.retriever to "bm25"'
-        ) from None
+    check_encoder_package()
+    from sentence_transformers import SentenceTransformer
+
     model = SentenceTransformer(settings.model, local_files_only=True, trust_remote_code=False)
     return lambda texts: model.encode(texts, batch_size=settings.batch_size, show_progress_bar=False)
 

@@ -1,0 +1,54 @@
+"""What a dry run finds: problems that would end the run later, and notes. Collected, so that all are seen at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qilin_med.errors import UserError
+
+
+class Findings:
+    """`made_first`: paths that steps before the stages make; what lies below them may be missing."""
+
+    def __init__(self, made_first: list[str] | tuple[str, ...] = ()):
+        # Dicts are sets that keep their order: what several stages share is told once.
+        self._problems: dict[str, None] = {}
+        self._notes: dict[str, None] = {}
+        self._awaited: dict[str, None] = {}
+        self._made_first = [Path(path) for path in made_first]
+
+    @property
+    def problems(self) -> list[str]:
+        return list(self._problems)
+
+    @property
+    def notes(self) -> list[str]:
+        if not self._awaited:
+            return list(self._notes)
+        made = " and ".join(str(path) for path in self._made_first)
+        return [f"made first by this run: {made}; {len(self._awaited)} of the experiment's paths below are not there to be"
+                " checked yet", *self._notes]  # fmt: skip
+
+    def problem(self, message: str) -> None:
+        self._problems[message] = None
+
+    def note(self, message: str) -> None:
+        self._notes[message] = None
+
+    @contextmanager
+    def collecting(self, where: str = "", matters: bool = True) -> Iterator[None]:
+        """A UserError inside ends the block and becomes a problem, or a note where it does not matter. `where`: the setting
+        or file that it is about."""
+        try:
+            yield
+        except UserError as error:
+            tell = self.problem if matters else self.note
+            tell(f"{where}: {error}" if where else str(error))
+
+    def is_awaited(self, path: str | Path) -> bool:
+        """Whether a path is missing because it will be made first."""
+        whole = Path(path).absolute()
+        awaited = not whole.exists() and any(whole.is_relative_to(parent.absolute()) for parent in self._made_first)
+        if awaited:
+            self._awaited[str(path)] = None
+        return awaited

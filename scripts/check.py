@@ -1,0 +1,43 @@
+"""Look before you launch: check everything that an experiment's run will need, in under a minute, and launch nothing.
+
+python scripts/check.py --config configs/qilin_med_7b.json [key.path=value ...]
+python scripts/check.py --config configs/qilin_med_7b.json --gpus 4 --gpu 3090-24g
+
+One table tells records, updates, memory, disk and hours of every stage, and the questions of the evaluation; every
+problem of any stage is named on a line of its own, with exit code 2. `bash run_all.sh` begins with it, and with --dry-run
+ends there. Amounts of large data are estimated from the first records of each file.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.errors import user_errors_end_with_one_line
+from qilin_med.planner.gpus import GPUS
+
+
+def main() -> None:
+    parser = experiment_parser(__doc__)
+    parser.add_argument("--gpus", type=int, help="GPUs of a machine to plan for (default: those here, else"
+                        " launch.processes, or 8)")  # fmt: skip
+    parser.add_argument("--gpu", choices=GPUS, help="which GPU to plan for (default: those here, else a100-80g)")
+    parser.add_argument("--made-first", action="append", default=[], metavar="PATH",
+                        help="a file or folder that is made before the stages, so that it may be missing now")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="changes nothing: this command launches nothing anyway")
+    arguments, experiment = parse_experiment(parser)
+
+    from qilin_med.training import quiet_libraries
+
+    quiet_libraries()
+
+    from qilin_med.dry_run.report import check_experiment, print_report
+
+    machine = {"gpus": arguments.gpus, "gpu": arguments.gpu}
+    print_report(check_experiment(experiment, **machine, made_first=arguments.made_first))
+
+
+if __name__ == "__main__":
+    with user_errors_end_with_one_line():
+        main()
