@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from qilin_med.checkpoints import COMPLETE, commit_folder, disk_errors_explained, prune_checkpoints, write_text
 from qilin_med.errors import UserError
 from qilin_med.job import Job
+from qilin_med.progress import progress
 from qilin_med.results import read_metrics
 
 
@@ -46,7 +47,9 @@ class Checkpoints(TrainerCallback):
     def wait(self) -> None:
         """Return once the last checkpoint is committed; raises what went wrong."""
         if self.committed:
-            self.committed.result()
+            with progress("committing the checkpoint"):
+                self.committed.result()
+            self.committed = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.last_save = time.monotonic()

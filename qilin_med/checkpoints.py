@@ -212,12 +212,13 @@ def newest_complete(folder: Path, job: str) -> tuple[Path | None, list[str]]:
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints, and whatever earlier attempts left unfinished.
 
-    Call only after a newer one was committed, and while none is being written.
+    Call only after a newer one was committed. Unfinished ones that are newer still may be in the writing by other ranks.
     """
     _delete_unfinished(folder)
     checkpoints = find_checkpoints(folder)
     complete = [c for c in checkpoints if (c / COMPLETE).is_file()]
-    for checkpoint in set(checkpoints) - set(complete[-keep:]):
+    older = [c for c in checkpoints if complete and step_of(c) < step_of(complete[-1])]
+    for checkpoint in set(older) - set(complete[-keep:]):
         # The marker first, so that a kill in the middle of the deletion leaves nothing that looks complete.
         (checkpoint / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)

@@ -116,10 +116,11 @@ def test_what_a_killed_deletion_left_goes_but_evidence_stays(tmp_path):
     make_checkpoint(tmp_path, 1, complete=False)  # its marker went first
     for step in (2, 3, 4):
         make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 5, complete=False)  # another rank has begun to write it
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9.foreign-1")
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-8.damaged-1")
     prune_checkpoints(tmp_path, keep=2)
-    kept = ["checkpoint-3", "checkpoint-4", "checkpoint-8.damaged-1", "checkpoint-9.foreign-1"]
+    kept = ["checkpoint-3", "checkpoint-4", "checkpoint-5", "checkpoint-8.damaged-1", "checkpoint-9.foreign-1"]
     assert names(tmp_path) == kept
 
 

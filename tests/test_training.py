@@ -282,21 +282,24 @@ OWN = {
 
 
 def trainer_here(world: Path, stage: str, overrides: list[str]):
-    """A stage's trainer in this process, on one rank, without DeepSpeed, with a metrics file."""
-    from qilin_med.callbacks import MetricsFile
+    """A stage's trainer in this process, on one rank, without DeepSpeed, with metrics file and checkpoints."""
+    from qilin_med.callbacks import Checkpoints, MetricsFile
 
     settings = [f"output_dir={world}/here", OWN[stage].format(run=world / "run"), f"{stage}.deepspeed=null"]
     job = training._prepare_job(load_experiment(world / "c.json", [*settings, *overrides]), stage, ranks=1)
     job.folder.mkdir(parents=True, exist_ok=True)
     trainer = importlib.import_module(SCRIPTS[stage].removesuffix(".py")).build_trainer(job)
+    trainer.checkpoints = Checkpoints(job, trainer)
     trainer.add_callback(MetricsFile(job.folder / "metrics.jsonl"))
+    trainer.add_callback(trainer.checkpoints)
     return trainer
 
 
 def trained(trainer, checkpoint: Path | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses and final weights."""
     set_seed(5)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with trainer.checkpoints:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return torch.tensor(losses(trainer.job.folder)), weights
 
@@ -337,6 +340,7 @@ def test_a_resume_in_any_epoch_is_bitwise(world, finished, stage, tmp_path):
         f"{stage}.epochs=3",
         f"{stage}.global_batch_size=16",
         f"{stage}.checkpoint_every=1",
+        f"{stage}.keep_checkpoints=99",
     ]
     expected, weights = trained(trainer_here(world, stage, settings))
     per_epoch = len(expected) // 3
