@@ -99,7 +99,8 @@ def checked(world, monkeypatch, capsys):
         except SystemExit as end:
             assert end.code == 2 and report.findings.problems
         printed = capsys.readouterr()
-        assert printed.err.splitlines() == [f"error: {problem}" for problem in report.findings.problems]
+        told = [line for line in printed.err.splitlines() if line.startswith("error: ")]  # among bars of libraries
+        assert told == [f"error: {problem}" for problem in report.findings.problems]
         assert all(len(line) <= 100 for line in printed.out.split("\n\n")[0].splitlines())
         return printed.out, report.findings
 
@@ -119,7 +120,7 @@ def test_the_papers_run_is_counted_and_nothing_is_written(checked, world, small_
     updates = 3 * math.ceil(math.ceil(tokens / 1024) / 8)
     assert cells(out, "pretraining")[:6] == ["base", "300", "0.0%", "-", str(updates), f"{tokens * 3:,}"]
     assert cells(out, "sft")[:5] == ["pretraining*", "600", "0.0%", "0.0%", "2"]
-    assert cells(out, "dpo")[:5] == ["sft*", "100", "0.0%", "0.0%", "2"]
+    assert cells(out, "dpo")[:5] == ["sft*", "100", "0.0%", "0.0%", "4"]
     assert "sft: 7,020,548,096 parameters, 19,988,480 trainable (0.28%)" in out
     for name, questions in (("cmexam_generate", "5"), ("ceval_letters", "4"), ("huatuo26m_generate", "6")):
         assert cells(out, name)[:2] == [questions, "0"]
@@ -195,20 +196,15 @@ def test_a_disk_that_is_too_small_ends_a_run_here(checked):
     assert [problem.split(" needed")[0][-9:] for problem in findings.problems if "free;" in problem] == ["353.9 GiB"]
 
 
-def test_what_an_earlier_run_left_is_counted(checked):
-    """A finished stage needs nothing more; one that was begun with other settings would be refused when its turn comes."""
-    folder = Path("runs/begun")
-    shutil.copytree("models/baichuan-7b", folder / "pretraining/merged", copy_function=os.link)
-    (folder / "pretraining/merged/MANIFEST.json").write_text("{}")
+def test_a_stage_that_was_begun_with_other_settings_is_told_before_its_turn(checked):
     overrides = ["output_dir=runs/begun", "sft.learning_rate=1e-4"]
     job = Job(load_experiment(CONFIG, overrides), "sft", Path("parent"), "fingerprint", Path("rows"), 600, 8)
-    job.folder.mkdir()
+    job.folder.mkdir(parents=True)
     job.save(job.folder / "job.json")
-    out, findings = checked("output_dir=runs/begun", gpu="3090-24g")
-    assert cells(out, "pretraining")[-1] == "done" and cells(out, "sft")[0] == "pretraining"
+    _, findings = checked("output_dir=runs/begun")
     assert len(findings.problems) == 1
     assert "sft was made with other settings (sft.learning_rate: 0.0001 -> 2e-05). Use" in findings.problems[0]
-    shutil.rmtree(folder)
+    shutil.rmtree("runs")
 
 
 def test_large_data_are_estimated_from_their_heads(checked):

@@ -18,10 +18,9 @@ from qilin_med.dry_run.stages import (
 )
 from qilin_med.models import check_packages
 from qilin_med.nodes import find_place
+from qilin_med.planner.duration import Rates, stage_duration
 from qilin_med.planner.tables import format_table
 from qilin_med.progress import progress
-
-MFU = 0.4  # as scripts/plan.py counts
 
 
 @dataclass
@@ -98,7 +97,8 @@ def _stage_row(check: StageCheck) -> list[str]:
     if plan is None:
         return [*cells, *["-"] * 5]
     work = plan.work()
-    hours = plan.seconds(plan.flops(), MFU) / 3600 if work and plan.machines.peak else None
+    time = stage_duration(plan, Rates())
+    hours = time and time.total / 3600
     return [
         *cells,
         _number(plan.updates) if plan.updates else "-",

@@ -13,6 +13,7 @@ from qilin_med.dry_run.heads import Data, encode_heads, judge_format, judge_leng
 from qilin_med.errors import UserError
 from qilin_med.job import Job, check_batch, check_begun, check_engine, check_rows, count_ranks
 from qilin_med.models import (
+    attention_path,
     check_model_folder,
     check_trackers,
     count_parameters,
@@ -73,13 +74,14 @@ def find_machine(
         if here and not (gpus or gpu):
             ranks, properties = count_ranks(experiment, here), torch.cuda.get_device_properties(0)
             known = _alike(properties.name, properties.total_memory)
-            peak = known.peak(dtype) if known else None
-            return Machine(Machines(place.nodes, ranks, properties.total_memory, peak), True)
+            speed = (known.peak(dtype), known.bandwidth if place.nodes == 1 else None) if known else (None, None)
+            return Machine(Machines(place.nodes, ranks, properties.total_memory, *speed), True)
         planned = GPUS[gpu or "a100-80g"]
         ranks = gpus or (8 if launch.processes == "auto" else launch.processes)
         findings.note(f"{'' if here else 'no GPU here: '}planned for {ranks} x {planned.name} (--gpus and --gpu of"
                       " scripts/check.py set others)")  # fmt: skip
-        return Machine(Machines(place.nodes, ranks, planned.memory, planned.peak(dtype)), False)
+        bandwidth = planned.bandwidth if place.nodes == 1 else None
+        return Machine(Machines(place.nodes, ranks, planned.memory, planned.peak(dtype), bandwidth), False)
     return None
 
 
@@ -187,15 +189,8 @@ def check_stage(
     if plan and not is_finished:
         with findings.collecting():
             check_memory(plan)
-    return StageCheck(stage, start, data, amount, plan, parameters, is_finished, _attention(experiment, stage))
-
-
-def _attention(experiment: Experiment, stage: StageName) -> str:
-    name = experiment.model.attention
-    if name == "flash_attention_2":
-        return "FlashAttention 2 by cumulative lengths, no mask"
-    is_masked = Job(experiment, stage, Path(), "", Path(), 0, 1).keeps_sequences_apart
-    return f"{name} with a block-diagonal mask" if is_masked else f"{name}, plain causal, no mask"
+    attention = attention_path(experiment.model, Job(experiment, stage, Path(), "", Path(), 0, 1).keeps_sequences_apart)
+    return StageCheck(stage, start, data, amount, plan, parameters, is_finished, attention)
 
 
 def check_data(findings: Findings, key: str, stage: StageName, section: Any, model: OpenModel | None) -> Data:
