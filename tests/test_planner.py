@@ -375,6 +375,8 @@ def test_the_papers_pretraining_at_the_best_published_rate_and_at_our_estimate()
     assert published == pytest.approx(3 * 2.122e9 / (8 * 4357) / 3600, rel=1e-3)
     assert published == pytest.approx(50.7, abs=0.05)
     time = stage_duration(CPT, Rates(efficiency=0.5, disk=2e9))
+    assert time.checkpoints == 73 and time.writing == pytest.approx(73 * 56, rel=1e-3)  # 112 GB an hour
+    assert time.writing / time.total < 0.02
     assert time.compute == pytest.approx(CPT.flops() / (8 * 312e12 * 0.5))
     assert time.waiting == pytest.approx(777_102 * ring_seconds(2 * 7_000_559_616, 8, 230e9, 1))  # the weights' gather
     mfu, hfu = utilisation(CPT, time.total)

@@ -111,7 +111,7 @@ def stage_duration(plan: StagePlan, rates: Rates) -> Duration | None:
         return Duration(at_mfu(plan, plan.flops(model_flops), rates.mfu), 0)
     train = estimate(plan, rates, work, plan.updates)
     reference = plan.reference_flops / (plan.machines.ranks * plan.machines.peak * rates.efficiency)
-    minutes, every = getattr(plan.section, "checkpoint_minutes", None), plan.section.checkpoint_every
+    minutes, every = plan.section.checkpoint_minutes, plan.section.checkpoint_every
     number = count_checkpoints(minutes, every, plan.updates, train.total)
     writing = number * checkpoint_bytes(plan.training) / rates.disk
     return Duration(train.compute + reference, train.waiting, writing, number)
