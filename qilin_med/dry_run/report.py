@@ -18,10 +18,9 @@ from qilin_med.dry_run.stages import (
 )
 from qilin_med.models import check_packages
 from qilin_med.nodes import find_place
+from qilin_med.planner.duration import Rates, stage_duration
 from qilin_med.planner.tables import format_table
 from qilin_med.progress import progress
-
-MFU = 0.4  # as scripts/plan.py counts
 
 
 @dataclass
@@ -98,15 +97,19 @@ def _stage_row(check: StageCheck) -> list[str]:
     if plan is None:
         return [*cells, *["-"] * 5]
     work = plan.work()
-    hours = plan.seconds(plan.flops(), MFU) / 3600 if work and plan.machines.peak else None
+    time = stage_duration(plan, Rates())
     return [
         *cells,
         _number(plan.updates) if plan.updates else "-",
         _number(work.tokens) if work else "-",
         f"{plan.memory.total / GIB:.1f}/{plan.machines.memory / GIB:.1f}",
         f"{plan.disk / GIB:,.1f}",
-        "done" if check.is_finished else "-" if hours is None else f"{hours:,.{0 if hours >= 100 else 1}f}",
+        "done" if check.is_finished else "-" if time is None else _hours(time.total / 3600),
     ]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.{0 if hours >= 100 else 1}f}"
 
 
 def _stage_lines(check: StageCheck) -> list[str]:

@@ -73,13 +73,13 @@ def find_machine(
         if here and not (gpus or gpu):
             ranks, properties = count_ranks(experiment, here), torch.cuda.get_device_properties(0)
             known = _alike(properties.name, properties.total_memory)
-            peak = known.peak(dtype) if known else None
-            return Machine(Machines(place.nodes, ranks, properties.total_memory, peak), True)
+            peak, bandwidth = (known.peak(dtype), known.bandwidth) if known else (None, None)
+            return Machine(Machines(place.nodes, ranks, properties.total_memory, peak, bandwidth), True)
         planned = GPUS[gpu or "a100-80g"]
         ranks = gpus or (8 if launch.processes == "auto" else launch.processes)
         findings.note(f"{'' if here else 'no GPU here: '}planned for {ranks} x {planned.name} (--gpus and --gpu of"
                       " scripts/check.py set others)")  # fmt: skip
-        return Machine(Machines(place.nodes, ranks, planned.memory, planned.peak(dtype)), False)
+        return Machine(Machines(place.nodes, ranks, planned.memory, planned.peak(dtype), planned.bandwidth), False)
     return None
 
 
