@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from qilin_med.checkpoints import COMPLETE, commit_folder, disk_errors_explained, prune_checkpoints, write_text
 from qilin_med.errors import UserError
 from qilin_med.job import Job
-from qilin_med.progress import progress
+from qilin_med.progress import clock, progress
 from qilin_med.results import read_metrics
 
 
@@ -185,10 +185,18 @@ class Progress(TrainerCallback):
         self.on_terminal = sys.stderr.isatty()
         self.start, self.first_step, self.tokens = time.monotonic(), state.global_step, 0
         self.last_line = self.start
+        self.long_step = ExitStack()
         if self.speaks and self.on_terminal:
             layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
             steps = {"total": state.max_steps, "initial": state.global_step}
             self.bar = tqdm(**steps, bar_format=layout, dynamic_ncols=True, disable=False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.speaks and not self.on_terminal:
+            self.long_step.enter_context(progress(f"step {state.global_step + 1}/{state.max_steps}"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.long_step.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if not self.speaks or "loss" not in logs:
@@ -203,7 +211,7 @@ class Progress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
         elif self._line_is_due(state):
             left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-            print(f"step {state.global_step}/{state.max_steps}: {numbers}, {_minutes(left)} left", flush=True)
+            print(f"step {state.global_step}/{state.max_steps}: {numbers}, {clock(left)} left", flush=True)
 
     def _line_is_due(self, state: Any) -> bool:
         """About a line every ten seconds, beside the first and the last."""
@@ -216,10 +224,6 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.speaks and self.on_terminal:
             self.bar.close()
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def end_rank() -> None:

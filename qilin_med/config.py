@@ -137,9 +137,9 @@ class StageConfig(Section):
     """Blocks (pretraining), conversations (sft) or pairs (dpo) that one rank takes at once, on average where they are
     packed. A matter of memory and speed alone."""
     global_batch_size: PositiveInt | None = None
-    """Blocks, conversations or pairs of an optimizer step over all ranks: a random draw. Must divide by ranks x
-    batch_size_per_device (the quotient is the number of gradient accumulation steps). null: ranks x
-    batch_size_per_device."""
+    """Blocks, conversations or pairs of an optimizer step over all ranks: a random draw (a conversation that continues in
+    a further row counts once for each). Must divide by ranks x batch_size_per_device (the quotient is the number of
+    gradient accumulation steps). null: ranks x batch_size_per_device."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     warmup_ratio: Share

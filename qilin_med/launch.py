@@ -78,6 +78,9 @@ class _forward_signals_to:
 
     def _forward(self, number: int, _frame: object) -> None:
         self.heard = "the user" if number == signal.SIGINT else "SIGTERM"
+        self.stop_ranks()
+
+    def stop_ranks(self) -> None:
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -93,6 +96,7 @@ def _wait_for_all(processes: list[subprocess.Popen[bytes]], team: Team, forward:
         while any(process.poll() is None for process in processes):
             if forward.heard and not said:
                 said = True
+                forward.stop_ranks()  # again: the signal may have come while a rank was being started
                 stopping.enter_context(progress("stopping: the ranks end this update and write a checkpoint"))
             failed = team.in_trouble() or any(process.poll() not in (None, 0) for process in processes)
             if failed and deadline == math.inf:

@@ -30,10 +30,11 @@ from forked import SCRIPTS, run_stage
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from qilin_med import training
+from qilin_med import launch, training
 from qilin_med.checkpoints import COMPLETE, MANIFEST, find_checkpoints, step_of, verify_folder
 from qilin_med.config import load_experiment
 from qilin_med.errors import UserError
+from qilin_med.nodes import Place, Team
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["发热", "头痛", "咳嗽", "乏力", "血压", "饮食", "休息", "药", "医生", "复查"]
@@ -272,6 +273,18 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(world, tmp_path, momen
     assert process.returncode == 130
     assert re.fullmatch(last_line, output.splitlines()[-1]), output
     assert "Traceback" not in output and "Error" not in output
+
+
+def test_a_stop_reaches_a_rank_that_was_being_started_when_it_came():
+    ranks: dict[int, subprocess.Popen] = {}
+    forward = launch._forward_signals_to(ranks)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        ranks[0] = subprocess.Popen(["sleep", "60"])
+        launch._wait_for_all(list(ranks.values()), Team(Place(), 1), forward)
+    finally:
+        forward.restore()
+    assert ranks[0].returncode == -signal.SIGTERM and forward.heard == "the user"
 
 
 OWN = {
