@@ -106,7 +106,7 @@ def describe_experiment(stages: list[str], arguments: argparse.Namespace, work: 
     lora = {"rank": 8, "alpha": 32, "dropout": 0.05}
     settings = {
         "cpt": {"block_size": 512, "batch_size_per_device": 4},
-        "sft": {**limits, "batch_size_per_device": 24, "lora": lora},
+        "sft": {**limits, "batch_size_per_device": 8, "lora": lora},
         "dpo": {**limits, "beta": 0.1, "batch_size_per_device": 4, "lora": lora},
     }
     sections = {STAGES[s]: {**shared, **settings[s], "data": sources_of(arguments.data, s)} for s in stages}
