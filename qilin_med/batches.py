@@ -8,14 +8,16 @@ micro-batches of about equal tokens, and each micro-batch is laid out in as few 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import Sampler
 
 from qilin_med.template import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PAD_ID = 0  # any id will do: padding is never seen and never a target
 _MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -83,7 +85,7 @@ class StepSampler(Sampler[list[int]]):
 class IndexedRows(torch.utils.data.Dataset):
     """Rows with their index."""
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: "Dataset") -> None:
         self.rows = rows
 
     def __len__(self) -> int:

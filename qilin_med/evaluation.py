@@ -18,13 +18,14 @@ from qilin_med.batches import Collator, Layout, PairCollator, TokenCollator, mod
 from qilin_med.checkpoints import digest, fingerprint_model, write_json
 from qilin_med.config import Experiment, Source, StageConfig, StageName
 from qilin_med.job import commit, versions
-from qilin_med.losses import sequence_log_probs, target_losses
+from qilin_med.losses import target_losses
 from qilin_med.models import (
     check_model_folder,
     forward_through_head,
     load_for_inference,
     load_tokenizer,
     max_positions,
+    pair_log_probs,
 )
 from qilin_med.progress import progress
 from qilin_med.rows import PreparedRows, prepare_rows
@@ -122,12 +123,8 @@ def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: 
     log p(chosen) - log p(rejected) of every pair, in the order of the rows."""
     margins = []
     for batch in _batches(rows, batch_size, PairCollator, model):
-        pairs = batch["items"]
-        score = partial(
-            sequence_log_probs, labels=batch["labels"], sequence_index=batch["sequence_index"], sequences=2 * pairs
-        )
-        scores = forward_through_head(model, model_inputs(batch), score)
-        margins += [round(margin, 4) for margin in (scores[:pairs] - scores[pairs:]).tolist()]
+        chosen, rejected = pair_log_probs(model, batch)
+        margins += [round(margin, 4) for margin in (chosen - rejected).tolist()]
     share = sum(margin > 0 for margin in margins) / len(margins)
     error = math.sqrt(share * (1 - share) / len(margins))
     return {"value": share, "pairs": len(margins), "standard_error": error, "margins": margins}

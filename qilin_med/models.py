@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,12 @@ from transformers import (
 from transformers.integrations import apply_liger_kernel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from qilin_med.batches import model_inputs
 from qilin_med.checkpoints import MANIFEST, check_sizes
 from qilin_med.config import LoraSettings, ModelConfig, StageName
 from qilin_med.errors import UserError, in_one_line
 from qilin_med.job import Job
+from qilin_med.losses import sequence_log_probs
 from qilin_med.template import QILIN_TEMPLATE
 
 if TYPE_CHECKING:
@@ -355,6 +358,16 @@ def forward_through_head(
         return model(**inputs, use_cache=False).logits
     finally:
         del head.forward  # the class's own again
+
+
+def pair_log_probs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p(answer | prompt) of the chosen and of the rejected answers of a `PairCollator`'s batch: [pairs] each."""
+    pairs = len(batch["rows"])
+    score = partial(
+        sequence_log_probs, labels=batch["labels"], sequence_index=batch["sequence_index"], sequences=2 * pairs
+    )
+    scores = forward_through_head(model, model_inputs(batch), score)
+    return scores[:pairs], scores[pairs:]
 
 
 def load_checkpoint(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:

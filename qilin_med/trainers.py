@@ -26,8 +26,8 @@ from qilin_med.checkpoints import disk_errors_explained
 from qilin_med.config import InstructionConfig
 from qilin_med.isolation import check_isolation
 from qilin_med.job import Job
-from qilin_med.losses import preference_losses, sequence_log_probs, target_losses
-from qilin_med.models import forward_through_head
+from qilin_med.losses import preference_losses, target_losses
+from qilin_med.models import forward_through_head, pair_log_probs
 from qilin_med.progress import progress
 from qilin_med.reference_log_probs import ReferenceLogProbs
 from qilin_med.rows import open_rows, row_costs
@@ -194,7 +194,7 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
             for start in range(0, len(batches), ranks):
                 indices = batches[start + rank]
                 inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
-                write(indices, torch.stack(self._log_probs(self.model, inputs), dim=1))
+                write(indices, torch.stack(pair_log_probs(self.model, inputs), dim=1))
                 advance(sum(map(len, batches[start : start + ranks])))
 
     def _reference_batches(self, missing: np.ndarray) -> list[list[int]]:
@@ -204,17 +204,10 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         return batches + [[]] * (-len(batches) % ranks)
 
-    def _log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[pairs] of the chosen and of the rejected answers."""
-        labels, owners, pairs = inputs["labels"], inputs["sequence_index"], len(inputs["rows"])
-        score = partial(sequence_log_probs, labels=labels, sequence_index=owners, sequences=2 * pairs)
-        scores = forward_through_head(model, model_inputs(inputs), score)
-        return scores[:pairs], scores[pairs:]
-
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> torch.Tensor:
-        chosen, rejected = self._log_probs(model, inputs)
+        chosen, rejected = pair_log_probs(model, inputs)
         reference = self.reference[inputs["rows"]]
         losses, chosen_rewards, rejected_rewards = preference_losses(
             chosen, rejected, reference[:, 0], reference[:, 1], self.beta

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from qilin_med.config import EXAMPLES
 from qilin_med.planner.advice import describe_change
 from qilin_med.planner.compute import model_flops, training_flops
 from qilin_med.planner.duration import (
@@ -19,7 +20,6 @@ from qilin_med.planner.plan import StagePlan, alternatives, fits, largest_batch
 from qilin_med.planner.storage import checkpoint_bytes, host_bytes, merged_bytes, offloaded_bytes
 
 GIB = 2**30
-UNITS = {"pretraining": "blocks", "sft": "conversations", "dpo": "pairs"}
 
 
 def format_plan(plan: StagePlan, device: str, rates: Rates) -> str:
@@ -46,7 +46,7 @@ def _heading(plan: StagePlan, device: str) -> list[str]:
         f"{plan.stage}: {t.parameters:,} parameters, {t.trainable:,} trainable"
         f" ({t.trainable / t.parameters:.2%}){adapter}",
         f"{plan.machines.ranks} x {device}, {t.engine.name}, {t.dtype}, {recomputed};"
-        f" {section.batch_size_per_device} {UNITS[plan.stage]} of {t.sequences * t.length} tokens at once,"
+        f" {section.batch_size_per_device} {EXAMPLES[plan.stage]} of {t.sequences * t.length} tokens at once,"
         f" {plan.global_batch_size} an update",
     ]
 
@@ -100,7 +100,7 @@ def _run_lines(plan: StagePlan, rates: Rates) -> list[str]:
             f"an update: {plan.update_work.tokens:,.0f} tokens, {flops:.3g} FLOP{_update_time(plan, rates)}",
         ]
     return [
-        f"data: {amount.rows:,} {UNITS[plan.stage]}, {amount.tokens:,.0f} tokens ({amount.source})",
+        f"data: {amount.rows:,} {EXAMPLES[plan.stage]}, {amount.tokens:,.0f} tokens ({amount.source})",
         f"{plan.updates:,} updates, {work.tokens:,.0f} tokens, {plan.flops():.3g} FLOP",
         *_time_lines(plan, rates),
     ]
