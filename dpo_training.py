@@ -7,20 +7,20 @@ prompt/chosen/rejected rows) and the model of stage 2; writes runs/<name>/dpo/ad
     python dpo_training.py --config configs/demo.json
 """
 
-from qilin_med.job import Job
-from qilin_med.training import run_stage, training_arguments
+from qilin_med.train.job import Job
+from qilin_med.train.stage import run_stage, training_arguments
 
 
 def build_trainer(job: Job):
     from transformers import set_seed
     from trl import DPOConfig
 
-    from qilin_med.models import load_for_training, load_tokenizer, lora_config
-    from qilin_med.trainers import PreferenceTrainer
+    from qilin_med.model.load import load_for_training, load_tokenizer, lora_config
+    from qilin_med.train.trainers import PreferenceTrainer
 
     # Truncation is ours (token limits per question and answer), and so is dropout (the paper trains with 0.05).
     arguments = training_arguments(job, DPOConfig, beta=job.section.beta, max_length=None, disable_dropout=False)
-    model = load_for_training(job)
+    model = load_for_training(job.parent, job.experiment.model, job.section)
     set_seed(job.experiment.seed)  # TRL draws the adapter: the same on every rank
     return PreferenceTrainer(
         job,

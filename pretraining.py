@@ -7,18 +7,18 @@ parameters.
     python pretraining.py --config configs/demo.json
 """
 
-from qilin_med.job import Job
-from qilin_med.training import run_stage, training_arguments
+from qilin_med.train.job import Job
+from qilin_med.train.stage import run_stage, training_arguments
 
 
 def build_trainer(job: Job):
-    from qilin_med.models import add_adapter, load_for_training
-    from qilin_med.trainers import LanguageModelTrainer
+    from qilin_med.model.load import add_adapter, load_for_training
+    from qilin_med.train.trainers import LanguageModelTrainer
 
     arguments = training_arguments(job)
-    model = load_for_training(job)
+    model = load_for_training(job.parent, job.experiment.model, job.section)
     if job.section.lora:
-        model = add_adapter(model, job)
+        model = add_adapter(model, job.section, job.experiment.seed)
     return LanguageModelTrainer(job, model, arguments)
 
 

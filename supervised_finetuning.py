@@ -6,16 +6,18 @@ writes runs/<name>/sft/adapter and runs/<name>/sft/merged, a complete model fold
     python supervised_finetuning.py --config configs/demo.json
 """
 
-from qilin_med.job import Job
-from qilin_med.training import run_stage, training_arguments
+from qilin_med.train.job import Job
+from qilin_med.train.stage import run_stage, training_arguments
 
 
 def build_trainer(job: Job):
-    from qilin_med.models import add_adapter, load_for_training
-    from qilin_med.trainers import LanguageModelTrainer
+    from qilin_med.model.load import add_adapter, load_for_training
+    from qilin_med.train.trainers import LanguageModelTrainer
 
     arguments = training_arguments(job)
-    model = add_adapter(load_for_training(job), job)
+    model = add_adapter(
+        load_for_training(job.parent, job.experiment.model, job.section), job.section, job.experiment.seed
+    )
     return LanguageModelTrainer(job, model, arguments)
 
 

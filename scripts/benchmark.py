@@ -8,12 +8,8 @@ python scripts/benchmark.py evaluate --help  # questions per second
 import argparse
 import sys
 from importlib import import_module
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts/benchmark")]
-
-from qilin_med.errors import user_errors_end_with_one_line  # noqa: E402
+from qilin_med.errors import user_errors_end_with_one_line
 
 BENCHMARKS = {"train": "training", "dedup": "dedup", "evaluate": "evaluation"}
 
@@ -22,7 +18,7 @@ def main() -> None:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("what", choices=BENCHMARKS, help="what to measure")
-    benchmark = import_module(BENCHMARKS[parser.parse_args(sys.argv[1:2]).what])
+    benchmark = import_module("benchmarks." + BENCHMARKS[parser.parse_args(sys.argv[1:2]).what])
     parser = argparse.ArgumentParser(prog=" ".join(sys.argv[:2]), description=benchmark.__doc__, formatter_class=plain)
     benchmark.add_arguments(parser)
     benchmark.run(parser.parse_args(sys.argv[2:]))

@@ -9,15 +9,11 @@ are published.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.corpus.build import build, plan_build
-from qilin_med.corpus.settings import load_corpus_settings
+from qilin_med.config.corpus import load_corpus_settings
+from qilin_med.console.progress import progress
+from qilin_med.data.build import build, plan_build
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.progress import progress
 
 MESSAGES = {
     "built": "built {}; its README.md has the tables",
@@ -43,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     settings = load_corpus_settings(arguments.config, arguments.overrides)
     if arguments.inspect:
-        from qilin_med.inspection import show_records
+        from qilin_med.data.inspection import show_records
 
         show_records(settings, arguments.inspect)
         return

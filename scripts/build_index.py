@@ -9,18 +9,15 @@ answers (Huatuo-26M's layout; --kind names another one of data/README.md) apart 
 tells recall@1, 5, 10 and MRR of each question's own answer. An interrupted build continues when it is run again.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.checkpoints import read_manifest
-from qilin_med.cli import experiment_parser, parse_experiment
-from qilin_med.config import KINDS
+from qilin_med.artifact import read_manifest
+from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.config.experiment import KINDS
+from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.progress import progress
-from qilin_med.retrieval.index import build, plan_index
-from qilin_med.retrieval.recall import evaluate_retrieval
+from qilin_med.retrieve.index import build, plan_index
+from qilin_med.retrieve.recall import evaluate_retrieval
 
 
 def main() -> None:

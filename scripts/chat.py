@@ -11,14 +11,11 @@ are greedy, as in evaluation; evaluation.chat says who is asked in the chat temp
 
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.progress import progress
-from qilin_med.results import existing_models, model_folders
+from qilin_med.evaluate.results import existing_models, model_folders
 
 
 def main() -> None:
@@ -33,25 +30,25 @@ def main() -> None:
     )
     arguments, experiment = parse_experiment(parser)
 
-    from qilin_med.training import quiet_libraries
+    from qilin_med.train.stage import quiet_libraries
 
     folders = model_folders(experiment)
     [(name, folder)] = existing_models(experiment, [arguments.model or list(folders)[-1]]).items()
     quiet_libraries()
     # On stdout there are answers alone.
     with redirect_stdout(sys.stderr), progress("loading libraries, model and index"):
-        from qilin_med.chat import ChatModel
-        from qilin_med.retrieval.retriever import open_retriever
+        from qilin_med.chat.conversation import ChatModel
+        from qilin_med.retrieve.retriever import open_retriever
 
         retriever = open_retriever(experiment) if arguments.retrieval else None
         model = None if arguments.web else ChatModel(experiment, name, folder, arguments.max_new_tokens)
     if arguments.web:
-        from qilin_med.page import Models, serve
+        from qilin_med.chat.page import Models, serve
 
         there = {name: folder for name, folder in folders.items() if folder.is_dir()}
         serve(Models(experiment, there, arguments.max_new_tokens), name, retriever, arguments.host, arguments.port)
         return
-    from qilin_med.terminal import talk
+    from qilin_med.chat.terminal import talk
 
     talk(model, retriever)
 

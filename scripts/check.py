@@ -8,14 +8,9 @@ problem of any stage is named on a line of its own, with exit code 2. `bash run_
 ends there. Amounts of large data are estimated from the first records of each file.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.config.command_line import experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.planner.gpus import GPUS
+from qilin_med.plan.gpus import GPUS
 
 
 def main() -> None:
@@ -28,11 +23,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="changes nothing: this command launches nothing anyway")
     arguments, experiment = parse_experiment(parser)
 
-    from qilin_med.training import quiet_libraries
+    from qilin_med.train.stage import quiet_libraries
 
     quiet_libraries()
 
-    from qilin_med.dry_run.report import check_experiment, print_report
+    from qilin_med.check.report import check_experiment, print_report
 
     machine = {"gpus": arguments.gpus, "gpu": arguments.gpu}
     print_report(check_experiment(experiment, **machine, made_first=arguments.made_first))

@@ -1,10 +1,7 @@
 """Convert Baichuan-7B as published into a native Llama folder: python scripts/convert_baichuan.py SRC DST"""
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -18,13 +15,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from qilin_med.console.progress import progress
     from qilin_med.errors import user_errors_end_with_one_line
-    from qilin_med.progress import progress
 
     with user_errors_end_with_one_line():
         with progress("converting"):
-            from qilin_med.baichuan import convert_baichuan
-            from qilin_med.template import QILIN_TEMPLATE
+            from qilin_med.model.baichuan import convert_baichuan
+            from qilin_med.prompt.template import QILIN_TEMPLATE
 
             made = convert_baichuan(
                 arguments.source, arguments.target, QILIN_TEMPLATE, report=lambda line: print(line, flush=True)

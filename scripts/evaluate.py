@@ -7,22 +7,19 @@ runs/<name>/eval/comparisons.json. Run it again after any interruption. On sever
 """
 
 import os
-import sys
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.cli import experiment_parser, parse_experiment
-from qilin_med.config import Experiment, TaskSettings
+from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.config.experiment import Experiment, TaskSettings
+from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.progress import progress
-from qilin_med.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_file
+from qilin_med.evaluate.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_file
 
 if TYPE_CHECKING:
-    from qilin_med.harness import Retrieval
+    from qilin_med.evaluate.harness import Retrieval
 
 
 def main() -> None:
@@ -43,7 +40,7 @@ def main() -> None:
     )
     arguments, experiment = parse_experiment(parser)
 
-    from qilin_med.training import quiet_libraries
+    from qilin_med.train.stage import quiet_libraries
 
     quiet_libraries()
 
@@ -61,7 +58,7 @@ def _is_first() -> bool:
 
 def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
     with progress("held-out sets"):
-        from qilin_med.evaluation import evaluate_model
+        from qilin_med.evaluate.held_out import evaluate_model
         from qilin_med.report.document import markdown_table
         from qilin_med.report.tables import held_out_table
 
@@ -73,8 +70,8 @@ def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
 
 def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], submission: bool, retrieval: bool) -> None:
     with progress("loading libraries"):
-        from qilin_med.comparisons import compare_models
-        from qilin_med.harness import ModelUnderTest, describe_task, run_task, write_submission
+        from qilin_med.evaluate.comparison import compare_models
+        from qilin_med.evaluate.harness import ModelUnderTest, describe_task, run_task, write_submission
 
     settings = {task: _settings(experiment, task, submission) for task in tasks}
     # A wrong name or path is told before any model is loaded.
@@ -109,9 +106,9 @@ def _open_retrievals(experiment: Experiment) -> "dict[str, Retrieval]":
 
 
 def _open_retrieval(experiment: Experiment) -> "Retrieval":
-    from qilin_med.checkpoints import digest
-    from qilin_med.harness import Retrieval
-    from qilin_med.retrieval.retriever import open_retriever
+    from qilin_med.artifact import digest
+    from qilin_med.evaluate.harness import Retrieval
+    from qilin_med.retrieve.retriever import open_retriever
 
     retriever = open_retriever(experiment)
     settings = experiment.retrieval.model_dump(mode="json", exclude={"exam_sources"})

@@ -16,15 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from demo.files import all_characters, build_files, tokenizer_text
+from qilin_med.artifact import MANIFEST, digest, publish_folder, set_aside, verify_folder
+from qilin_med.console.progress import progress
+from qilin_med.errors import UserError, user_errors_end_with_one_line
+from qilin_med.train.stage import quiet_libraries
 
-from qilin_med.checkpoints import MANIFEST, digest, publish_folder, set_aside, verify_folder  # noqa: E402
-from qilin_med.demo.files import all_characters, build_files, tokenizer_text  # noqa: E402
-from qilin_med.errors import UserError, user_errors_end_with_one_line  # noqa: E402
-from qilin_med.progress import progress  # noqa: E402
-from qilin_med.training import quiet_libraries  # noqa: E402
-
+REPOSITORY = Path(__file__).resolve().parents[1]
 DATA, UNTRAINED = Path("data/demo"), Path("models/demo-init")
 BUILT = ("processed", "processed.work")
 VOCABULARY = 1664
@@ -104,8 +102,8 @@ def make_tokenizer(lines: list[str], characters: str, folder: Path) -> Any:
     general text, as a general model's is; of the medicine it knows the characters only."""
     import sentencepiece
 
-    from qilin_med.template import QILIN_TEMPLATE, ROLE_MARKS
-    from qilin_med.tokenizer import fast_tokenizer_from_sentencepiece
+    from qilin_med.model.tokenizer import fast_tokenizer_from_sentencepiece
+    from qilin_med.prompt.template import QILIN_TEMPLATE, ROLE_MARKS
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -4,12 +4,8 @@ python scripts/paper_diff.py configs/demo.json [--gpus 8] [key.path=value ...]
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.config import STAGES, load_experiment
+from qilin_med.config.experiment import STAGES, load_experiment
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.report.document import markdown_table
 from qilin_med.report.tables import difference_table

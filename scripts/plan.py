@@ -8,21 +8,18 @@ Formulas and how well they agree with what is measured: docs/scaling.md.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.cli import experiment_parser, parse_experiment
-from qilin_med.config import STAGES, Experiment, StageName
+from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.config.experiment import STAGES, Experiment, StageName
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.planner.architecture import read_architecture
-from qilin_med.planner.data import Amount, find_amount, stated_amount
-from qilin_med.planner.duration import Rates
-from qilin_med.planner.gpus import GPUS
-from qilin_med.planner.plan import Machines, plan_stage
-from qilin_med.planner.preflight import local_machine
-from qilin_med.planner.tables import format_plan, format_total
+from qilin_med.plan.architecture import read_architecture
+from qilin_med.plan.data import Amount, find_amount, stated_amount
+from qilin_med.plan.duration import Rates
+from qilin_med.plan.gpus import GPUS
+from qilin_med.plan.plan import Machines, plan_stage
+from qilin_med.plan.preflight import local_machine
+from qilin_med.plan.tables import format_plan, format_total
 
 
 def main() -> None:

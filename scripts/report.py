@@ -3,14 +3,9 @@
 python scripts/report.py --config configs/demo.json [key.path=value ...]
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qilin_med.cli import experiment_parser, parse_experiment
+from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.progress import progress
 from qilin_med.report.cards import write_cards
 from qilin_med.report.collect import collect_run
 from qilin_med.report.document import markdown_table

@@ -38,7 +38,7 @@ command -v g++ >/dev/null || missing+=("g++: not found; an operator of DeepSpeed
 
 requirements=(requirements.txt)
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then requirements+=(requirements-gpu.txt); fi
-wanted=$({ echo "${version:-}"; cat "${requirements[@]}"; } | sha256sum | cut -d' ' -f1)
+wanted=$({ echo "${version:-}"; cat "${requirements[@]}" pyproject.toml; } | sha256sum | cut -d' ' -f1)
 if [ ${#missing[@]} -eq 0 ] && [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then
   exit 0
 fi
@@ -64,5 +64,6 @@ if [ ${#requirements[@]} -gt 1 ]; then
     echo "note: not installed: requirements-gpu.txt (why: .venv/gpu.log). Configs that need flash-attn or liger-kernel are" \
       "refused until .venv/bin/pip install -r requirements-gpu.txt --no-build-isolation succeeds" >&2
 fi
-.venv/bin/python -m qilin_med.operators
+pip_install --no-deps --editable .
+.venv/bin/python -m qilin_med.train.operators
 echo "$wanted" >"$stamp"

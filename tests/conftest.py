@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from qilin_med.template import QILIN_TEMPLATE, ROLE_MARKS
-from qilin_med.tokenizer import fast_tokenizer_from_sentencepiece
+from qilin_med.model.tokenizer import fast_tokenizer_from_sentencepiece
+from qilin_med.prompt.template import QILIN_TEMPLATE, ROLE_MARKS
 
 SENTENCES = [
     "发热三天，伴咳嗽、咽痛，应当先量体温再决定是否用药。",

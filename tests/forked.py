@@ -1,6 +1,6 @@
 """Stages with real ranks, cheaply: a rank is forked from a server that has imported the libraries once.
 
-Preparing, watching, sealing and publishing are the pipeline's own code; only how qilin_med.launch starts a process is
+Preparing, watching, sealing and publishing are the pipeline's own code; only how qilin_med.train.launch starts a process is
 replaced, since a new interpreter needs 10 s of CPU for its imports.
 """
 
@@ -12,18 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from qilin_med import training
-from qilin_med.config import load_experiment
-from qilin_med.nodes import Place
+from qilin_med.config.experiment import load_experiment
+from qilin_med.train import stage as training
+from qilin_med.train.nodes import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"pretraining": "pretraining.py", "sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["deepspeed", "peft.tuners.lora", "trl.trainer.dpo_trainer", "qilin_med.trainers"])
+_CONTEXT.set_forkserver_preload(
+    ["deepspeed", "peft.tuners.lora", "trl.trainer.dpo_trainer", "qilin_med.train.trainers"]
+)
 
 
 class ForkedRank:
-    """What qilin_med.launch uses of subprocess.Popen."""
+    """What qilin_med.train.launch uses of subprocess.Popen."""
 
     def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
         self._process = _CONTEXT.Process(target=_run_script, args=(command[1:], env))
@@ -49,6 +51,6 @@ def run_stage(settings: Path, stage: str, *overrides: str) -> Path:
     experiment = load_experiment(settings, overrides)
     script = [str(ROOT / SCRIPTS[stage])]
     forking = SimpleNamespace(Popen=ForkedRank, DEVNULL=None)
-    with mock.patch("qilin_med.launch.subprocess", forking), mock.patch.object(sys, "argv", script):
+    with mock.patch("qilin_med.train.launch.subprocess", forking), mock.patch.object(sys, "argv", script):
         training._take_part(experiment, stage, Place(), restart=False, force=False)
     return experiment.stage_folder(stage)

@@ -19,16 +19,16 @@ import torch
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 
-from qilin_med.chat import NOTICE, ChatModel, look_up
-from qilin_med.config import Experiment, TaskSettings, load_experiment
+from qilin_med.chat.conversation import NOTICE, ChatModel, look_up
+from qilin_med.chat.terminal import talk
+from qilin_med.config.experiment import Experiment, TaskSettings, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.harness import ModelUnderTest, Retrieval, read_samples, run_task
-from qilin_med.prompts import plain_dialogue
-from qilin_med.results import existing_models
-from qilin_med.retrieval.index import build, plan_index
-from qilin_med.retrieval.prompting import Passage, Prompt
-from qilin_med.retrieval.retriever import Retriever, open_retriever
-from qilin_med.terminal import talk
+from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, read_samples, run_task
+from qilin_med.evaluate.results import existing_models
+from qilin_med.prompt.wording import plain_dialogue
+from qilin_med.retrieve.index import build, plan_index
+from qilin_med.retrieve.prompting import Passage, Prompt
+from qilin_med.retrieve.retriever import Retriever, open_retriever
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -253,7 +253,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(settings):
 def test_the_page_shows_two_answers_and_talks_to_no_one_else(experiment, folders, retriever):
     from playwright.sync_api import expect, sync_playwright
 
-    from qilin_med.page import Models, build_page, launch
+    from qilin_med.chat.page import Models, build_page, launch
 
     connected: set[str] = set()
     sys.addaudithook(lambda event, details: connected.add(str(details[1][0])) if event == "socket.connect" else None)

@@ -6,19 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qilin_med.checkpoints import (
-    COMPLETE,
-    MANIFEST,
-    commit_folder,
-    digest,
-    newest_complete,
-    prune_checkpoints,
-    publish_folder,
-    read_manifest,
-    verify_folder,
-)
+from qilin_med.artifact import MANIFEST, commit_folder, digest, publish_folder, read_manifest, verify_folder
 from qilin_med.errors import UserError
-from qilin_med.results import checkpoint_cost
+from qilin_med.train.checkpoints import COMPLETE, newest_complete, prune_checkpoints
+from qilin_med.train.metrics import checkpoint_cost
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import time
 
 import pytest
 
-from qilin_med.config import DataSource
-from qilin_med.corpus.cleaning import Cleaner
-from qilin_med.corpus.rendering import text_of
-from qilin_med.corpus.settings import CleaningSettings
-from qilin_med.corpus.sources import read_chats, read_preferences
+from qilin_med.config.corpus import CleaningSettings
+from qilin_med.config.experiment import DataSource
+from qilin_med.data.clean import Cleaner
+from qilin_med.data.read.records import read_chats, read_preferences
+from qilin_med.data.render import text_of
 from qilin_med.records import Chat, Document, Message, Preference, Question, SetAside
 
 LONG = "发热三天，伴咳嗽、咽痛，应当先量体温再决定是否用药。"

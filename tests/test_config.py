@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from qilin_med.config import load_experiment
-from qilin_med.corpus.settings import load_corpus_settings
+from qilin_med.config.corpus import load_corpus_settings
+from qilin_med.config.experiment import load_experiment
+from qilin_med.config.paper import CORPUS as PAPER_TABLES
+from qilin_med.config.reference import reference
+from qilin_med.config.schedule import check_batch_size
 from qilin_med.errors import UserError
-from qilin_med.job import check_batch, count_ranks
-from qilin_med.paper import CORPUS as PAPER_TABLES
-from qilin_med.reference import reference
+from qilin_med.train.job import count_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "configs" / "qilin_med_7b.json"
@@ -119,12 +120,12 @@ def test_impossible_combinations():
     cpu = load_experiment(PAPER, ["launch.device=cpu", "launch.processes=2", "sft.global_batch_size=130"])
     assert count_ranks(cpu, gpus=0) == 2
     with pytest.raises(UserError, match=r"130, which does not divide by 2 ranks x .* 64 = 128"):
-        check_batch(cpu, "sft", ranks=2)
+        check_batch_size("sft", cpu.stage("sft"), ranks=2)
     paper = load_experiment(PAPER)
     assert count_ranks(paper, gpus=8) == 8
     for stage in ("pretraining", "sft", "dpo"):
-        check_batch(paper, stage, ranks=8)  # the machine that README names
-    check_batch(load_experiment(ROOT / "configs/qilin_med_7b_3090x4.json"), "dpo", ranks=4)
+        check_batch_size(stage, paper.stage(stage), ranks=8)  # the machine that README names
+    check_batch_size("dpo", load_experiment(ROOT / "configs/qilin_med_7b_3090x4.json").stage("dpo"), ranks=4)
     with pytest.raises(UserError, match="no GPU is visible"):
         count_ranks(paper, gpus=0)
     with pytest.raises(UserError, match="16 but 8 GPUs"):
@@ -133,5 +134,5 @@ def test_impossible_combinations():
 
 def test_the_reference_of_keys_is_current():
     assert (ROOT / "configs" / "README.md").read_text() == reference(), (
-        "python -m qilin_med.reference > configs/README.md"
+        "python -m qilin_med.config.reference > configs/README.md"
     )

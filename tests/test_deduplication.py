@@ -6,11 +6,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from qilin_med.corpus import deduplication as dedup
-from qilin_med.corpus import matching
-from qilin_med.corpus.intake import rank_of
-from qilin_med.corpus.settings import DeduplicationSettings
-from qilin_med.corpus.shards import Shards
+from qilin_med.config.corpus import DeduplicationSettings
+from qilin_med.data import deduplicate as dedup
+from qilin_med.data import matching
+from qilin_med.data.intake import rank_of
+from qilin_med.data.shards import Shards
 
 CHARACTERS = [chr(0x4E00 + index) for index in range(2000)]
 SETTINGS = DeduplicationSettings()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qilin_med.checkpoints import verify_folder
+from qilin_med.artifact import verify_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretraining", "sft", "dpo")

@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from qilin_med.config import DataSource, load_experiment
-from qilin_med.corpus.readers import raw_files as find_raw_files
-from qilin_med.corpus.readers import read_raw
-from qilin_med.corpus.rendering import render, text_of
-from qilin_med.corpus.settings import load_corpus_settings
-from qilin_med.corpus.sources import read_chats, read_documents, read_preferences
-from qilin_med.demo import exams, faults
-from qilin_med.demo import files as demo_files
-from qilin_med.demo.answers import plain_answer
-from qilin_med.demo.medicine import MEDICAL
-from qilin_med.demo.raw import raw_files
-from qilin_med.demo.world import DISEASES, World, build_world
+from demo import exams, faults
+from demo import files as demo_files
+from demo.answers import plain_answer
+from demo.medicine import MEDICAL
+from demo.raw import raw_files
+from demo.world import DISEASES, World, build_world
+from qilin_med.config.corpus import load_corpus_settings
+from qilin_med.config.experiment import DataSource, load_experiment
+from qilin_med.data.read.readers import raw_files as find_raw_files
+from qilin_med.data.read.readers import read_raw
+from qilin_med.data.read.records import read_chats, read_documents, read_preferences
+from qilin_med.data.render import render, text_of
 from qilin_med.records import SetAside
 
 REPOSITORY = Path(__file__).resolve().parents[1]

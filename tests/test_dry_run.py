@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qilin_med.config import load_experiment
-from qilin_med.dry_run.report import check_experiment, print_report
-from qilin_med.job import Job
-from qilin_med.tasks.subjects import SUBJECTS
+from qilin_med.check.report import check_experiment, print_report
+from qilin_med.config.experiment import load_experiment
+from qilin_med.evaluate.tasks.subjects import SUBJECTS
+from qilin_med.train.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/qilin_med_7b.json"

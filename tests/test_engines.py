@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from qilin_med.checkpoints import verify_folder
-from qilin_med.config import LoraSettings, load_experiment
+from qilin_med.artifact import verify_folder
+from qilin_med.config.experiment import LoraSettings, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.job import Job, check_engine
-from qilin_med.models import check_packages, count_parameters
-from qilin_med.results import read_metrics
+from qilin_med.model.load import check_packages, count_parameters
+from qilin_med.train.job import Job, check_engine
+from qilin_med.train.metrics import read_metrics
 
 STAGES = ("pretraining", "sft", "dpo")
 WORDS = ["发热", "头痛", "咳嗽", "乏力", "血压", "饮食", "休息", "药", "医生", "复查"]

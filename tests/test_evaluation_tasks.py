@@ -18,16 +18,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tiny_models import write_model
 
-from qilin_med.comparisons import compare_models
-from qilin_med.config import Experiment, TaskSettings
+from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.errors import UserError
-from qilin_med.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
-from qilin_med.models import load_for_inference
-from qilin_med.prompts import HEAD
-from qilin_med.results import read_samples
-from qilin_med.tasks.questions import load_ceval, load_exam
-from qilin_med.tasks.scoring import TASKS
-from qilin_med.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS
+from qilin_med.evaluate.comparison import compare_models
+from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
+from qilin_med.evaluate.results import read_samples
+from qilin_med.evaluate.tasks.questions import load_ceval, load_exam
+from qilin_med.evaluate.tasks.scoring import TASKS
+from qilin_med.evaluate.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS
+from qilin_med.model.load import load_for_inference
+from qilin_med.prompt.wording import HEAD
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPARTMENTS = ("内科", "外科", "儿科")
@@ -288,11 +288,11 @@ def test_reasoning_reuses_the_answers_of_prediction(results, world, models, monk
 KILLED = """
 import sys
 from pathlib import Path
-import qilin_med.lm, qilin_med.harness as harness
-from qilin_med.config import Experiment
+import qilin_med.evaluate.lm, qilin_med.evaluate.harness as harness
+from qilin_med.config.experiment import Experiment
 
 config, folder, log = sys.argv[1:]
-original, done = qilin_med.lm.SharedPrefixLM._model_generate, 0
+original, done = qilin_med.evaluate.lm.SharedPrefixLM._model_generate, 0
 
 def logged(self, context, *arguments, **settings):
     global done
@@ -303,7 +303,7 @@ def logged(self, context, *arguments, **settings):
     done += len(context)
     return output
 
-qilin_med.lm.SharedPrefixLM._model_generate = logged
+qilin_med.evaluate.lm.SharedPrefixLM._model_generate = logged
 experiment = Experiment.model_validate_json(Path(config).read_text())
 task = experiment.evaluation.tasks["cmexam_generate"]
 harness.run_task(harness.ModelUnderTest(experiment, "base", Path(folder)), "cmexam_generate", task)

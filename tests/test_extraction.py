@@ -2,7 +2,7 @@
 
 import pytest
 
-from qilin_med.extraction import extract_letters, split_explanation
+from qilin_med.evaluate.extraction import extract_letters, split_explanation
 
 DRUGS = (("A", "青霉素"), ("B", "头孢曲松"), ("C", "维生素C"), ("D", "阿司匹林"), ("E", "地高辛"))
 TESTS = (("A", "CT检查"), ("B", "B超检查"), ("C", "X线胸片"), ("D", "磁共振"), ("E", "T细胞亚群"))

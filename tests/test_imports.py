@@ -1,4 +1,4 @@
-"""Imports point one way, and what lies below the rows starts without torch."""
+"""Imports point one way through the rooms, and what does not compute starts without torch."""
 
 import ast
 import subprocess
@@ -9,56 +9,36 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A module may import only from lines below its own.
-LAYERS = [
-    ["pretraining", "supervised_finetuning", "dpo_training", "scripts"],
-    ["report", "reference", "comparisons", "terminal", "page"],
-    ["training", "evaluation", "inspection", "harness", "dry_run"],
-    ["callbacks", "trainers", "lm", "answers", "planner", "ranks", "chat"],
-    ["rows", "models", "baichuan", "retrieval", "tasks", "launch", "operators", "isolation", "reference_log_probs"],
-    ["corpus", "template", "tokenizer", "batches", "losses", "nodes", "job", "demo", "universal"],
-    ["checkpoints", "cli", "results", "paper"],
-    ["config", "records", "prompts", "metrics", "extraction"],
-    ["errors", "progress"],
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-WITHOUT_TORCH = ["config", "records", "errors", "progress", "checkpoints", "job", "operators", "nodes", "launch", "ranks",
-                 "template", "rows",
-                 "corpus.build", "retrieval.index", "retrieval.retriever", "retrieval.recall", "results",
-                 "report.pages", "report.cards", "planner.preflight", "planner.tables"]  # fmt: skip
+# A room imports only from rooms before it; demo, benchmarks and scripts are imported by none.
+ROOMS = ["errors", "records", "console", "config", "artifact", "prompt", "model", "data", "plan", "retrieve", "train",
+         "evaluate", "check", "report", "chat"]  # fmt: skip
+WITHOUT_TORCH = ["config.experiment", "records", "errors", "console.progress", "artifact", "train.job", "train.operators",
+                 "prompt.template", "data.rows", "data.build", "retrieve.index", "retrieve.retriever", "retrieve.recall",
+                 "evaluate.results", "report.pages", "report.cards", "plan.preflight", "plan.tables"]  # fmt: skip
 
 
-def layer_of(path: Path) -> str:
-    relative = path.relative_to(ROOT)
-    if relative.parts[0] != "qilin_med":
-        return "scripts" if relative.parts[0] == "scripts" else relative.stem
-    return relative.parts[1].removesuffix(".py")
+def imported_modules(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return names | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
 
 
-def imported_layers(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name.split(".")[1] for name in names if name.startswith("qilin_med.")}
-    return found
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_rooms_before_it(room):
+    file = ROOT / f"qilin_med/{room}.py"
+    allowed = {*ROOMS[: ROOMS.index(room)], room}
+    for path in [file] if file.exists() else sorted((ROOT / "qilin_med" / room).rglob("*.py")):
+        parts = [name.split(".") for name in imported_modules(path)]
+        upward = {part[1] for part in parts if part[0] == "qilin_med" and len(part) > 1} - allowed
+        outside = {part[0] for part in parts} & {"demo", "benchmarks", "scripts", "tests"}
+        assert not upward | outside, f"{path.relative_to(ROOT)} imports from above: {upward | outside}"
 
 
-def sources() -> list[Path]:
-    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("qilin_med/**/*.py")]
-    return sorted(file for file in files if file.name != "__init__.py")
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    own = LEVEL[layer_of(path)]
-    upward = {name for name in imported_layers(path) - {layer_of(path)} if LEVEL[name] < own}
-    sideways = {name for name in imported_layers(path) - {layer_of(path)} if LEVEL[name] == own}
-    assert not upward, f"{path.name} imports from above: {upward}"
-    # Neighbours may be used, but not by each other at once.
-    for name in sideways:
-        neighbour = ROOT / "qilin_med" / f"{name}.py"
-        assert layer_of(path) not in (imported_layers(neighbour) if neighbour.exists() else set())
+def test_the_list_of_rooms_is_whole():
+    found = {path.stem for path in (ROOT / "qilin_med").iterdir() if not path.name.startswith("__")}
+    assert found == set(ROOMS)
+    files = {path.stem for path in (ROOT / "qilin_med").glob("*.py")}
+    assert files == {"__init__", "errors", "records", "artifact"}
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

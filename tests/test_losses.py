@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from qilin_med import losses
-from qilin_med.losses import preference_losses, sequence_log_probs, token_losses
+from qilin_med.model import losses
+from qilin_med.model.losses import preference_losses, sequence_log_probs, token_losses
 
 
 def head_and_hidden(positions: int, vocabulary: int = 300, width: int = 16):

@@ -9,9 +9,9 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import f1_score
 
-from qilin_med.metrics.choice import accuracy, choice_scores, exact_match, mean_of_groups, weighted_f1
-from qilin_med.metrics.statistics import Score, bootstrap_interval, mcnemar, mean_score, paired_bootstrap
-from qilin_med.metrics.text import corpus_bleu, score_text, split_text, text_scores
+from qilin_med.evaluate.metrics.choice import accuracy, choice_scores, exact_match, mean_of_groups, weighted_f1
+from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval, mcnemar, mean_score, paired_bootstrap
+from qilin_med.evaluate.metrics.text import corpus_bleu, score_text, split_text, text_scores
 
 METRICS = Path(__file__).resolve().parents[1] / "qilin_med/metrics"
 PREDICTION, REFERENCE = "我头痛", "我头很痛"

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 
-from qilin_med.checkpoints import MANIFEST, digest, publish_folder
+from qilin_med.artifact import MANIFEST, digest, publish_folder
 from qilin_med.errors import UserError
-from qilin_med.models import check_model_folder
+from qilin_med.model.load import check_model_folder
 
 AUTO_MAP = {"auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}}
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qilin_med import ranks
-from qilin_med.checkpoints import COMPLETE, verify_folder
+from qilin_med.artifact import verify_folder
 from qilin_med.errors import UserError
-from qilin_med.nodes import NodeLost, Place, Team, find_place, read_hostfile
-from qilin_med.results import read_metrics
+from qilin_med.train import ranks
+from qilin_med.train.checkpoints import COMPLETE
+from qilin_med.train.metrics import read_metrics
+from qilin_med.train.nodes import NodeLost, Place, Team, find_place, read_hostfile
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = ("10.77.31.1", "10.77.31.2")

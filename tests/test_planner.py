@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qilin_med.config import STAGES, LoraSettings, load_experiment
+from qilin_med.config.experiment import STAGES, LoraSettings, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.losses import token_losses
-from qilin_med.models import forward_through_head, lora_config
-from qilin_med.planner import preflight
-from qilin_med.planner.advice import cheapest_change
-from qilin_med.planner.architecture import read_architecture
-from qilin_med.planner.compute import Work, model_flops, training_flops
-from qilin_med.planner.data import Amount, stated_amount
-from qilin_med.planner.duration import (
+from qilin_med.model.load import forward_through_head, lora_config
+from qilin_med.model.losses import token_losses
+from qilin_med.plan import preflight
+from qilin_med.plan.advice import cheapest_change
+from qilin_med.plan.architecture import read_architecture
+from qilin_med.plan.compute import Work, model_flops, training_flops
+from qilin_med.plan.data import Amount, stated_amount
+from qilin_med.plan.duration import (
     PUBLISHED_MFU,
     Exchange,
     Rates,
@@ -39,11 +39,11 @@ from qilin_med.planner.duration import (
     stage_duration,
     utilisation,
 )
-from qilin_med.planner.engine import Engine
-from qilin_med.planner.gpus import GPUS
-from qilin_med.planner.memory import Training, model_states, moments, plan_memory, step_gradients
-from qilin_med.planner.plan import Machines, StagePlan, largest_batch, plan_stage
-from qilin_med.planner.storage import checkpoint_bytes, offloaded_bytes
+from qilin_med.plan.engine import Engine
+from qilin_med.plan.gpus import GPUS
+from qilin_med.plan.memory import Training, model_states, moments, plan_memory, step_gradients
+from qilin_med.plan.plan import Machines, StagePlan, largest_batch, plan_stage
+from qilin_med.plan.storage import checkpoint_bytes, offloaded_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 BAICHUAN = ROOT / "configs/architectures/baichuan-7b.json"

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from qilin_med import progress as module
-from qilin_med.checkpoints import MANIFEST, commit_folder, sha256_of, verify_folder
-from qilin_med.progress import clock, progress
+from qilin_med.artifact import MANIFEST, commit_folder, sha256_of, verify_folder
+from qilin_med.console import progress as module
+from qilin_med.console.progress import clock, progress
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = """
 import time
-from qilin_med.progress import progress
+from qilin_med.console.progress import progress
 with progress("hashing", 4_000_000, "B") as advance:
     for _ in range(4):
         time.sleep(0.4)
@@ -98,7 +98,7 @@ def test_other_ranks_and_forked_workers_are_silent(often, capfd, monkeypatch):
 
 HASH = """
 from pathlib import Path
-from qilin_med.checkpoints import hash_files
+from qilin_med.artifact import hash_files
 from qilin_med.errors import user_errors_end_with_one_line
 with user_errors_end_with_one_line():
     print("begun", flush=True)

@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from qilin_med.config import KINDS, DataSource
-from qilin_med.corpus.files import HEAD_BYTES
-from qilin_med.corpus.readers import READERS, raw_files, read_raw
-from qilin_med.corpus.settings import RawFiles, RawSource
-from qilin_med.corpus.sources import read_chats, read_documents, read_preferences
+from qilin_med.config.corpus import RawFiles, RawSource
+from qilin_med.config.experiment import KINDS, DataSource
+from qilin_med.data.read.files import HEAD_BYTES
+from qilin_med.data.read.readers import READERS, raw_files, read_raw
+from qilin_med.data.read.records import read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
 from qilin_med.records import Chat, Document, Message, Preference, Question, SetAside
 

@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from qilin_med.config import STAGES, DataSource
-from qilin_med.corpus.rendering import from_row, render, stable_id, text_of, to_row
-from qilin_med.corpus.sources import UnusableRow, read_chats, read_documents, read_preferences
-from qilin_med.prompts import exam_answer, exam_prompt
+from qilin_med.config.experiment import STAGES, DataSource
+from qilin_med.data.read.records import UnusableRow, read_chats, read_documents, read_preferences
+from qilin_med.data.render import from_row, render, stable_id, text_of, to_row
+from qilin_med.prompt.wording import exam_answer, exam_prompt
 from qilin_med.records import Chat, Document, Message, Preference, Question
 
 OPTIONS = (("A", "能补、能缓"), ("B", "能泄、能坚"))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from qilin_med.checkpoints import fingerprint_model, publish_folder, verify_folder
-from qilin_med.config import Experiment, load_experiment
-from qilin_med.paper import CEVAL, CMEXAM, EXPERIMENT_FILE, HUATUO, STATED, differences
+from qilin_med.artifact import fingerprint_model, publish_folder, verify_folder
+from qilin_med.config.experiment import Experiment, load_experiment
+from qilin_med.config.paper import CEVAL, CMEXAM, EXPERIMENT_FILE, HUATUO, STATED, differences
+from qilin_med.evaluate.results import model_folders
 from qilin_med.report.cards import write_cards
 from qilin_med.report.collect import Run, collect_run
 from qilin_med.report.curves import BUCKETS, draw_curves, gather, ticks
@@ -20,7 +21,6 @@ from qilin_med.report.pages import write_report
 from qilin_med.report.samples import draw_questions
 from qilin_med.report.summary import describe_held_out, describe_result
 from qilin_med.report.tables import corpus_tables, paper_tables
-from qilin_med.results import model_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qilin_med.checkpoints import MANIFEST, read_manifest
-from qilin_med.config import DenseSettings, load_experiment
+from qilin_med.artifact import MANIFEST, read_manifest
+from qilin_med.config.experiment import DenseSettings, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.prompts import exam_prompt, with_passages
-from qilin_med.retrieval.bm25 import Bm25, build_bm25
-from qilin_med.retrieval.cutting import Cutter, find_middle, group_sentences, split_sentences
-from qilin_med.retrieval.dense import Dense, build_dense, encode_parts, fingerprint_encoder, load_encoder
-from qilin_med.retrieval.fusion import fuse
-from qilin_med.retrieval.index import build, plan_index
-from qilin_med.retrieval.prompting import Passage, exam_query, fill_prompt
-from qilin_med.retrieval.recall import evaluate_retrieval, ranks_of_own
-from qilin_med.retrieval.retriever import open_retriever
+from qilin_med.prompt.wording import exam_prompt, with_passages
+from qilin_med.retrieve.bm25 import Bm25, build_bm25
+from qilin_med.retrieve.cutting import Cutter, find_middle, group_sentences, split_sentences
+from qilin_med.retrieve.dense import Dense, build_dense, encode_parts, fingerprint_encoder, load_encoder
+from qilin_med.retrieve.fusion import fuse
+from qilin_med.retrieve.index import build, plan_index
+from qilin_med.retrieve.prompting import Passage, exam_query, fill_prompt
+from qilin_med.retrieve.recall import evaluate_retrieval, ranks_of_own
+from qilin_med.retrieve.retriever import open_retriever
 
 ROOT = Path(__file__).resolve().parents[1]
 SYMPTOMS = ["发热", "咳嗽", "头痛", "腹泻", "胸闷", "乏力", "皮疹", "失眠"]
@@ -166,7 +166,7 @@ def test_many_questions_in_small_batches_give_the_same(tmp_path, monkeypatch):
     build_bm25([row(n)["text"] for n in range(50)], "bigram", tmp_path)
     index, questions = Bm25(tmp_path, "bigram"), [f"{s}多见于第{n}型" for n, s in enumerate(SYMPTOMS)]
     at_once = index.search(questions, 4)
-    monkeypatch.setattr("qilin_med.retrieval.bm25.POSTINGS_AT_ONCE", 1)
+    monkeypatch.setattr("qilin_med.retrieve.bm25.POSTINGS_AT_ONCE", 1)
     for whole, one in zip(at_once, index.search(questions, 4), strict=True):
         assert whole[0].tolist() == one[0].tolist() and whole[1].tolist() == one[1].tolist()
 
@@ -182,7 +182,7 @@ def test_fusion_adds_reciprocal_ranks():
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_faiss_finds_what_numpy_finds(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("qilin_med.retrieval.dense.ENCODED_TOGETHER", 100)
+    monkeypatch.setattr("qilin_med.retrieve.dense.ENCODED_TOGETHER", 100)
     texts = [row(number)["text"] for number in range(400)]
     parts = encode_parts(texts, hashed, tmp_path / "parts")
     assert len(parts) == 4
@@ -201,7 +201,7 @@ def test_faiss_finds_what_numpy_finds(kind, tmp_path, monkeypatch):
 
 
 def test_finished_parts_are_not_encoded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("qilin_med.retrieval.dense.ENCODED_TOGETHER", 2)
+    monkeypatch.setattr("qilin_med.retrieve.dense.ENCODED_TOGETHER", 2)
     encode_parts(["一", "二"], hashed, tmp_path)
     asked = []
     encode_parts(["一", "二", "三"], lambda texts: asked.extend(texts) or hashed(texts), tmp_path)
@@ -303,8 +303,8 @@ def test_settings_that_cannot_work_are_refused(experiment, changes, words):
 KILLED = """
 import os, sys
 from pathlib import Path
-from qilin_med.config import load_experiment
-from qilin_med.retrieval import bm25, index
+from qilin_med.config.experiment import load_experiment
+from qilin_med.retrieve import bm25, index
 real = bm25._write_terms
 def killed(texts, unit, path):
     real(texts, unit, path)

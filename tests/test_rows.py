@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from qilin_med.config import DpoConfig, InstructionConfig, LoraSettings, PretrainingConfig
-from qilin_med.corpus.sources import read_chats
+from qilin_med.config.experiment import DpoConfig, InstructionConfig, LoraSettings, PretrainingConfig
+from qilin_med.data.read.records import read_chats
+from qilin_med.data.rows import cut_into_blocks, open_rows, prepare_rows, row_costs
 from qilin_med.errors import UserError
-from qilin_med.rows import cut_into_blocks, open_rows, prepare_rows, row_costs
-from qilin_med.template import IGNORED, ChatTemplate
+from qilin_med.prompt.template import IGNORED, ChatTemplate
 
 COMMON = {"epochs": 1, "batch_size_per_device": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0}
 LORA = LoraSettings(rank=8, alpha=32, dropout=0.0)

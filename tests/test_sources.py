@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from qilin_med.config import DataSource
-from qilin_med.corpus.sources import find_files, read_chats, read_documents, read_preferences
+from qilin_med.config.experiment import DataSource
+from qilin_med.data.read.records import find_files, read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
 from qilin_med.records import Chat, Document, Message, Preference, SetAside
 
@@ -241,6 +241,6 @@ def test_published_files_are_read_whole(shared, name, used, set_aside):
 
 
 def test_data_modules_start_without_torch_and_transformers():
-    modules = "qilin_med.records, qilin_med.corpus.sources, qilin_med.template, qilin_med.rows"
+    modules = "qilin_med.records, qilin_med.data.read.records, qilin_med.prompt.template, qilin_med.data.rows"
     code = f"import sys, {modules}; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -5,8 +5,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from qilin_med.errors import UserError
+from qilin_med.prompt.template import IGNORED, QILIN_TEMPLATE, ROLE_MARKS, ChatTemplate
 from qilin_med.records import Chat, Message, Preference, SetAside
-from qilin_med.template import IGNORED, QILIN_TEMPLATE, ROLE_MARKS, ChatTemplate
 
 TEXTS = [
     "发热三天，伴咳嗽、咽痛，应当先量体温再决定是否用药？",

@@ -30,11 +30,13 @@ from forked import SCRIPTS, run_stage
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from qilin_med import launch, training
-from qilin_med.checkpoints import COMPLETE, MANIFEST, find_checkpoints, step_of, verify_folder
-from qilin_med.config import load_experiment
+from qilin_med.artifact import MANIFEST, verify_folder
+from qilin_med.config.experiment import load_experiment
 from qilin_med.errors import UserError
-from qilin_med.nodes import Place, Team
+from qilin_med.train import launch
+from qilin_med.train import stage as training
+from qilin_med.train.checkpoints import COMPLETE, find_checkpoints, step_of
+from qilin_med.train.nodes import Place, Team
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["发热", "头痛", "咳嗽", "乏力", "血压", "饮食", "休息", "药", "医生", "复查"]
@@ -160,9 +162,9 @@ def test_merged_equals_parent_with_adapter(finished):
 
 def test_cached_reference_equals_a_frozen_copy(world, finished):
     """The log-probabilities cached beside the rows, against the SFT model's own, computed without any of our code."""
-    from qilin_med.job import Job
-    from qilin_med.reference_log_probs import ReferenceLogProbs
-    from qilin_med.rows import open_rows
+    from qilin_med.data.rows import open_rows
+    from qilin_med.train.job import Job
+    from qilin_med.train.reference_log_probs import ReferenceLogProbs
 
     job = Job.load(finished / "dpo" / "job.json")
     rows, store = open_rows(job.rows).dataset, ReferenceLogProbs(job)
@@ -296,7 +298,7 @@ OWN = {
 
 def trainer_here(world: Path, stage: str, overrides: list[str]):
     """A stage's trainer in this process, on one rank, without DeepSpeed, with metrics file and checkpoints."""
-    from qilin_med.callbacks import Checkpoints, MetricsFile
+    from qilin_med.train.callbacks import Checkpoints, MetricsFile
 
     settings = [f"output_dir={world}/here", OWN[stage].format(run=world / "run"), f"{stage}.deepspeed=null"]
     job = training._prepare_job(load_experiment(world / "c.json", [*settings, *overrides]), stage, ranks=1)
@@ -367,7 +369,7 @@ def test_a_resume_in_any_epoch_is_bitwise(world, finished, stage, tmp_path):
 
 
 def test_the_reference_is_computed_for_the_pairs_that_are_used_and_only_once(world, finished, tmp_path, capsys):
-    from qilin_med.reference_log_probs import ReferenceLogProbs
+    from qilin_med.train.reference_log_probs import ReferenceLogProbs
 
     few = trainer_here(world, "dpo", [f"output_dir={tmp_path}", "dpo.max_steps=2", "dpo.batch_size_per_device=8"])
     counted = []
@@ -471,7 +473,7 @@ def test_a_full_disk_destroys_nothing(world, finished, small_disk):
 def test_a_disk_that_fills_up_behind_the_training_is_told_of(world, small_disk):
     from transformers import TrainerControl, TrainerState
 
-    from qilin_med.callbacks import Checkpoints, MetricsFile
+    from qilin_med.train.callbacks import Checkpoints, MetricsFile
 
     job = training._prepare_job(load_experiment(world / "c.json", [f"output_dir={small_disk}"]), "pretraining", ranks=1)
     checkpoint = job.checkpoints / "checkpoint-1"

@@ -1,0 +1,1 @@
+"""The report of a run, and a card for every model."""

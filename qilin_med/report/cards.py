@@ -10,8 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from qilin_med.config import STAGES, StageName
-from qilin_med.paper import BASE_MODEL, HUB_BASE_MODEL
+from qilin_med.config.experiment import STAGES, StageName
+from qilin_med.config.paper import BASE_MODEL, HUB_BASE_MODEL
 from qilin_med.report.collect import LABELS, Result, Run
 from qilin_med.report.document import Table, markdown_table
 from qilin_med.report.figures import points

@@ -4,19 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qilin_med.checkpoints import MANIFEST, read_manifest
-from qilin_med.config import STAGES, Experiment
+from qilin_med.artifact import MANIFEST, read_manifest
+from qilin_med.config.experiment import STAGES, Experiment
 from qilin_med.errors import UserError
-from qilin_med.results import (
+from qilin_med.evaluate.results import (
     HELD_OUT,
     RETRIEVAL,
     SAMPLES,
     model_folders,
     read_json,
-    read_metrics,
     read_results,
     read_samples,
 )
+from qilin_med.train.metrics import read_metrics
 
 LABELS = {"base": "base", "pretraining": "CPT", "sft": "SFT", "dpo": "DPO"}
 _HEADLINES = ("average", "accuracy", "rougeL_char")  # only C-Eval has an average, over subjects

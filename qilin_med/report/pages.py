@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from qilin_med.job import differences as changes_between
+from qilin_med.artifact import differences as changes_between
 from qilin_med.report.collect import LABELS, Run
 from qilin_med.report.curves import draw_curves
 from qilin_med.report.document import Block, Code, Document, Figures, Fold, Heading, Section, Text, to_markdown

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qilin_med.checkpoints import digest
+from qilin_med.artifact import digest
 from qilin_med.report.collect import Result, Run
 from qilin_med.report.document import Block, Fold, Heading, Table, Text
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from qilin_med.evaluate.results import HELD_OUT
 from qilin_med.report.collect import LABELS, Result, Run
 from qilin_med.report.document import Block, Heading, Items, Text
 from qilin_med.report.figures import held_out, is_better, may_be_chance, points, probability, score
-from qilin_med.results import HELD_OUT
 
 _STATEMENTS = {
     "accuracy": "{model} answers {share}% of {questions:,} questions of {set} right {interval}",

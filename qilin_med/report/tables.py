@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qilin_med.config import STAGES
-from qilin_med.paper import BASE_MODEL, CEVAL, CMEXAM, CORPUS, HUATUO, PublishedTable, differences
+from qilin_med.config.experiment import STAGES
+from qilin_med.config.paper import BASE_MODEL, CEVAL, CMEXAM, CORPUS, HUATUO, PublishedTable, differences
 from qilin_med.report.collect import LABELS, Result, Run
 from qilin_med.report.document import Table
 from qilin_med.report.figures import held_out, points, score

@@ -1,0 +1,1 @@
+"""Look before you launch: everything that a run will need, checked in a minute."""

@@ -1,0 +1,117 @@
+"""The corpus file (configs/chimed.json): sources, cleaning, deduplication, decontamination and output of one build."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from qilin_med.config.experiment import (
+    DecontaminationSettings,
+    PositiveInt,
+    RawFiles,
+    Section,
+    Share,
+    StageName,
+    read_settings,
+)
+
+
+class RawSource(RawFiles):
+    stage: StageName
+    """The training set that this source goes into."""
+    licence: str
+    """Licence or terms, copied into the manifest and the data card."""
+    share: Share = 1.0
+    """Share of the records to take, drawn by a hash of their content."""
+    limit: PositiveInt | None = None
+    """Take only so many records of each file, from its start."""
+    join_lines: Annotated[int, Field(ge=0)] = 0
+    """text: join lines of a file until a document has this many characters. 0: one document a line."""
+    multi_turn: bool | None = None
+    """Which row of the data tables a sft source counts in. null: what most of its records are."""
+
+
+class CleaningSettings(Section):
+    min_characters: Annotated[int, Field(ge=0)] = 10
+    """Shorter documents are dropped (pretraining)."""
+    min_answer_characters: Annotated[int, Field(ge=0)] = 1
+    """Records with a shorter answer are dropped (sft, dpo)."""
+    max_characters: PositiveInt = 200_000
+    """Longer records are dropped."""
+    max_symbol_share: Share = 0.5
+    """Records in which more of the visible characters than this are neither letters nor digits are dropped."""
+    languages: list[Literal["zh", "en"]] = ["zh", "en"]
+    """Records mostly written in the letters of another language are dropped."""
+    max_repeated_share: Share = 0.5
+    """Records in which repeated lines or sentences make up more than this are dropped."""
+    mask_personal_data: bool = True
+    """Replace phone numbers, identity numbers, e-mail addresses and QQ numbers by marks."""
+    full_width_to_half: bool = False
+    """Turn full-width letters, digits and signs into ASCII."""
+    traditional_to_simplified: bool = False
+    """Convert traditional to simplified characters (OpenCC t2s)."""
+
+
+class DeduplicationSettings(Section):
+    near: bool = True
+    """Drop near-duplicates: MinHash candidates whose verified Jaccard similarity reaches `threshold`."""
+    shingle: PositiveInt = 5
+    """Characters of a shingle."""
+    threshold: Share = 0.8
+    """Jaccard similarity of shingle sets from which two records are duplicates (Lee et al. 2022: 0.8)."""
+    bands: PositiveInt = 14
+    """Bands of the MinHash signature; records that agree on a whole band are compared."""
+    rows_per_band: PositiveInt = 8
+    """Hashes in a band: more find fewer candidates, and fewer chance ones."""
+    substring_tokens: Annotated[int, Field(ge=2)] | None = 50
+    """Cut out runs of so many tokens that another document has (pretraining; Lee et al. 2022: 50). null: off."""
+
+
+class ExecutorSettings(Section):
+    kind: Literal["local", "slurm", "ray"] = "local"
+    """datatrove executor: processes of this machine, a Slurm cluster, or a Ray cluster."""
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Tasks at a time. "auto": the cores that this process may use."""
+    options: dict[str, Any] = {}
+    """Further arguments of datatrove's executor, for example {"partition": "cpu", "time": "08:00:00"} for slurm."""
+
+
+class CorpusSettings(Section):
+    name: str
+    """Name of the corpus, in its card."""
+    output_dir: str
+    """Folder that the build publishes: pretraining/, sft/, dpo/, manifest.json, README.md."""
+    tokenizer: str
+    """Model folder whose tokenizer counts tokens (and whose tokens substring deduplication compares)."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """File format of the sets."""
+    dev_share: Share = 0.002
+    """Share of the records that goes to dev files, by a hash of their content."""
+    shard_megabytes: PositiveInt = 64
+    """Input bytes that one task reads."""
+    sources: Annotated[list[RawSource], Field(min_length=1, max_length=255)]
+    """Raw files. Where two sources hold the same text, the earlier one keeps it."""
+    cleaning: CleaningSettings = CleaningSettings()
+    """Cleaning rules."""
+    deduplication: DeduplicationSettings = DeduplicationSettings()
+    """Deduplication, within each of the three sets."""
+    decontamination: DecontaminationSettings = DecontaminationSettings()
+    """Evaluation questions to keep out."""
+    executor: ExecutorSettings = ExecutorSettings()
+    """Where the work runs."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "CorpusSettings":
+        seen = set()
+        for source in self.sources:
+            if (source.stage, source.name) in seen:
+                raise ValueError(
+                    f"two sources of {source.stage} are named '{source.name}': rename one, or join their paths"
+                )
+            seen.add((source.stage, source.name))
+        return self
+
+
+def load_corpus_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> CorpusSettings:
+    """Read and validate a corpus file; UserError as for experiment files."""
+    return read_settings(CorpusSettings, path, overrides)

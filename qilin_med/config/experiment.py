@@ -1,0 +1,459 @@
+"""The experiment file: one JSON for all stages, validated into frozen objects before anything else happens.
+
+Numbers that the paper states (arXiv:2310.09089, section 4.1) have no defaults here: a file that leaves one out is
+refused, so no run is ever "the paper" by accident. Every key's meaning stands once, in the docstring below its field;
+`configs/README.md` is generated from them (`python -m qilin_med.config.reference`).
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from qilin_med.errors import UserError
+
+StageName = Literal["pretraining", "sft", "dpo"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+EXAMPLES: dict[StageName, str] = {"pretraining": "blocks", "sft": "conversations", "dpo": "pairs"}
+"""What a stage's batch sizes count."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class DataSource(Section):
+    path: str
+    """A file, or a folder read recursively in name order. A folder that holds files of the `split` gives only those."""
+    split: Literal["train", "dev"] = "train"
+    """Part of a built corpus: its `train-*` or its `dev-*` files."""
+    text: str = "text"
+    """Name of the field that holds a document's text in .json and .jsonl files (pretraining only)."""
+
+
+def _source_from_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Source = Annotated[DataSource, BeforeValidator(_source_from_path)]
+
+
+Kind = Literal[
+    "text",
+    "huatuo",
+    "exam",
+    "cpubmed_kg",
+    "xywy_kg",
+    "39health_kg",
+    "department_qa",
+    "meddialog",
+    "chat",
+    "instruct_chat",
+    "multiturn_chat",
+    "hc3",
+    "safety_prompts",
+    "preference",
+    "zhongjing",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class RawFiles(Section):
+    name: str
+    """Name in tables and records. A name of the paper's Tables 1 to 3 sets our figures beside the paper's."""
+    kind: Kind
+    """Raw format; data/README.md describes each."""
+    paths: Annotated[list[str], Field(min_length=1)]
+    """Files, or folders read recursively. .gz, .zst and .zip are read in place."""
+    columns: dict[str, str] = {}
+    """Where a file names its columns otherwise: {field of the kind: column of the file}."""
+
+
+class DecontaminationSettings(Section):
+    files: list[RawFiles] = []
+    """Evaluation files; whatever repeats one of their questions is removed."""
+    ngram: PositiveInt = 8
+    """Characters of an n-gram."""
+    coverage: Share = 0.8
+    """Share of a question's n-grams (stem and options, or question and answer) in one record that removes the record."""
+    near_miss: Share = 0.5
+    """Coverage from which a kept record is reported."""
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder of the base model in Hugging Face layout (Baichuan-7B: converted by scripts/convert_baichuan.py)."""
+    template: Literal["qilin", "own"]
+    """Prompt format: "qilin" (Baichuan's reserved role marks) or "own" (the template in the model's tokenizer)."""
+    dtype: Literal["bfloat16", "float32"]
+    """Number format of training and of the merged checkpoints."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention code. All keep packed documents apart. "flash_attention_2" needs the package flash-attn, a GPU and
+    bfloat16."""
+    fused_kernels: bool = False
+    """true: Liger's kernels for norms, rotary positions and MLPs in training (the package liger-kernel, a GPU). The loss
+    stays this pipeline's own."""
+
+
+class LaunchConfig(Section):
+    device: Literal["cuda", "cpu"]
+    """Where to train. "cuda" on a machine without a GPU is refused instead of running for weeks."""
+    processes: PositiveInt | Literal["auto"] = "auto"
+    """Ranks on this machine. "auto": one per visible GPU, or one on a CPU."""
+    threads_per_process: PositiveInt = 1
+    """CPU threads of each rank. More threads than cores in total slow a CPU run several times."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30
+    """How long a node waits for the others to join it, and a rank for the others in one exchange, before giving up."""
+
+
+class LoraSettings(Section):
+    rank: PositiveInt
+    """Rank of the LoRA matrices."""
+    alpha: PositiveInt
+    """LoRA scaling numerator: updates are scaled by alpha / rank."""
+    dropout: Share
+    """Dropout on the input of the LoRA matrices."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: "all-linear" (every linear layer except the output head) or a list of names."""
+    quantization: Literal["nf4"] | None = None
+    """"nf4": the frozen weights are held in 4 bits while the adapter trains (QLoRA: NF4 with double quantisation, by
+    bitsandbytes; not with ZeRO-3). The merged folder is the parent in its own precision with the adapter merged in."""
+
+
+class StageConfig(Section):
+    data: Annotated[list[Source], Field(min_length=1)]
+    """Training files or folders, read in this order."""
+    parent: str | None = None
+    """Model folder to start from. null: the base model for pretraining, else the previous stage's merged folder."""
+    epochs: Annotated[float, Field(gt=0)]
+    """Passes over the rows."""
+    batch_size_per_device: PositiveInt
+    """Blocks (pretraining), conversations (sft) or pairs (dpo) that one rank takes at once, on average where they are
+    packed. A matter of memory and speed alone."""
+    global_batch_size: PositiveInt | None = None
+    """Blocks, conversations or pairs of an optimizer step over all ranks: a random draw (a conversation that continues in
+    a further row counts once for each). Must divide by ranks x batch_size_per_device (the quotient is the number of
+    gradient accumulation steps). null: ranks x batch_size_per_device."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    warmup_ratio: Share
+    """Share of the updates over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """AdamW weight decay."""
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    """Learning-rate course after the warm-up (the paper does not state it)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many updates; overrides epochs."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration file (those in configs/deepspeed, or your own). null: plain PyTorch (DDP with several
+    ranks)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 30
+    """Minutes between checkpoints, by rank 0's clock."""
+    checkpoint_every: PositiveInt | None = None
+    """Optimizer steps between checkpoints; with checkpoint_minutes, whichever comes first. The last step is always saved,
+    and the one after which a signal stops training; with both null, no other."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Complete checkpoints to keep; older ones go once a newer one is complete."""
+    report_to: list[str] = ["tensorboard"]
+    """Trackers beside metrics.jsonl, by their transformers names (tensorboard, wandb, swanlab, mlflow, ...)."""
+
+
+class PretrainingConfig(StageConfig):
+    block_size: Annotated[int, Field(ge=8)]
+    """Tokens of one row. Documents are joined, each ended by EOS, and cut into blocks; nothing is dropped."""
+    isolate_documents: bool = True
+    """true: documents in one block do not see each other. false: plain concatenation, as published scripts do."""
+    lora: LoraSettings | None = None
+    """null: train all parameters (the paper). Else a low-rank adapter, merged into the model at the end of the stage."""
+
+
+class InstructionConfig(StageConfig):
+    max_source_length: Annotated[int, Field(ge=8)]
+    """Tokens of a question with its role marks; longer ones lose their end, never a mark."""
+    max_target_length: Annotated[int, Field(ge=8)]
+    """Tokens of an answer with its EOS; a longer answer is cut and then has no EOS."""
+    packing: bool = True
+    """How a batch is laid out, a matter of speed alone. true: whole sequences side by side without padding, kept apart.
+    false: one a row, padded to the longest of the batch."""
+    lora: LoraSettings
+    """Low-rank adapter (merged into the model at the end of the stage)."""
+
+
+class DpoConfig(InstructionConfig):
+    beta: Annotated[float, Field(gt=0)]
+    """Strength of the pull towards the SFT model in the DPO loss."""
+
+
+class TaskSettings(Section):
+    task: str | None = None
+    """Task of configs/tasks. null: the key itself. With it, one task can ask several sets of questions."""
+    test: list[str] = []
+    """Raw files or folders of the questions. []: those that the task's file in configs/tasks names, below data/raw."""
+    fewshot: list[str] = []
+    """Raw files of the worked examples (C-Eval has its own in its archive). []: those that the task's file names."""
+    columns: dict[str, str] = {}
+    """Where a file names its columns otherwise: {field: column of the file}."""
+    split: Literal["val", "test"] = "val"
+    """C-Eval's split. Answers to test are scored only where the archive tells them."""
+    shots: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Worked examples before each question, the first of their file. null: the task's own (C-Eval 5, others 0)."""
+    limit: PositiveInt | None = None
+    """Ask only the first so many questions."""
+    max_new_tokens: PositiveInt | None = None
+    """Most tokens of a generated answer. null: the task's own (C-Eval 32, others 256)."""
+    batch_size: PositiveInt | None = None
+    """Questions asked at once. null: evaluation.batch_size."""
+
+
+class EvaluationConfig(Section):
+    documents: dict[str, list[Source]] = {}
+    """Held-out text by name (for example medical, general): perplexity of every stage is measured on each."""
+    answers: list[Source] = []
+    """Held-out conversations: loss on the answers."""
+    preferences: list[Source] = []
+    """Held-out preference pairs: how often the chosen answer is the likelier one."""
+    batch_size: PositiveInt = 16
+    """Rows measured at once, and questions asked at once."""
+    tasks: dict[str, TaskSettings] = {}
+    """Question sets by name, as results are named. A key is a task of configs/tasks (cmexam_generate, cmexam_letters,
+    cmexam_options, cmexam_reasoning, ceval_generate, ceval_letters, huatuo26m_generate), or names one in `task`."""
+    chat: list[Literal["base", "pretraining", "sft", "dpo"]] = ["sft", "dpo"]
+    """Models that are asked in their tokenizer's chat template; the others read plain text."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What answers the tasks' questions: transformers, or vLLM (to be installed beside the pinned packages)."""
+
+
+class DenseSettings(Section):
+    model: str
+    """Folder of a sentence-transformers model."""
+    index: Literal["flat", "hnsw", "ivf"] = "flat"
+    """FAISS index: "flat" compares every chunk; "hnsw" and "ivf" are approximate, for millions of chunks."""
+    query_prefix: str = ""
+    """Text that the model expects before a question (its card says which)."""
+    batch_size: PositiveInt = 64
+    """Texts encoded at once."""
+
+
+class RetrievalConfig(Section):
+    corpus: list[Source] = []
+    """Documents to retrieve from, for example the CPT corpus. Rows may name their `id` and `source`; elsewhere these
+    are place and file name."""
+    index: str | None = None
+    """Folder of the index. null: <output_dir>/retrieval."""
+    chunk_tokens: PositiveInt = 192
+    """Most tokens of a chunk. Chunks end where sentences end; a longer sentence is cut."""
+    overlap_tokens: Annotated[int, Field(ge=0)] = 32
+    """Most tokens of whole sentences that a chunk repeats from the one before it; less than chunk_tokens."""
+    decontamination: DecontaminationSettings = DecontaminationSettings()
+    """Evaluation questions to keep out, with the keys of a corpus file's decontamination: documents that repeat one
+    are left out whole and counted."""
+    retriever: Literal["bm25", "dense", "hybrid"] = "bm25"
+    """How passages are found: shared terms, likeness of embeddings, or both by reciprocal rank fusion."""
+    bm25_unit: Literal["bigram", "word"] = "bigram"
+    """Terms of BM25: pairs of characters, or words cut by jieba. Runs of Latin letters and digits are one term."""
+    dense: DenseSettings | None = None
+    """Embeddings (retriever "dense" and "hybrid" need them)."""
+    exclude_sources: list[str] = []
+    """Sources whose chunks are never retrieved. No new index is needed."""
+    exam_sources: list[str] = []
+    """Sources that stem from exams. Evaluation with retrieval is done once with and once without their chunks."""
+    passages: PositiveInt = 5
+    """Passages looked up for each question (the paper: 5)."""
+    max_context_tokens: PositiveInt = 1024
+    """Most tokens that passages take in a prompt. The most relevant are kept whole first."""
+    query_with_options: bool = False
+    """true: look up an exam question together with its options. false: the question alone."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RetrievalConfig":
+        if self.overlap_tokens >= self.chunk_tokens:
+            raise ValueError(f"overlap_tokens {self.overlap_tokens} must be less than chunk_tokens {self.chunk_tokens}")
+        if self.retriever != "bm25" and self.dense is None:
+            raise ValueError(f"retriever '{self.retriever}' needs the section 'dense' with a model folder")
+        return self
+
+
+class Experiment(Section):
+    name: str
+    """Name of the run, shown in reports."""
+    seed: int
+    """Seed of every shuffle, dropout and adapter initialisation."""
+    output_dir: str
+    """Run folder: everything the run writes lies below it."""
+    model: ModelConfig
+    """Base model."""
+    launch: LaunchConfig
+    """Devices and ranks."""
+    pretraining: PretrainingConfig | None = None
+    """Stage 1, continued pre-training: all parameters, next token."""
+    sft: InstructionConfig | None = None
+    """Stage 2, supervised fine-tuning with LoRA."""
+    dpo: DpoConfig | None = None
+    """Stage 3, direct preference optimisation with LoRA against the frozen SFT model."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What the table of base and stages measures."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """Passages that go before a question at inference."""
+
+    @model_validator(mode="after")
+    def _has_a_stage(self) -> "Experiment":
+        if not any(getattr(self, stage) for stage in STAGES):
+            raise ValueError(f"no stage: expected at least one of the sections {', '.join(STAGES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_fit_the_device(self) -> "Experiment":
+        on_gpu = self.launch.device == "cuda"
+        if self.model.fused_kernels and not on_gpu:
+            raise ValueError("model.fused_kernels is true, but these kernels run on a GPU only: set it to false")
+        if self.model.attention == "flash_attention_2" and not (on_gpu and self.model.dtype == "bfloat16"):
+            raise ValueError(
+                "model.attention is 'flash_attention_2', which runs on a GPU in bfloat16 only; here launch.device is"
+                f" '{self.launch.device}' and model.dtype '{self.model.dtype}': set model.attention to 'sdpa'"
+            )
+        return self
+
+    def stage(self, name: StageName) -> StageConfig:
+        """The section of one stage; UserError if the file has none."""
+        section = getattr(self, name)
+        if section is None:
+            raise UserError(f"this experiment has no section '{name}': add it, or run a stage that it has")
+        return section
+
+    def stage_folder(self, name: StageName) -> Path:
+        return Path(self.output_dir) / name
+
+    def index_folder(self) -> Path:
+        return Path(self.retrieval.index or Path(self.output_dir) / "retrieval")
+
+    def parent_folder(self, name: StageName) -> Path:
+        """Where a stage starts from: its `parent`, else the nearest earlier stage's merged folder, else the base."""
+        if parent := self.stage(name).parent:
+            return Path(parent)
+        earlier = [s for s in STAGES[: STAGES.index(name)] if getattr(self, s)]
+        return self.stage_folder(earlier[-1]) / "merged" if earlier else Path(self.model.path)
+
+
+def load_experiment(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment file, apply `key.path=value` overrides and validate.
+
+    A file may extend one other (`"extends": "other.json"`, relative to itself), one level deep: its keys replace the
+    other's, section by section. UserError names every unknown, missing or impossible key in one line.
+    """
+    return read_settings(Experiment, path, overrides)
+
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+def read_settings(kind: type[Settings], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """`load_experiment` for any kind of settings file."""
+    raw = _read_extended(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return kind.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem, kind) for problem in error.errors())
+        raise UserError(f"{path}: {problems}") from None
+
+
+def _read_extended(path: Path) -> dict[str, Any]:
+    raw = _read_json(path)
+    if "extends" not in raw:
+        return raw
+    base_path = path.parent / raw.pop("extends")
+    base = _read_json(base_path)
+    if "extends" in base:
+        raise UserError(f"{path} extends {base_path}, which extends another file: only one level is allowed")
+    return _merged(base, raw)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such settings file (shipped ones lie in configs/)") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: expected a JSON text file in UTF-8, found {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        both_objects = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both_objects else value
+    return result
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}': expected key.path=value, for example sft.learning_rate=1e-5")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string, so that paths need no quotes
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = raw.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"override '{override}': '{section}' is a value, not a section")
+        raw = inner
+    raw[last] = value
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"sft.learning_rate": value} of nested settings."""
+    flat: dict[str, Any] = {}
+    for key, inner in settings.items():
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
+    return flat
+
+
+def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
+    """One pydantic problem in a user's words, with the nearest known key for an unknown one."""
+    # Unions add the tried type's name to the location; only names of the file are shown.
+    location = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
+    where = ".".join(location) or "the file"
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(location[:-1], kind))
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key '{where}': {hint}"
+    if problem["type"] == "missing":
+        return f"'{where}' is missing: it has no default, state it in the file"
+    found = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    shown = "" if isinstance(problem["input"], dict) else f", found {found}"
+    return f"'{where}': {problem['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _fields_at(location: list[str], section: type[BaseModel]) -> Iterator[str]:
+    """Names of the keys that the section at `location`, below `section`, has."""
+    for part in location:
+        field = section.model_fields.get(part)
+        candidates = [t for t in _classes_in(field.annotation) if issubclass(t, BaseModel)] if field else []
+        section = candidates[0] if candidates else section
+    yield from section.model_fields
+
+
+def _classes_in(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _classes_in(argument)

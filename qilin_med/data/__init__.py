@@ -1,0 +1,1 @@
+"""Raw published files -> training sets -> cached training rows."""

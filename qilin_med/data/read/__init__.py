@@ -1,0 +1,1 @@
+"""One reader of files, for raw sources and for training data."""

@@ -1,0 +1,1 @@
+"""The raw formats: each reader yields records."""

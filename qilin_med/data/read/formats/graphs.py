@@ -1,0 +1,249 @@
+"""Knowledge graphs: each head or disease becomes one passage of sentences, worded in ways that a hash chooses."""
+
+import re
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from qilin_med.config.corpus import RawFiles
+from qilin_med.data.read.files import Part, UnusableRow, read_lines, set_aside
+from qilin_med.data.read.formats.reading import Counted, Reader, row_reader, short_reason, texts_of
+from qilin_med.records import Document
+
+Row = dict[str, Any]
+Wordings = tuple[str, ...]
+
+
+def word(name: str, relation: str, value: str, wordings: Wordings) -> str:
+    """One of the wordings, always the same for this name and relation."""
+    chosen = wordings[zlib.crc32(f"{name}\t{relation}".encode()) % len(wordings)]
+    return chosen.format(name=name, relation=relation, value=value.rstrip("。；;，,. "))
+
+
+# -------------------------------------------------------------------------------------------------------- triples
+
+TRIPLE_FIELDS = ("head", "head_type", "relation", "tail", "tail_type")
+FILES_AT_A_TIME = 64
+# Types that say nothing about a thing.
+VAGUE_TYPES = ("", "其他", "其它", "未知")
+TRIPLE_WORDINGS = (
+    "{name}的{relation}包括{value}。",
+    "{name}的{relation}有{value}。",
+    "说到{name}，其{relation}为{value}。",
+    "在{relation}方面，与{name}有关的是{value}。",
+    "{value}，这些是{name}的{relation}。",
+)
+ONE_TAIL_WORDINGS = (
+    "{name}的{relation}是{value}。",
+    "{name}的{relation}为{value}。",
+    "说到{name}，其{relation}为{value}。",
+    "在{relation}方面，与{name}有关的是{value}。",
+    "{value}是{name}的{relation}。",
+)
+
+
+class Triple(NamedTuple):
+    line: int
+    head: str
+    head_type: str
+    relation: str
+    tail: str
+
+
+def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
+    """Triples are dealt out to temporary files by a hash of their head, and each of these is grouped in memory, so a
+    graph may be larger than memory and the triples of a head lie anywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(number) for number in range(FILES_AT_A_TIME)]
+        yield from _deal_out(part, source.columns, files)
+        for file in files:
+            yield from _grouped(part, file)
+
+
+def _deal_out(part: Part, columns: dict[str, str], files: list[Path]) -> Iterator[Counted]:
+    """Write the triples; what cannot be read is yielded."""
+    with ExitStack() as stack:
+        streams = [stack.enter_context(file.open("wb")) for file in files]
+        header: list[str] | None = None
+        for count, (number, line) in enumerate(read_lines(part)):
+            if count == 0 and (header := _header(line, columns)):
+                continue
+            try:
+                triple = _triple(number, line.split("\t"), header)
+            except UnusableRow as error:
+                yield 1, set_aside(f"{part.place}:{number}", short_reason(error), line)
+            else:
+                streams[zlib.crc32(triple.head.encode()) % len(streams)].write(orjson.dumps([*triple]) + b"\n")
+
+
+def _header(line: str, columns: dict[str, str]) -> list[str] | None:
+    """The fields in the file's order, if the line names its columns."""
+    fields = {columns.get(field, field).lower(): field for field in TRIPLE_FIELDS}
+    names = [fields.get(cell.strip().lower(), "") for cell in line.split("\t")]
+    return names if {"head", "relation", "tail"} <= set(names) else None
+
+
+def _triple(number: int, cells: list[str], header: list[str] | None) -> Triple:
+    if header is None:
+        header = list(TRIPLE_FIELDS if len(cells) == len(TRIPLE_FIELDS) else ("head", "relation", "tail"))
+    if len(cells) != len(header):
+        raise UnusableRow("not three or five columns" if len(header) == 3 else "not as many cells as columns")
+    row = dict(zip(header, (" ".join(cell.split()) for cell in cells), strict=True))
+    head, _, head_type = row["head"].partition("@@")
+    tail = row["tail"].partition("@@")[0]
+    if not (head and row["relation"] and tail):
+        raise UnusableRow("empty head, relation or tail")
+    return Triple(number, head, head_type or row.get("head_type", ""), row["relation"], tail)
+
+
+def _grouped(part: Part, file: Path) -> Iterator[Counted]:
+    heads: dict[str, list[Triple]] = {}
+    with file.open("rb") as stream:
+        for line in stream:
+            triple = Triple(*orjson.loads(line))
+            heads.setdefault(triple.head, []).append(triple)
+    for triples in heads.values():
+        yield len(triples), Document(f"{part.place}:{triples[0].line}", _triples_passage(triples))
+
+
+def _triples_passage(triples: list[Triple]) -> str:
+    name = triples[0].head
+    kind = next((triple.head_type for triple in triples if triple.head_type not in VAGUE_TYPES), "")
+    relations: dict[str, dict[str, None]] = {}
+    for triple in triples:
+        relations.setdefault(triple.relation, {})[triple.tail] = None
+    sentences = [
+        word(name, relation, "、".join(tails), TRIPLE_WORDINGS if len(tails) > 1 else ONE_TAIL_WORDINGS)
+        for relation, tails in relations.items()
+    ]
+    # The first mention tells what the head is.
+    passage = "".join(sentences)
+    return passage.replace(name, f"{name}（{kind}）", 1) if kind else passage
+
+
+CPUBMED_KG = Reader(_read_triples, TRIPLE_FIELDS, (".tsv", ".txt"))
+
+
+# ------------------------------------------------------------------------------------------------------- diseases
+
+# What a field says, in several wordings, in the order of the passage.
+XYWY: dict[str, Wordings] = {
+    "category": ("{name}归入{value}。", "按分类，{name}属于{value}。", "在疾病目录里，{name}列在{value}之下。"),
+    "symptom": ("{name}的常见症状有{value}。", "患{name}的人可能出现{value}。", "{name}的临床表现包括{value}。"),
+    "acompany": ("{name}可能并发{value}。", "{name}的并发症有{value}。", "得了{name}，要留意{value}等并发症。"),
+    "easy_get": ("{name}的易感人群：{value}。", "哪些人容易得{name}：{value}。"),
+    "get_prob": ("{name}的发病率：{value}。", "{name}在人群中的患病比例：{value}。"),
+    "get_way": ("{name}的传播方式：{value}。", "{name}是否传染、如何传播：{value}。"),
+    "cure_department": ("{name}应到{value}就诊。", "{name}的就诊科室是{value}。", "怀疑{name}，可以挂{value}的号。"),
+    "check": ("诊断{name}常做的检查有{value}。", "为确诊{name}，可以做{value}。", "{name}的检查项目包括{value}。"),
+    "cure_way": ("{name}的治疗方式有{value}。", "治疗{name}可以采用{value}。", "{name}通常以{value}来治疗。"),
+    "recommand_drug": ("{name}的推荐用药有{value}。", "针对{name}，推荐的药物包括{value}。"),
+    "common_drug": ("治疗{name}的常用药有{value}。", "{name}常用{value}等药物。"),
+    "drug_detail": ("市面上用于{name}的药品有{value}。", "可用于{name}的具体药品包括{value}。"),
+    "do_eat": ("{name}患者宜吃{value}。", "得了{name}，适合吃{value}。"),
+    "not_eat": ("{name}患者忌吃{value}。", "得了{name}，不要吃{value}。"),
+    "recommand_eat": ("推荐给{name}患者的食谱有{value}。", "{name}患者的饮食可以选{value}。"),
+    "cure_lasttime": ("{name}的治疗周期：{value}。", "治疗{name}需要的时间：{value}。"),
+    "cured_prob": ("{name}的治愈率：{value}。", "{name}经过治疗，治愈的比例：{value}。"),
+    "cost_money": ("{name}的治疗费用：{value}。", "治疗{name}的花费：{value}。"),
+    "yibao_status": ("{name}是否属于医保疾病：{value}。", "{name}是否纳入医保：{value}。"),
+}
+XYWY_PARAGRAPHS: dict[str, Wordings] = {
+    "cause": ("{name}的病因：{value}。", "为什么会得{name}：{value}。", "{name}的发病原因：{value}。"),
+    "prevent": ("{name}的预防：{value}。", "怎样预防{name}：{value}。", "预防{name}的办法：{value}。"),
+}
+XYWY_FIELDS = ("desc", *XYWY, *XYWY_PARAGRAPHS)
+# The root of all categories.
+NO_CATEGORY = "疾病百科"
+
+
+def _xywy(id_: str, row: Row) -> Document:
+    name = _name(row)
+    values = {field: list(map(_tidy, texts_of(row.get(field), field))) for field in XYWY_FIELDS}
+    values["category"] = [category for category in values["category"] if category != NO_CATEGORY]
+    description = "\n".join(values["desc"])
+    if description and name not in description:
+        description = f"{name}：{description}"
+    paragraphs = [_sentences(name, values, {field: wordings}) for field, wordings in XYWY_PARAGRAPHS.items()]
+    return _passage(id_, [description, _sentences(name, values, XYWY), *paragraphs])
+
+
+XYWY_KG = row_reader(_xywy, ("name", *XYWY_FIELDS))
+
+HEALTH39: dict[str, Wordings] = {
+    "alias": ("{name}又称{value}。", "{name}也叫{value}。", "{name}的别名有{value}。"),
+    "part": ("{name}的发病部位是{value}。", "{name}发生在{value}。"),
+    "age": ("{name}的多发人群：{value}。", "哪些人容易得{name}：{value}。"),
+    "infection": ("{name}的传染性：{value}。", "{name}是否传染：{value}。"),
+    "insurance": ("{name}是{value}。", "就医保而言，{name}属于{value}。"),
+    "department": ("{name}应到{value}就诊。", "{name}的就诊科室是{value}。", "怀疑{name}，可以挂{value}的号。"),
+    "symptom": ("{name}的常见症状有{value}。", "患{name}的人可能出现{value}。", "{name}的临床表现包括{value}。"),
+    "complication": ("{name}可能并发{value}。", "{name}的并发症有{value}。", "得了{name}，要留意{value}等并发症。"),
+    "checklist": ("诊断{name}常做的检查有{value}。", "为确诊{name}，可以做{value}。", "{name}的检查项目包括{value}。"),
+    "treatment": ("{name}的治疗方式有{value}。", "治疗{name}可以采用{value}。", "{name}通常以{value}来治疗。"),
+    "drug": ("治疗{name}的常用药有{value}。", "{name}常用{value}等药物。"),
+    "period": ("{name}的治疗周期：{value}。", "治疗{name}需要的时间：{value}。"),
+    "rate": ("{name}的治愈率：{value}。", "{name}经过治疗，治愈的比例：{value}。"),
+    "money": ("{name}的治疗费用：{value}。", "治疗{name}的花费：{value}。"),
+}
+HEALTH39_LISTS = {
+    **dict.fromkeys(("part", "department", "symptom", "complication", "checklist", "treatment", "drug"), r"\s+"),
+    # Foreign names hold blanks themselves.
+    "alias": r"[,，;；、]\s*|(?<=[\u4e00-\u9fff])\s+(?=[\u4e00-\u9fff])",
+}
+# Marks of a page that was cut, and what stands where nothing is known.
+CUT_MARKS = re.compile(r"\[详细\]?|^>>|\.{3,}|…+")
+NOTHING_KNOWN = re.compile(r"暂无.*|关资料|应该如何用药？用什么药？")
+
+
+def _health39(id_: str, row: Row) -> Document:
+    name = _clean_cell(_name(row))
+    # A price in another column tells that cells have moved.
+    if any("收费标准" in str(value) for field, value in row.items() if field != "money"):
+        raise UnusableRow("shifted cells")
+    cells = {field: _health39_items(field, row.get(field)) for field in HEALTH39}
+    return _passage(id_, [_sentences(name, cells, HEALTH39)])
+
+
+def _health39_items(field: str, value: Any) -> list[str]:
+    if not value:
+        return []
+    cell = _tidy(_clean_cell("\n".join(texts_of(value, field))))
+    items = re.split(HEALTH39_LISTS[field], cell) if field in HEALTH39_LISTS else [cell]
+    return list(dict.fromkeys(item for item in items if item and not NOTHING_KNOWN.fullmatch(item)))
+
+
+def _clean_cell(cell: str) -> str:
+    return CUT_MARKS.sub("", cell.strip()).strip()
+
+
+HEALTH39_KG = row_reader(_health39, ("name", *HEALTH39))
+
+
+def _name(row: Row) -> str:
+    name = " ".join(" ".join(texts_of(row.get("name"), "name")).split())
+    if not name:
+        raise UnusableRow("no name")
+    return name
+
+
+def _sentences(name: str, values: dict[str, list[str]], fields: dict[str, Wordings]) -> str:
+    told = {field: "、".join(values[field]) for field in fields if values[field]}
+    return "".join(word(name, field, value, fields[field]) for field, value in told.items())
+
+
+def _tidy(text: str) -> str:
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def _passage(id_: str, paragraphs: list[str]) -> Document:
+    text = "\n".join(paragraph for paragraph in paragraphs if paragraph)
+    if not text:
+        raise UnusableRow("nothing but a name")
+    return Document(id_, text)

@@ -1,0 +1,1 @@
+"""What a model is worth: held-out losses, exams, consultations; scores, and how sure they are."""

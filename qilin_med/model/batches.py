@@ -1,0 +1,222 @@
+"""From cached rows to batches: which examples train together, and as what tensors.
+
+An example is a block, a conversation or a preference pair. An optimizer step is a random draw of `global_batch_size` of
+them, by seed and epoch alone. Ranks, accumulation and packing decide only how it is computed: its examples are dealt to
+micro-batches of about equal tokens, and each micro-batch is laid out in as few positions as its attention allows.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from qilin_med.prompt.template import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PAD_ID = 0  # any id will do: padding is never seen and never a target
+_MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+Tokens = tuple[Sequence[int], Sequence[int]]
+"""Ids and labels (unshifted, IGNORED where nothing is learnt) of one sequence, which sees nothing but itself."""
+
+
+def deal(costs: Sequence[int], bins: int, most: int | None = None) -> list[list[int]]:
+    """Indices of `costs` in `bins` groups of about equal cost, at most `most` in each: the largest first, each to the
+    group with the least so far (Graham 1969). Deterministic; groups may be empty."""
+    groups: list[list[int]] = [[] for _ in range(bins)]
+    open_groups = [(0, number) for number in range(bins)]  # (cost, number): a heap
+    for index in np.argsort(-np.asarray(costs, dtype=np.int64), kind="stable").tolist():
+        cost, number = heapq.heappop(open_groups)
+        groups[number].append(index)
+        if len(groups[number]) != most:
+            heapq.heappush(open_groups, (cost + int(costs[index]), number))
+    return groups
+
+
+class StepSampler(Sampler[list[int]]):
+    """One rank's micro-batches of an epoch, `accumulation` for each optimizer step: lists of row indices, which may be
+    empty in the epoch's last step. `costs`: tokens of each row."""
+
+    def __init__(
+        self, costs: np.ndarray, batch_size: int, accumulation: int, ranks: int, rank: int, seed: int, packing: bool
+    ) -> None:
+        self.costs, self.batch_size, self.accumulation, self.ranks, self.rank = (
+            costs, batch_size, accumulation, ranks, rank,
+        )  # fmt: skip
+        self.global_batch_size = batch_size * accumulation * ranks
+        self.seed, self.packing, self.epoch = seed, packing, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.costs) // self.global_batch_size) * self.accumulation
+
+    def order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.costs))
+
+    def rows_of_first(self, steps: int) -> np.ndarray:
+        """Rows that the first optimizer steps of a run train on, ascending."""
+        return np.sort(self.order(epoch=0)[: steps * self.global_batch_size])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order(self.epoch)
+        for start in range(0, len(order), self.global_batch_size):
+            yield from self.micro_batches(order[start : start + self.global_batch_size])[self.rank :: self.ranks]
+
+    def micro_batches(self, step: np.ndarray) -> list[list[int]]:
+        """All micro-batches of an optimizer step: the first of every rank, then the second of every rank."""
+        if self.packing:
+            parts = [step]
+        else:
+            # Rows are padded to the longest of their micro-batch, so like lengths go together, alike on all ranks.
+            longest_first = step[np.argsort(-self.costs[step], kind="stable")]
+            parts = np.array_split(longest_first, self.accumulation)
+        bins, most = self.ranks * self.accumulation // len(parts), None if self.packing else self.batch_size
+        return [part[group].tolist() for part in parts for group in deal(self.costs[part], bins, most)]
+
+
+class IndexedRows(torch.utils.data.Dataset):
+    """Rows with their index."""
+
+    def __init__(self, rows: "Dataset") -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "index": index}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences become rows of a batch. Only speed and memory depend on it: each sequence sees itself alone."""
+
+    packing: bool
+    """False: one unit (a sequence, or a block of several) a row, padded to the longest."""
+    varlen: bool
+    """The attention takes cumulative lengths (FlashAttention), so that all units can lie in one row."""
+    hidden_size: int
+
+    def rows(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Units, by their lengths in tokens, grouped into rows."""
+        if not self.packing:
+            return [[index] for index in range(len(lengths))]
+        if self.varlen or not lengths:
+            return [list(range(len(lengths)))]
+        wanted = {-(-sum(lengths) // round(max(lengths) * factor)) for factor in (1, 1.25, 1.5, 2, 3, 4)}
+        return min((deal(lengths, number) for number in sorted(wanted)), key=lambda rows: self._work(rows, lengths))
+
+    def _work(self, rows: list[list[int]], lengths: Sequence[int]) -> int:
+        """Of a layer, up to a factor: a position meets 12 hidden^2 weights and 2 x width x hidden scores (PaLM, appendix B)."""
+        width = max(sum(lengths[index] for index in row) for row in rows)
+        return len(rows) * width * (6 * self.hidden_size + width)
+
+
+def lay_out(sequences: Sequence[Tokens], rows: Sequence[Sequence[int]], varlen: bool = False) -> dict[str, Any]:
+    """Sequences, by their numbers in `rows`, as [B, T] tensors; T is the longest row's length.
+
+    A sequence's first token is never a target, since no token before it may be seen; what is left of a row is padding,
+    a sequence of its own. `sequence_index` [B, T] tells which sequence a token belongs to. How sequences are kept apart:
+    `varlen` by cumulative lengths over all B x T tokens; else by position_ids that restart at every sequence, from which
+    transformers builds a block-diagonal mask (only if no attention mask is passed). Rows of one sequence each need neither:
+    the causal mask hides the padding behind it.
+    """
+    # At least two tokens, so that an empty batch still has the shapes of a batch.
+    width = max([2, *(sum(len(sequences[index][0]) for index in row) for row in rows)])
+    shape = (max(len(rows), 1), width)
+    input_ids, labels = np.full(shape, PAD_ID, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    position_ids, sequence_index = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    lengths = []
+    for i, row in enumerate(rows or [[]]):
+        start = 0
+        for index in row:
+            ids, targets = sequences[index]
+            end = start + len(ids)
+            input_ids[i, start:end] = ids
+            labels[i, start + 1 : end] = targets[1:]
+            position_ids[i, start:end] = np.arange(len(ids))
+            sequence_index[i, start:end] = index
+            lengths.append(len(ids))
+            start = end
+        position_ids[i, start:] = np.arange(width - start)
+        lengths += [width - start] * (start < width)
+    tensors = {"input_ids": input_ids, "labels": labels, "sequence_index": sequence_index}
+    if varlen or any(len(row) > 1 for row in rows):
+        tensors["position_ids"] = position_ids
+    batch = {name: torch.from_numpy(values) for name, values in tensors.items()}
+    return batch | (_cumulative(lengths) if varlen else {})
+
+
+def _cumulative(lengths: list[int]) -> dict[str, Any]:
+    """What FlashAttention's varlen function wants: [sequences + 1] offsets, and the longest sequence as a number, which
+    spares every layer a wait for the device."""
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+
+
+@dataclass(frozen=True)
+class TokenCollator:
+    """Pretraining and SFT rows to a batch. "items" counts the targets, "tokens" those that are no padding."""
+
+    layout: Layout
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        sequences: list[Tokens] = []
+        units = []
+        for row in rows:
+            segments = split(row["input_ids"], row.get("labels", row["input_ids"]), row.get("lengths"))
+            units.append(range(len(sequences), len(sequences) + len(segments)))
+            sequences += segments
+        groups = self.layout.rows([len(row["input_ids"]) for row in rows])
+        batch = lay_out(sequences, [[i for unit in group for i in units[unit]] for group in groups], self.layout.varlen)
+        return {
+            **batch,
+            "rows": _indices(rows),
+            "items": int((batch["labels"] != IGNORED).sum()),
+            "tokens": sum(len(row["input_ids"]) for row in rows),
+        }
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """The part of a batch that goes into the model."""
+    return {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+
+
+def split(ids: Sequence[int], labels: Sequence[int], lengths: Sequence[int] | None) -> list[Tokens]:
+    """The segments of a row; without `lengths` the row is one."""
+    ends = np.cumsum(lengths if lengths is not None else [len(ids)]).tolist()
+    return [(ids[start:end], labels[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Preference rows to a batch of 2 x pairs sequences: the chosen ones, then the rejected ones. "items" counts pairs."""
+
+    layout: Layout
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        sequences = [_answered(row, side) for side in ("chosen_ids", "rejected_ids") for row in rows]
+        lengths = [len(ids) for ids, _ in sequences]
+        batch = lay_out(sequences, self.layout.rows(lengths), self.layout.varlen)
+        return {**batch, "rows": _indices(rows), "items": len(rows), "tokens": sum(lengths)}
+
+
+def _answered(row: dict[str, Any], side: str) -> Tokens:
+    prompt, answer = row["prompt_ids"], row[side]
+    return [*prompt, *answer], [*[IGNORED] * len(prompt), *answer]
+
+
+def _indices(rows: list[dict[str, Any]]) -> torch.Tensor:
+    return torch.tensor([row["index"] for row in rows], dtype=torch.long)
+
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]

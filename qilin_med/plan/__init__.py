@@ -1,0 +1,1 @@
+"""Will a stage fit, and how long will it take?"""

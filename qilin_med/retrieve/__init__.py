@@ -1,0 +1,1 @@
+"""Passages for a question: the index and its search."""

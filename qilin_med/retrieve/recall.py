@@ -1,0 +1,101 @@
+"""How well a retriever finds: question -> own answer, among the answers of a whole file."""
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qilin_med.artifact import commit, sha256_of, write_json
+from qilin_med.config.experiment import DataSource, DecontaminationSettings, Experiment, Kind, RawFiles
+from qilin_med.data.read.readers import raw_files, read_raw
+from qilin_med.data.shards import write_lines
+from qilin_med.errors import UserError
+from qilin_med.retrieve.dense import Encoder
+from qilin_med.retrieve.index import build, plan_index
+from qilin_med.retrieve.retriever import Retriever, open_retriever
+
+CUTS = (1, 5, 10)
+DEPTH = 50  # passages looked at: a question whose answer comes later counts 0 in the MRR
+
+
+@dataclass(frozen=True)
+class Recall:
+    pairs: int
+    recall: dict[int, float]
+    """Share of questions whose own answer is among the first 1, 5, 10 answers."""
+    mrr: float
+    """Mean of 1 / rank of the own answer."""
+    questions_per_second: float
+    """Of searches as at inference: `passages` passages with their texts, all questions in one batch."""
+
+
+def evaluate_retrieval(
+    experiment: Experiment, file: Path, kind: Kind = "huatuo", encoder: Encoder | None = None
+) -> Recall:
+    """Index the answers of a file as the experiment would its corpus, ask the questions, and return a `Recall`; it is
+    written to <output_dir>/eval/retrieval/<name of the file>.json.
+
+    UserError: the file cannot be read, or holds no questions with answers.
+    """
+    pairs = _read_pairs(file, kind)
+    folder = Path(experiment.output_dir) / "eval" / "retrieval"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        answers = Path(scratch) / "answers.jsonl"
+        write_lines(answers, ({"id": str(n), "text": answer} for n, (_, answer) in enumerate(pairs)))
+        retriever = _index_answers(experiment, answers, encoder)
+        recall = measure(retriever, [question for question, _ in pairs])
+    write_json(folder / f"{file.stem}.json", {**asdict(recall), **_facts(experiment, file, kind)})
+    return recall
+
+
+def _read_pairs(file: Path, kind: Kind) -> list[tuple[str, str]]:
+    """First question and first answer of every conversation."""
+    files = RawFiles(name=file.name, kind=kind, paths=[str(file)])
+    records = [record for path in raw_files(files) for _, record in read_raw(files, path)]
+    turns = [{m.role: m.content for m in record.messages} for record in records if hasattr(record, "messages")]
+    if not turns:
+        raise UserError(f"{file}: no question with an answer among {len(records)} rows read as kind '{kind}'")
+    return [(turn["user"], turn["assistant"]) for turn in turns]
+
+
+def _index_answers(experiment: Experiment, answers: Path, encoder: Encoder | None) -> Retriever:
+    changes = {
+        "corpus": [DataSource(path=str(answers))],
+        "index": str(answers.with_name("index")),
+        "decontamination": DecontaminationSettings(),
+        "exclude_sources": [],
+    }
+    experiment = experiment.model_copy(update={"retrieval": experiment.retrieval.model_copy(update=changes)})
+    build(plan_index(experiment), encoder=encoder)
+    return open_retriever(experiment, encoder)
+
+
+def measure(retriever: Retriever, questions: list[str]) -> Recall:
+    """Question n's own answer is the document named n."""
+    begin = time.perf_counter()
+    retriever.search(questions)
+    seconds = time.perf_counter() - begin
+    documents = np.array([int(chunk.document) for chunk in retriever.chunks])
+    ranks = ranks_of_own([documents[numbers] for numbers, _ in retriever.rank(questions, DEPTH)])
+    recall = {cut: float((ranks <= cut).mean()) for cut in CUTS}
+    return Recall(len(ranks), recall, float((1 / ranks).mean()), len(questions) / seconds)
+
+
+def ranks_of_own(found: list[np.ndarray]) -> np.ndarray:
+    """Rank from 1 of document n among those found for question n, inf where it is not; several chunks of a document
+    count as one."""
+    ranks = np.full(len(found), np.inf)
+    for number, documents in enumerate(found):
+        distinct = list(dict.fromkeys(documents.tolist()))
+        if number in distinct:
+            ranks[number] = distinct.index(number) + 1
+    return ranks
+
+
+def _facts(experiment: Experiment, file: Path, kind: Kind) -> dict[str, Any]:
+    settings = experiment.retrieval.model_dump(mode="json", exclude={"corpus", "decontamination"})
+    return {"file": str(file), "sha256": sha256_of(file), "kind": kind, "retrieval": settings, "commit": commit()}

@@ -1,0 +1,1 @@
+"""A stage: prepare, train on the ranks, merge, publish."""

@@ -1,0 +1,240 @@
+"""What happens around the updates: stop cleanly, refuse to go on with NaN, save checkpoints, write and show numbers."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from qilin_med.artifact import commit_folder, disk_errors_explained, write_text
+from qilin_med.console.progress import clock, progress
+from qilin_med.errors import UserError
+from qilin_med.train.checkpoints import COMPLETE, prune_checkpoints
+from qilin_med.train.job import Job
+from qilin_med.train.metrics import read_metrics
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Checkpoints(TrainerCallback):
+    """Saves when it is due, and commits in the background what all ranks have written: training waits for the write alone.
+
+    An error met in the background (a full disk) is raised after the next update, or at the end of the `with` block in
+    which training runs and behind which no thread is left.
+    """
+
+    def __init__(self, job: Job, trainer: Any) -> None:
+        self.job, self.trainer = job, trainer
+        self.committed: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        """Return once the last checkpoint is committed; raises what went wrong."""
+        if self.committed:
+            with progress("committing the checkpoint"):
+                self.committed.result()
+            self.committed = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last_save = time.monotonic()
+        if state.is_world_process_zero:
+            self.trainer.save_is_due = self._minutes_are_over
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.job.section.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.job.section.checkpoint_every
+        ends = state.global_step >= state.max_steps or self.trainer.stop_agreed
+        if ends or self.trainer.save_agreed or (every and state.global_step % every == 0):
+            control.should_save = True
+            self.wait()  # or two checkpoints more than keep_checkpoints would need room
+        elif self.committed and self.committed.done():
+            self.wait()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last_save = time.monotonic()
+        if state.is_world_process_zero:
+            pool = ThreadPoolExecutor(max_workers=1)
+            self.committed = pool.submit(self._commit, state.global_step)
+            pool.shutdown(wait=False)  # the thread ends with its work
+
+    def _commit(self, step: int) -> None:
+        checkpoint = self.job.checkpoints / f"checkpoint-{step}"
+        with disk_errors_explained(checkpoint):
+            facts = {"step": step, "job": self.job.fingerprint(), "ranks": self.job.ranks}
+            commit_folder(checkpoint, COMPLETE, facts)
+        prune_checkpoints(self.job.checkpoints, self.job.section.keep_checkpoints)
+
+
+class Guard(TrainerCallback):
+    """Stops all ranks together: after a signal once a checkpoint is saved, on a loss that is not finite with an error."""
+
+    def __init__(self, job: Job, trainer: Any, checkpoints: Checkpoints) -> None:
+        self.job, self.trainer, self.checkpoints = job, trainer, checkpoints
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request_stop)
+
+    def _request_stop(self, _number: int, _frame: object) -> None:
+        self.trainer.stop_requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stop_agreed:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        # Every rank sees the same global loss and norm here, before a checkpoint of this update could be written.
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise UserError(self._explain_non_finite(name, logs[name], state.global_step))
+
+    def _explain_non_finite(self, name: str, value: float, step: int) -> str:
+        self.checkpoints.wait()
+        indices = sorted({i for batch in self.trainer.seen_rows for i in batch.tolist()})
+        ids = [i for row in self.trainer.train_dataset[indices]["ids"] for i in row]
+        if dist.is_initialized():
+            everyone: list[list[str]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(everyone, ids)
+            ids = [i for part in everyone for i in part]
+        good = sorted(self.job.checkpoints.glob(f"checkpoint-*/{COMPLETE}"), key=lambda p: p.stat().st_mtime)
+        last = good[-1].parent if good else "none"
+        return (
+            f"{name} became {value} at step {step}: stopped, nothing of this step is kept. Last good checkpoint: {last}."
+            f" Rows of the step: {', '.join(ids)}. Lower {self.job.stage}.learning_rate or look at these rows"
+        )
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl: one line per update. After a resume the lines past the checkpoint are cut off and come again.
+
+    `seconds` of a row is all the time since the one before, `checkpoint_seconds` the part of it for which training waited
+    for a checkpoint. The row of an update that is saved is on disk before its checkpoint can count.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.row: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last_time = time.monotonic()
+        if state.is_world_process_zero and self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            with disk_errors_explained(self.path):
+                write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.update_end = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        state.log_history.clear()  # the file is the record; trainer_state.json would grow with every update
+        if state.is_world_process_zero and "loss" in logs:
+            self.row = {"step": state.global_step, **logs}
+            if not control.should_save:
+                self._write()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.row["checkpoint_seconds"] = round(time.monotonic() - self.update_end, 4)
+            self._write()
+
+    def _write(self) -> None:
+        now = time.monotonic()
+        self.row["seconds"] = round(now - self.last_time, 4)
+        self.last_time = now
+        with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.row) + "\n")
+            if "checkpoint_seconds" in self.row:
+                file.flush()
+                os.fsync(file.fileno())
+
+
+class StartUp(TrainerCallback):
+    """Ends what is shown while libraries, model and checkpoint load."""
+
+    def __init__(self, shown: ExitStack) -> None:
+        self.shown = shown
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.shown.close()
+
+
+class Progress(TrainerCallback):
+    """One bar with loss, learning rate, useful tokens per second and time left; lines instead where no terminal is."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.speaks = state.is_world_process_zero
+        self.on_terminal = sys.stderr.isatty()
+        self.start, self.first_step, self.tokens = time.monotonic(), state.global_step, 0
+        self.last_line = self.start
+        self.long_step = ExitStack()
+        if self.speaks and self.on_terminal:
+            layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.bar = tqdm(**steps, bar_format=layout, dynamic_ncols=True, disable=False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.speaks and not self.on_terminal:
+            self.long_step.enter_context(progress(f"step {state.global_step + 1}/{state.max_steps}"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.long_step.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if not self.speaks or "loss" not in logs:
+            return
+        self.tokens += logs["tokens"]
+        elapsed = time.monotonic() - self.start
+        numbers = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}, {self.tokens / elapsed:,.0f} tokens/s"
+        if "rewards/accuracy" in logs:
+            numbers += f", margin {logs['rewards/margin']:.3f}"
+        if self.on_terminal:
+            self.bar.set_postfix_str(numbers, refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+        elif self._line_is_due(state):
+            left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+            print(f"step {state.global_step}/{state.max_steps}: {numbers}, {clock(left)} left", flush=True)
+
+    def _line_is_due(self, state: Any) -> bool:
+        """About a line every ten seconds, beside the first and the last."""
+        now = time.monotonic()
+        due = now - self.last_line > 10 or state.global_step in (self.first_step + 1, state.max_steps)
+        if due:
+            self.last_line = now
+        return due
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.speaks and self.on_terminal:
+            self.bar.close()
+
+
+def end_rank() -> None:
+    """Leave without the interpreter's shutdown, once all ranks are done and all is on disk.
+
+    gloo's own threads (pt_gloo_runloop) are still running then, even after destroy_process_group, since DeepSpeed holds
+    on to its groups; now and then one of them is joinable when static objects go, and the process aborts ("terminate
+    called without an active exception"). Nothing is left to do at this point but to end.
+    """
+    wait_for_all()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
