@@ -84,7 +84,7 @@ class Artifact:
         if self.folder.exists():
             if not restart:
                 raise UserError(f"{state.why}; {remedy}")
-            print(f"{state.why}; kept as {set_aside(self.folder, 'replaced')}", flush=True)
+            print(f"{state.why}; kept as {quarantine(self.folder, 'replaced')}", flush=True)
         return None
 
     @contextmanager
@@ -145,7 +145,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-def set_aside(path: Path, why: str) -> Path:
+def quarantine(path: Path, why: str) -> Path:
     """Move a file or folder out of the way under a name that tells why; nothing is deleted."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{path.name}.{why}-{stamp}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))

@@ -1,4 +1,4 @@
-"""What data can be: every raw format ends at one of these records, or is set aside with the reason."""
+"""What data can be: every raw format ends at one of these records, or is skipped with the reason."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -55,7 +55,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class Skipped:
     """A row that cannot be used. `raw` is its original text, shortened to `RAW_CHARACTERS`."""
 
     id: str

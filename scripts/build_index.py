@@ -52,8 +52,8 @@ def tell_index(folder: Path, outcome: str) -> None:
     for file, count in left_out.items():
         chunks = manifest["left_out_chunks"][file]
         print(f"left out: {count} documents ({chunks} chunks) that repeat questions of {file}")
-    for reason, count in manifest["set_aside"].items():
-        print(f"set aside: {count} rows, {reason}")
+    for reason, count in manifest["skipped"].items():
+        print(f"skipped: {count} rows, {reason}")
 
 
 if __name__ == "__main__":

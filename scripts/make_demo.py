@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.files import all_characters, build_files, tokenizer_text
-from qilin_med.artifact import MANIFEST, digest, publish_folder, set_aside, verify_folder
+from qilin_med.artifact import MANIFEST, digest, publish_folder, quarantine, verify_folder
 from qilin_med.console.progress import progress
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.train.stage import quiet_libraries
@@ -87,7 +87,7 @@ def write_untrained_model(files: dict[str, bytes], seed: int) -> None:
         if (UNTRAINED / MANIFEST).is_file() and verify_folder(UNTRAINED).get("made_from") == made_from:
             print(f"{UNTRAINED}: the same untrained model is already there")
             return
-        print(f"{UNTRAINED}: made for another world, kept as {set_aside(UNTRAINED, 'replaced')}")
+        print(f"{UNTRAINED}: made for another world, kept as {quarantine(UNTRAINED, 'replaced')}")
     part = UNTRAINED.with_name(f".{UNTRAINED.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -116,19 +116,19 @@ def test_every_row_is_accounted_for(built):
     assert articles["cut"] == 1
     assert articles["changed"] == {"HTML": 1, "phone number": 1, "white space": 1}
     assert articles["train"] + articles["dev"] == 67 - 2 - 2
-    assert chats["rows"] == 34 and sum(chats["rows_set_aside"].values()) == 2
+    assert chats["rows"] == 34 and sum(chats["rows_skipped"].values()) == 2
     assert chats["dropped"] == {"repeats a question of test": 2}
     assert sources["dpo/pairs"]["duplicates"] == {"exact duplicate": 1}
     assert sources["pretraining/exam"]["train"] + sources["pretraining/exam"]["dev"] == 8
     assert manifest(built)["evaluation"][0]["records_removed"] == 2
     for name, source in sources.items():
-        assert source["rows"] == source["rows_used"] + sum(source["rows_set_aside"].values()), name
+        assert source["rows"] == source["rows_used"] + sum(source["rows_skipped"].values()), name
         assert source["records"] == source["kept"] + sum(source["dropped"].values()), name
         assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
 
 
 def test_rows_that_went_or_changed_are_kept_apart(built):
-    apart = rows(built, "set_aside/*.jsonl")
+    apart = rows(built, "skipped/*.jsonl")
     lost = sum(s["rows"] - s["rows_used"] + s["records"] - s["train"] - s["dev"] for s in by_name(built).values())
     assert len(apart) == lost and all(row["reason"] and row["place"] for row in apart)
     [masked] = [row for row in rows(built, "changed/*.jsonl") if "phone number" in row["rules"]]
@@ -293,7 +293,7 @@ def test_published_rows_are_accounted_for(published):
     }  # fmt: skip
     assert {name: sources[name]["rows"] for name in rows_of} == rows_of
     for name, source in sources.items():
-        assert source["rows"] == source["rows_used"] + sum(source["rows_set_aside"].values()), name
+        assert source["rows"] == source["rows_used"] + sum(source["rows_skipped"].values()), name
         assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
     assert sources["pretraining/Chinese-medical-dialogue-data"]["duplicates"]["exact duplicate"] == 378
 

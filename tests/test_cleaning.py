@@ -9,7 +9,7 @@ from qilin_med.config.experiment import DataSource
 from qilin_med.data.clean import Cleaner
 from qilin_med.data.read.records import read_chats, read_preferences
 from qilin_med.data.render import text_of
-from qilin_med.records import Chat, Document, Message, Preference, Question, SetAside
+from qilin_med.records import Chat, Document, Message, Preference, Question, Skipped
 
 LONG = "发热三天，伴咳嗽、咽痛，应当先量体温再决定是否用药。"
 
@@ -263,7 +263,7 @@ def test_tidying_real_texts_twice_changes_nothing_more(shared):
         record
         for read, files in readers
         for record in read([DataSource(path=str(file)) for file in files])
-        if not isinstance(record, SetAside)
+        if not isinstance(record, Skipped)
     ]
     lines = (data / "kg_39health/disease.csv").read_text(encoding="gb18030").splitlines()
     records += [Document("1", line) for line in lines if line.strip()]

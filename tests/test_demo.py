@@ -114,7 +114,7 @@ def test_the_builder_finds_every_planted_fault_and_nothing_else(clone, demo):
     found = {}
     for source in built(clone)["sources"]:
         counts = {"passages cut": source["cut"]} if source["cut"] else {}
-        for kind in ("rows_set_aside", "dropped", "duplicates", "changed"):
+        for kind in ("rows_skipped", "dropped", "duplicates", "changed"):
             counts |= source[kind]
         found[f"{source['stage']}/{source['name']}"] = counts
     assert found == planted
@@ -124,7 +124,7 @@ def test_stages_train_on_all_that_was_built(clone, demo):
     for stage in STAGES:
         counts = verify_folder(clone / "runs/demo" / stage / "merged")["data"]["counts"]
         assert counts["used"] == counts["records"] == built(clone)["totals"][stage]["train"]
-        assert not counts["set_aside"]
+        assert not counts["skipped"]
 
 
 def test_no_held_out_disease_is_in_fine_tuning_or_preferences(clone, demo):
@@ -140,7 +140,7 @@ def test_the_report_holds_the_table_and_how_it_was_made(clone, demo):
     table = re.findall(r"^\| (?:model|base|pretraining|sft|dpo) .*$", demo, flags=re.MULTILINE)
     assert len(table) >= 5 and all(line in report for line in table)
     page = (clone / "runs/demo/report.html").read_text(encoding="utf-8")
-    for words in ("bash run_sft.sh", "learning_rate", "fingerprint", "set aside", "Qilin-Med SFT", "points more than"):
+    for words in ("bash run_sft.sh", "learning_rate", "fingerprint", "skipped", "Qilin-Med SFT", "points more than"):
         assert words in report and words in page
     assert "pipeline_tag: text-generation" in (clone / "runs/demo/dpo/merged/README.md").read_text(encoding="utf-8")
 

@@ -26,7 +26,7 @@ from qilin_med.data.read.readers import raw_files as find_raw_files
 from qilin_med.data.read.readers import read_raw
 from qilin_med.data.read.records import read_chats, read_documents, read_preferences
 from qilin_med.data.render import render, text_of
-from qilin_med.records import SetAside
+from qilin_med.records import Skipped
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CORPUS_FILE = REPOSITORY / "configs/demo_chimed.json"
@@ -149,16 +149,16 @@ def test_encodings_are_those_of_the_published_files(files):
 def test_readers_read_every_sound_row(sound, tmp_path):
     read = Counter()
     for source, record in records_of(written(sound, tmp_path)):
-        assert not isinstance(record, SetAside), record
+        assert not isinstance(record, Skipped), record
         read[source.stage, source.name] += 1
     assert len(read) == len(load_corpus_settings(CORPUS_FILE).sources)
 
 
-def test_readers_set_aside_what_is_planted(files, folder):
+def test_readers_skipped_what_is_planted(files, folder):
     planted = json.loads(files["manifest.json"])["planted"]
     found = defaultdict(Counter)
     for source, record in records_of(folder):
-        if isinstance(record, SetAside):
+        if isinstance(record, Skipped):
             found[f"{source.stage}/{source.name}"][record.reason] += 1
     assert found
     for source, reasons in found.items():
@@ -168,7 +168,7 @@ def test_readers_set_aside_what_is_planted(files, folder):
 @pytest.mark.parametrize("name", HELD_OUT)
 def test_held_out_files_are_whole(folder, name):
     records = list(HELD_OUT[name]([DataSource(path=str(folder / "data/demo" / name))]))
-    assert records and not [record for record in records if isinstance(record, SetAside)]
+    assert records and not [record for record in records if isinstance(record, Skipped)]
 
 
 # ------------------------------------------------------------------------------------------------------- splits

@@ -211,7 +211,7 @@ def test_questions_are_all_asked(results):
         "ceval_letters": 12,
         "huatuo26m_generate": 10,
     }
-    assert results["base", "cmexam_reasoning"]["counts"]["set_aside"] == {"no explanation": 4}
+    assert results["base", "cmexam_reasoning"]["counts"]["skipped"] == {"no explanation": 4}
 
 
 def test_single_and_multiple_answers_and_departments_apart(results, models):
@@ -477,7 +477,7 @@ def test_real_ceval_has_all_questions(shared):
 
 def test_real_cmexam_has_all_questions(shared):
     splits = load_exam([str(shared / "data/cmexam/cmexam_test.jsonl")])
-    assert len(splits["test"]) + sum(splits["set_aside"].values()) == 6811
+    assert len(splits["test"]) + sum(splits["skipped"].values()) == 6811
     annotated = load_exam([str(shared / "data/cmexam/cmexam_test_01_clinical_depart.csv")])["test"]
     assert {name for name, _ in annotated[0]["facets"]} >= {"Clinical Department", "Difficulty level"}
 

@@ -18,7 +18,7 @@ from qilin_med.data.read.files import HEAD_BYTES
 from qilin_med.data.read.readers import READERS, raw_files, read_raw
 from qilin_med.data.read.records import read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
-from qilin_med.records import Chat, Document, Message, Preference, Question, SetAside
+from qilin_med.records import Chat, Document, Message, Preference, Question, Skipped
 
 
 def source(kind: str, *paths: Path, **columns: str) -> RawFiles:
@@ -346,15 +346,15 @@ def test_a_json_file_of_lines_may_hold_a_broken_one(tmp_path, good_first):
     path = tmp_path / "rows.json"
     path.write_text("\n".join([good, broken, good] if good_first else [broken, good, good]))
     found = records("chat", path)
-    assert Counter(type(record) for record in found) == {Chat: 2, SetAside: 1}
-    assert found[good_first] == SetAside(f"{path}:{good_first + 1}", "broken JSON", broken)
+    assert Counter(type(record) for record in found) == {Chat: 2, Skipped: 1}
+    assert found[good_first] == Skipped(f"{path}:{good_first + 1}", "broken JSON", broken)
 
 
-def test_an_element_nested_too_deep_is_set_aside(tmp_path):
+def test_an_element_nested_too_deep_is_skipped(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("[" * 3000 + "]" * 2999 + ', {"question": "a", "answer": "b"}]')
     deep, good = records("chat", path)
-    assert isinstance(deep, SetAside) and good.id == f"{path}#1"
+    assert isinstance(deep, Skipped) and good.id == f"{path}#1"
 
 
 def test_one_object_is_one_row(tmp_path):
@@ -368,8 +368,8 @@ def test_tables_set_spilled_rows_aside(tmp_path):
     path.write_text('question,answer,,\na,"b\nb",,\na,b,,c\na\n\n,,,\nc,d,,\ne,"f')
     assert read("chat", path) == [
         (1, Chat(f"{path}:2", chat("a", "b\nb"))),
-        (1, SetAside(f"{path}:4", "more cells than columns", "a,b,,c")),
-        (1, SetAside(f"{path}:5", "fewer cells than columns", "a")),
+        (1, Skipped(f"{path}:4", "more cells than columns", "a,b,,c")),
+        (1, Skipped(f"{path}:5", "fewer cells than columns", "a")),
         (1, Chat(f"{path}:8", chat("c", "d"))),
         (1, Chat(f"{path}:9", chat("e", "f"))),
     ]
@@ -403,7 +403,7 @@ def test_safety_prompts_are_keyed_by_category_or_a_list(tmp_path):
         path.write_text(json.dumps(keyed, indent=indent))
         *before, note, last = read("safety_prompts", path)
         assert before == [(1, Chat(f"{path}#{n}", chat(str(n), f"答{n}"))) for n in range(4)]
-        assert note == (1, SetAside(f"{path}#4", "unknown layout", "x"))
+        assert note == (1, Skipped(f"{path}#4", "unknown layout", "x"))
         assert last == (1, Chat(f"{path}#5", chat("4", "答4")))
     (tmp_path / "list.json").write_text(json.dumps(rows))
     assert len(records("safety_prompts", tmp_path / "list.json")) == 5
@@ -676,7 +676,7 @@ def test_text_blocks_become_dialogues_from_patient_to_doctor(tmp_path):
     ]
 
 
-def test_text_that_is_no_block_is_set_aside(tmp_path):
+def test_text_that_is_no_block_is_skipped(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("前言\n二\nid=1\nDialogue\n病人：a\n医生：b\nid=2\nDialogue\n无名\n病人：a\n医生：b")
     assert [content(record) for record in records("meddialog", path)] == [
@@ -725,7 +725,7 @@ def test_stage_files_may_be_parquet(tmp_path):
     ]
     place = f"{tmp_path}/"
     assert found == [
-        [Document(f"{place}text.parquet#0", "一"), SetAside(f"{place}text.parquet#1", "no field 'text'", "{}"),
+        [Document(f"{place}text.parquet#0", "一"), Skipped(f"{place}text.parquet#1", "no field 'text'", "{}"),
          Document(f"{place}text.parquet#2", "三")],
         [Chat(f"{place}chat.parquet#{n}", chat("a", "b")) for n in range(2)],
         [Preference(f"{place}pair.parquet#0", chat("a"), "b", "c")],
@@ -742,7 +742,7 @@ def test_a_broken_parquet_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "rows", "set_aside", "columns"),
+    ("kind", "path", "rows", "skipped", "columns"),
     [
         ("exam", "cmexam/val.xlsx", 6811, {"no answer": 1}, {}),
         ("exam", "cmexam/cmexam_test.jsonl", 6811, {"answer is not among the options": 1}, {}),
@@ -794,11 +794,11 @@ def test_a_broken_parquet_file_is_refused(tmp_path):
         ("text", "rag_cpt/tcm_ancient_books", 3576 + 1499, {}, {}),
     ],
 )  # fmt: skip
-def test_published_files_are_read_whole(shared, kind, path, rows, set_aside, columns):
+def test_published_files_are_read_whole(shared, kind, path, rows, skipped, columns):
     pairs = read(kind, shared / "data" / path, **columns)
     found = [record for _, record in pairs]
     assert sum(count for count, _ in pairs) == rows
-    assert Counter(record.reason for record in found if isinstance(record, SetAside)) == set_aside
+    assert Counter(record.reason for record in found if isinstance(record, Skipped)) == skipped
     assert len(found) == rows and len({record.id for record in found}) == rows
 
 

@@ -96,8 +96,8 @@ def publish(experiment: Experiment, stage: str) -> str:
     (temporary / "model.safetensors").write_bytes(stage.encode())
     read = {"records": 1200, "used": 1195}
     counts = {
-        **read, "set_aside": {HOSTILE: 5}, "rows": 300, "tokens": 9000, "trained_tokens": 8000,
-        "files": [{**read, "path": "a.jsonl", "set_aside": 5, "sha256": "ab" * 32}],
+        **read, "skipped": {HOSTILE: 5}, "rows": 300, "tokens": 9000, "trained_tokens": 8000,
+        "files": [{**read, "path": "a.jsonl", "skipped": 5, "sha256": "ab" * 32}],
     }  # fmt: skip
     manifest = {
         "experiment": experiment.model_dump(mode="json"), "parent": {"folder": "base", "fingerprint": "f" * 64},
@@ -172,7 +172,7 @@ def test_paper_settings_are_those_of_the_papers_experiment_file():
 
 def test_a_corpus_is_set_beside_the_papers_tables(run):
     source = {
-        "stage": "pretraining", "name": "CMExam", "rows": 70000, "rows_set_aside": {"x": 3}, "dropped": {},
+        "stage": "pretraining", "name": "CMExam", "rows": 70000, "rows_skipped": {"x": 3}, "dropped": {},
         "duplicates": {}, "train": 60000, "dev": 1000, "tokens": 5, "bytes": 2_500_000,
     }  # fmt: skip
     corpus = {"name": "ChiMed", "sources": [source]}

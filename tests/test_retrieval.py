@@ -240,9 +240,9 @@ def test_passages_know_where_they_come_from(experiment, write_lines):
     plan = plan_index(settings)
     assert build(plan) == "built"
     counts = read_manifest(plan.folder)
-    assert counts["documents"] == {"read": 22, "indexed": 21, "left_out": 0, "set_aside": 1}
+    assert counts["documents"] == {"read": 22, "indexed": 21, "left_out": 0, "skipped": 1}
     assert counts["sources"].keys() == {"书", corpus.name} and sum(counts["sources"].values()) == counts["chunks"]
-    assert "not json" in (plan.folder / "set_aside.jsonl").read_text(encoding="utf-8")
+    assert "not json" in (plan.folder / "skipped.jsonl").read_text(encoding="utf-8")
     retriever = open_retriever(settings)
     for found in retriever.search([row(n)["text"] for n in range(20)], 2):
         for best in found:
@@ -356,7 +356,7 @@ def test_documents_that_repeat_evaluation_questions_are_left_out_and_counted(exp
     plan = plan_index(settings)
     build(plan)
     manifest = read_manifest(plan.folder)
-    assert manifest["documents"] == {"read": 6, "indexed": 5, "left_out": 1, "set_aside": 0}
+    assert manifest["documents"] == {"read": 6, "indexed": 5, "left_out": 1, "skipped": 0}
     assert manifest["left_out_documents"] == {"CMExam test": 1}
     assert manifest["left_out_chunks"]["CMExam test"] > 1
     assert '"leak"' in (plan.folder / "left_out.jsonl").read_text(encoding="utf-8")

@@ -101,15 +101,15 @@ def test_rows_are_the_encoded_chats_in_order(small_tokenizer, chats, tmp_path):
 def test_counts_add_up(small_tokenizer, chats, tmp_path):
     rows = prepare_rows("sft", sft(chats), small_tokenizer, None, tmp_path / "cache")
     counts = rows.counts
-    assert counts["set_aside"] == {
+    assert counts["skipped"] == {
         "no answer": 1, "contains a role mark": 1, "broken JSON: Unterminated string starting at": 1
     }  # fmt: skip
     assert (counts["records"], counts["used"]) == (124, 121)
     [file] = counts["files"]
-    assert (file["records"], file["used"], file["set_aside"]) == (124, 121, 3)
+    assert (file["records"], file["used"], file["skipped"]) == (124, 121, 3)
     assert counts["continued"] == counts["rows"] - 121 > 0
     assert counts["trained_tokens"] == sum(label != IGNORED for label in flat(rows.dataset["labels"]))
-    notes = [json.loads(line) for line in (rows.folder / "set_aside.jsonl").read_text().splitlines()]
+    notes = [json.loads(line) for line in (rows.folder / "skipped.jsonl").read_text().splitlines()]
     assert sorted(note["id"] for note in notes) == [f"{chats}:{number}" for number in (122, 123, 124)]
     assert all(note["raw"] for note in notes)
 
@@ -132,7 +132,7 @@ def test_preferences_lie_in_order_of_length(small_tokenizer, write_lines, plain,
         _, chosen, rejected = texts[int(row["ids"][0].rpartition(":")[2]) - 1]
         assert row["chosen_ids"] == [*plain(chosen), small_tokenizer.eos_token_id]
         assert row["rejected_ids"] == [*plain(rejected), small_tokenizer.eos_token_id]
-    assert rows.counts["set_aside"] == {"chosen and rejected are the same after cutting": 1}
+    assert rows.counts["skipped"] == {"chosen and rejected are the same after cutting": 1}
     assert (rows.counts["records"], rows.counts["used"], rows.counts["rows"]) == (61, 60, 60)
 
 

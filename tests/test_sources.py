@@ -8,7 +8,7 @@ import pytest
 from qilin_med.config.experiment import DataSource
 from qilin_med.data.read.records import find_files, read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
-from qilin_med.records import Chat, Document, Message, Preference, SetAside
+from qilin_med.records import Chat, Document, Message, Preference, Skipped
 
 Q, A = Message("user", "发热怎么办"), Message("assistant", "多喝水")
 Q2, A2 = Message("user", "还要吃药吗"), Message("assistant", "不用")
@@ -69,12 +69,12 @@ def test_a_broken_array_is_refused_with_line_and_column(tmp_path):
         list(read_documents(sources(path)))
 
 
-def test_a_broken_line_is_set_aside_under_its_number_and_blank_lines_do_not_count(write_lines):
+def test_a_broken_line_is_skipped_under_its_number_and_blank_lines_do_not_count(write_lines):
     path = write_lines({"text": "一"}, "", '{"text": "二', "  ", {"text": "三"})
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     first, broken, last = read_documents(sources(path))
     assert (first, last) == (Document(f"{path}:1", "一"), Document(f"{path}:5", "三"))
-    assert broken == SetAside(f"{path}:3", "broken JSON: Unterminated string starting at", '{"text": "二')
+    assert broken == Skipped(f"{path}:3", "broken JSON: Unterminated string starting at", '{"text": "二')
 
 
 @pytest.mark.parametrize("first", ['{"text": "一"}', '{"text": "一'])
@@ -82,7 +82,7 @@ def test_a_json_file_may_hold_lines_also_when_the_first_is_broken(write_lines, f
     path = write_lines(first, {"text": "二"}, {"text": "三"}, name="lines.json")
     records = list(read_documents(sources(path)))
     assert [record.id for record in records] == [f"{path}:{number}" for number in (1, 2, 3)]
-    assert isinstance(records[0], SetAside) == (first[-1] != "}")
+    assert isinstance(records[0], Skipped) == (first[-1] != "}")
 
 
 def test_a_json_file_may_hold_an_array_or_one_object(tmp_path):
@@ -216,7 +216,7 @@ def test_preferences_that_cannot_be_used(write_lines, row, reason):
 
 
 @pytest.mark.parametrize(
-    ("name", "used", "set_aside"),
+    ("name", "used", "skipped"),
     [
         ("sft_general/Belle_open_source_1k.json", 1000, {}),
         ("sft_general/alpaca_zh_demo.json", 1000, {}),
@@ -232,11 +232,11 @@ def test_preferences_that_cannot_be_used(write_lines, row, reason):
         ("preference/medical_reward_test.json", 100, {}),
     ],
 )  # fmt: skip
-def test_published_files_are_read_whole(shared, name, used, set_aside):
+def test_published_files_are_read_whole(shared, name, used, skipped):
     read = read_preferences if name.startswith("preference") else read_chats
     records = list(read(sources(shared / "data" / name)))
-    assert Counter(record.reason for record in records if isinstance(record, SetAside)) == set_aside
-    assert len(records) == used + sum(set_aside.values())
+    assert Counter(record.reason for record in records if isinstance(record, Skipped)) == skipped
+    assert len(records) == used + sum(skipped.values())
     assert len({record.id for record in records}) == len(records)
 
 

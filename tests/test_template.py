@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qilin_med.errors import UserError
 from qilin_med.prompt.template import IGNORED, QILIN_TEMPLATE, ROLE_MARKS, ChatTemplate
-from qilin_med.records import Chat, Message, Preference, SetAside
+from qilin_med.records import Chat, Message, Preference, Skipped
 
 TEXTS = [
     "发热三天，伴咳嗽、咽痛，应当先量体温再决定是否用药？",
@@ -171,14 +171,14 @@ def test_a_long_chat_continues_in_further_rows_and_loses_no_turn(template, plain
     assert [token for row in rows for token in row.input_ids[len(system) :]] == written
 
 
-def test_control_tokens_in_a_text_stay_text_or_are_set_aside(template, marks):
+def test_control_tokens_in_a_text_stay_text_or_are_skipped(template, marks):
     smuggled, harmless, marked = template.encode_chats(
         [chat("发热</s>头痛", "好"), chat("发热<s>", "<unk>好"), chat("发热<reserved_102>", "好")], 64, 64
     )
     assert smuggled[0].input_ids.count(marks[2]) == 1 and smuggled[0].input_ids[-1] == marks[2]
     assert "发热</s>头痛" in template.tokenizer.decode(smuggled[0].input_ids)
     assert template.tokenizer.bos_token_id not in harmless[0].input_ids
-    assert isinstance(marked, SetAside) and marked.reason == "contains a role mark" and "发热" in marked.raw
+    assert isinstance(marked, Skipped) and marked.reason == "contains a role mark" and "发热" in marked.raw
     with pytest.raises(UserError, match="contains a role mark"):
         template.encode_prompt([Message("user", "发热<reserved_103>")], 64)
 
@@ -209,7 +209,7 @@ def test_prompts_of_preferences_and_chats_are_the_same_also_when_cut(template):
         assert row.input_ids == pair.prompt_ids + pair.chosen_ids
 
 
-def test_answers_that_are_the_same_after_cutting_are_set_aside(template, plain):
+def test_answers_that_are_the_same_after_cutting_are_skipped(template, plain):
     limit = len(plain(TEXTS[0]))
     pair = Preference("f:1", chat("问").messages, TEXTS[0] + "甲", TEXTS[0] + "乙")
     [kept] = template.encode_preferences([pair], 32, limit + 8)

@@ -419,7 +419,7 @@ def test_a_damaged_parent_is_named_and_refused(world, finished, tmp_path):
     assert "tokenizer.json is missing" in run(world, "sft", *arguments, code=2)
 
 
-def test_a_damaged_or_foreign_checkpoint_is_set_aside(world, finished, tmp_path):
+def test_a_damaged_or_foreign_checkpoint_is_skipped(world, finished, tmp_path):
     import shutil
 
     arguments = [f"output_dir={tmp_path}/run"]

@@ -20,7 +20,7 @@ from qilin_med.data.read.records import find_files
 from qilin_med.data.rows import READERS
 from qilin_med.plan.data import Amount
 from qilin_med.prompt.template import IGNORED, ChatTemplate, EncodedChat, EncodedPreference, control_ids, encode_texts
-from qilin_med.records import Document, SetAside
+from qilin_med.records import Document, Skipped
 
 FILE_RECORDS, FEWEST_RECORDS = 1_000, 20  # of one file; fewer of each where there are many, never fewer than the second
 STAGE_RECORDS = 20_000
@@ -34,7 +34,7 @@ class Head:
 
     file: Path
     usable: list[Any]
-    unusable: list[SetAside]
+    unusable: list[Skipped]
     share: float
 
     @property
@@ -66,8 +66,8 @@ def _read_head(stage: StageName, file: Path, source: DataSource, most: int) -> H
     records = READERS[stage]([DataSource(path=str(file), text=source.text)])
     head = list(islice(_within_characters(records), most))
     share = _share(file, head, records) if head else 1.0
-    usable = [record for record in head if not isinstance(record, SetAside)]
-    return Head(file, usable, [record for record in head if isinstance(record, SetAside)], share)
+    usable = [record for record in head if not isinstance(record, Skipped)]
+    return Head(file, usable, [record for record in head if isinstance(record, Skipped)], share)
 
 
 def _within_characters(records: Iterator[Any]) -> Iterator[Any]:
@@ -110,7 +110,7 @@ class Encoded:
 
     head: Head
     measures: list[Measure]
-    unusable: list[SetAside]
+    unusable: list[Skipped]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Data:
     files: list[Encoded]
 
     @cached_property
-    def unusable(self) -> list[SetAside]:
+    def unusable(self) -> list[Skipped]:
         return [record for file in self.files for record in file.unusable]
 
     @property
@@ -176,20 +176,20 @@ def _encode_head(section: StageConfig, tokenizer: Any, template: ChatTemplate | 
     else:
         encode = template.encode_preferences if isinstance(section, DpoConfig) else template.encode_chats
         results = [
-            result if isinstance(result, SetAside) else _measured(result)
+            result if isinstance(result, Skipped) else _measured(result)
             for result in encode(head.usable, section.max_source_length, section.max_target_length)
         ]
-    further = [result for result in results if isinstance(result, SetAside)]
-    return Encoded(head, [r for r in results if not isinstance(r, SetAside)], [*head.unusable, *further])
+    further = [result for result in results if isinstance(result, Skipped)]
+    return Encoded(head, [r for r in results if not isinstance(r, Skipped)], [*head.unusable, *further])
 
 
-def _measured_documents(section: PretrainingConfig, tokenizer: Any, head: Head) -> Iterator[Measure | SetAside]:
+def _measured_documents(section: PretrainingConfig, tokenizer: Any, head: Head) -> Iterator[Measure | Skipped]:
     controls = control_ids(tokenizer)
     texts = encode_texts(tokenizer, [document.text for document in head.usable])
     joined = sum(len(ids) + 1 for ids in texts) / head.share  # tokens of the whole file
     for document, ids in zip(head.usable, texts, strict=True):
         if not ids or not controls.isdisjoint(ids):
-            yield SetAside(document.id, "contains a role mark" if ids else "empty text", "")
+            yield Skipped(document.id, "contains a role mark" if ids else "empty text", "")
             continue
         tokens = len(ids) + 1  # with EOS
         longest = min(section.block_size, tokens if section.isolate_documents else round(joined))
@@ -228,7 +228,7 @@ def judge_format(findings: Findings, key: str, data: Data) -> None:
             findings.problem(f"{key}: {file.head.file} holds blank lines only; fill it or take it out")
 
 
-def _reasons(records: list[SetAside]) -> str:
+def _reasons(records: list[Skipped]) -> str:
     counts = Counter(record.reason for record in records).most_common(3)
     reasons = "; ".join(f"{count} x {reason}" for reason, count in counts)
     first = next(record for record in records if record.reason == counts[0][0])

@@ -12,7 +12,7 @@ from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.errors import UserError
 from qilin_med.evaluate.harness import check_backend, check_room, describe_task, load_task, quiet_harness
 from qilin_med.evaluate.held_out import held_out_sets
-from qilin_med.records import SetAside
+from qilin_med.records import Skipped
 from qilin_med.retrieve.dense import check_encoder_folder, check_encoder_package
 
 
@@ -46,7 +46,7 @@ def _check_task(findings: Findings, name: str, settings: TaskSettings, base: Ope
         if base and base.positions:
             check_room(name, inputs, base.positions, base.folder)
         task = load_task(name, inputs)
-        questions, unusable = len(task.eval_docs), sum(task.dataset["set_aside"].values())
+        questions, unusable = len(task.eval_docs), sum(task.dataset["skipped"].values())
         return SetCheck(name, None, min(questions, settings.limit or questions), unusable)
     return SetCheck(name)
 
@@ -75,7 +75,7 @@ def _check_raw(files: RawFiles) -> None:
     """UserError if no record at the start of any of the files can be used."""
     for file in raw_files(files):
         records = (record for _, record in islice(read_raw(files, file), FILE_RECORDS))
-        if any(not isinstance(record, SetAside) for record in records):
+        if any(not isinstance(record, Skipped) for record in records):
             return
     raise UserError(
         f"{files.name}: no usable record in {', '.join(files.paths)}; look at the files, or map their columns"

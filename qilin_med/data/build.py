@@ -16,8 +16,8 @@ from qilin_med.artifact import (
     disk_errors_explained,
     hash_files,
     publish_folder,
+    quarantine,
     remove_unfinished,
-    set_aside,
     sha256_of,
     verify_folder,
 )
@@ -212,5 +212,5 @@ def _make_way(plan: Plan, restart: bool) -> bool:
         problem = f"is no whole build ({error})"
     if not restart:
         raise UserError(f"{plan.output} {problem}; --restart moves it aside and builds anew, or set output_dir")
-    print(f"{plan.output} {problem}: kept as {set_aside(plan.output, 'replaced')}", flush=True)
+    print(f"{plan.output} {problem}: kept as {quarantine(plan.output, 'replaced')}", flush=True)
     return True

@@ -11,7 +11,7 @@ from qilin_med.config.experiment import STAGES, StageName
 from qilin_med.config.paper import CORPUS
 from qilin_med.data.decontaminate import ITEMS
 from qilin_med.data.deduplicate import Workspace
-from qilin_med.data.intake import CLEAN, EVALUATION_REASON, NEAR_MISSES, SET_ASIDE, Counts, Task
+from qilin_med.data.intake import CLEAN, EVALUATION_REASON, NEAR_MISSES, SKIPPED, Counts, Task
 from qilin_med.data.output import Written
 from qilin_med.data.shards import read_lines, write_lines
 
@@ -53,7 +53,7 @@ def _describe_source(source: RawSource, shards: list[int], work: Workspace) -> d
     assert counts.kept == written.before, source.name
     return {
         "stage": source.stage, "name": source.name, "kind": source.kind, "licence": source.licence,
-        "rows": counts.rows, "rows_used": counts.used, "rows_set_aside": _sorted(counts.set_aside),
+        "rows": counts.rows, "rows_used": counts.used, "rows_skipped": _sorted(counts.skipped),
         "records": counts.records, "changed": _sorted(counts.changed), "dropped": _sorted(counts.dropped),
         "kept": counts.kept, "duplicates": _sorted(written.dropped), "cut": written.cut,
         "train": written.train, "dev": written.dev, "several_turns": written.several_turns,
@@ -137,10 +137,10 @@ def _readme(settings: CorpusSettings, manifest: dict[str, Any]) -> str:
     lines += ["Samples are train and dev together; tokens are those of all texts by the tokenizer in the corpus file,"
               " without template; MB are 10^6 bytes of UTF-8 text. The paper's figures are as printed (arXiv:2310.09089,"
               " Tables 1 to 3).", ""]  # fmt: skip
-    lines += ["## From rows to samples", "", "| set | source | rows | set aside | records | dropped by rules"
+    lines += ["## From rows to samples", "", "| set | source | rows | skipped | records | dropped by rules"
               " | evaluation questions | duplicates | train | dev |", "|---|---|" + "---:|" * 8]  # fmt: skip
     lines += [_flow(source) for source in manifest["sources"]]
-    lines += ["", f"Every row that is not in a set lies in `{SET_ASIDE}/` with its reason, every changed one in `changed/`"
+    lines += ["", f"Every row that is not in a set lies in `{SKIPPED}/` with its reason, every changed one in `changed/`"
               " with its text before. `manifest.json` has the counts by reason.", ""]  # fmt: skip
     lines += [
         "## Kept out",
@@ -203,7 +203,7 @@ def _type_of(source: dict[str, Any]) -> str:
 def _flow(source: dict[str, Any]) -> str:
     leaked = sum(count for reason, count in source["dropped"].items() if reason.startswith(EVALUATION_REASON))
     figures = (
-        source["rows"], sum(source["rows_set_aside"].values()), source["records"],
+        source["rows"], sum(source["rows_skipped"].values()), source["records"],
         sum(source["dropped"].values()) - leaked, leaked, sum(source["duplicates"].values()), source["train"],
         source["dev"],
     )  # fmt: skip

@@ -16,7 +16,7 @@ from qilin_med.data import matching
 from qilin_med.data.read.readers import read_raw
 from qilin_med.data.render import AnyRecord
 from qilin_med.data.shards import read_lines, save, write_lines
-from qilin_med.records import Chat, Document, Preference, Question, SetAside
+from qilin_med.records import Chat, Document, Preference, Question, Skipped
 
 NOT_WORDS = re.compile(r"[\W_]+")
 ITEMS = "items.jsonl"
@@ -73,7 +73,7 @@ def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str
     for source in settings.files:
         for file in files[source.name]:
             for _, record in read_raw(source, file):
-                if not isinstance(record, SetAside):
+                if not isinstance(record, Skipped):
                     about = {"item": record.id, "file": source.name, "stem": stem_of(record)}
                     written = whole_questions(record)
                     items_of_texts += [len(items)] * len(written)

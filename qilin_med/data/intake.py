@@ -16,12 +16,12 @@ from qilin_med.data.read.readers import read_raw
 from qilin_med.data.read.records import UnusableRow
 from qilin_med.data.render import AnyRecord, TrainingRecord, render, stable_id, text_of, to_row
 from qilin_med.data.shards import chunks, save_json, write_lines
-from qilin_med.records import SetAside
+from qilin_med.records import Skipped
 
 TOGETHER = 500  # records looked up in the index of evaluation questions at once
 HASH_BITS = 56  # of a rank; the source's place in the corpus file takes the others
 EVALUATION_REASON = "repeats a question of "
-CLEAN, SET_ASIDE, CHANGED, NEAR_MISSES = "clean", "set_aside", "changed", "near_misses"
+CLEAN, SKIPPED, CHANGED, NEAR_MISSES = "clean", "skipped", "changed", "near_misses"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,11 @@ class Summed:
 
 @dataclass(slots=True)
 class Counts(Summed):
-    """rows = used + sum(set_aside); records = kept + sum(dropped)."""
+    """rows = used + sum(skipped); records = kept + sum(dropped)."""
 
     rows: int = 0
     used: int = 0
-    set_aside: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)
     """Rows that give no record, by reason."""
     records: int = 0
     kept: int = 0
@@ -69,7 +69,7 @@ class Counts(Summed):
     """Records by rule that changed their text (one may count for several)."""
 
     def check(self) -> None:
-        assert self.rows == self.used + self.set_aside.total(), self
+        assert self.rows == self.used + self.skipped.total(), self
         assert self.records == self.kept + self.dropped.total(), self
 
 
@@ -106,12 +106,12 @@ class Intake:
         self._cleaner = Cleaner(settings.cleaning)
         kept_out = settings.decontamination
         self._index = load_index(work.root / "evaluation", kept_out.ngram, kept_out.near_miss)
-        self._apart: dict[str, list[dict[str, Any]]] = {SET_ASIDE: [], CHANGED: [], NEAR_MISSES: []}
+        self._apart: dict[str, list[dict[str, Any]]] = {SKIPPED: [], CHANGED: [], NEAR_MISSES: []}
         self._keys: list[bytes] = []
         self._ranks: list[int] = []
 
     def write(self, work: Workspace, shard: int) -> None:
-        """Task: a shard of clean records, and beside it what was set aside, changed, counted."""
+        """Task: a shard of clean records, and beside it what was skipped, changed, counted."""
         work.shards.write(shard, self._rows(), self._ranks)
         save_exact_keys(work, shard, self._keys)
         for name, rows in self._apart.items():
@@ -159,15 +159,15 @@ class Intake:
                 yield Candidate(id_, record.id, tidied, rendered)
 
     def _records(self) -> Iterator[AnyRecord]:
-        """The records of this task; rows that give none are counted and set aside."""
+        """The records of this task; rows that give none are counted and skipped."""
         task = self._task
         for number, (rows, record) in enumerate(islice(read_raw(self._source, task.file), self._source.limit)):
             if number % task.stripes != task.stripe:
                 continue
             self.counts.rows += rows
-            if isinstance(record, SetAside):
-                self.counts.set_aside[record.reason] += rows
-                self._apart[SET_ASIDE].append({"source": self._source.name, "place": record.id, "reason": record.reason,
+            if isinstance(record, Skipped):
+                self.counts.skipped[record.reason] += rows
+                self._apart[SKIPPED].append({"source": self._source.name, "place": record.id, "reason": record.reason,
                                                "raw": record.raw})  # fmt: skip
                 continue
             self.counts.used += rows
@@ -179,7 +179,7 @@ class Intake:
 
     def _drop(self, row: dict[str, Any], reason: str, **about: Any) -> None:
         self.counts.dropped[reason] += 1
-        self._apart[SET_ASIDE].append({"reason": reason, **about, **row})
+        self._apart[SKIPPED].append({"reason": reason, **about, **row})
 
 
 def _plain(record: AnyRecord) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qilin_med.config.corpus import CorpusSettings
 from qilin_med.config.experiment import StageName
 from qilin_med.data.clean import Cleaner
 from qilin_med.data.deduplicate import Workspace, cut_out, cuts_of_shard, duplicates_of_shard
-from qilin_med.data.intake import CHANGED, SET_ASIDE, Summed, draw
+from qilin_med.data.intake import CHANGED, SKIPPED, Summed, draw
 from qilin_med.data.render import from_row, text_of
 from qilin_med.data.shards import chunks, read_lines, save_json, write_lines
 from qilin_med.records import Chat, Document
@@ -62,7 +62,7 @@ class Written(Summed):
 
 
 def write_shard(work: Workspace, settings: CorpusSettings, tokenizer_file: Path, shard: int) -> None:
-    """Task: train and dev files of one shard; what duplicates others is appended to what was set aside."""
+    """Task: train and dev files of one shard; what duplicates others is appended to what was skipped."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -74,7 +74,7 @@ def write_shard(work: Workspace, settings: CorpusSettings, tokenizer_file: Path,
                 setattr(written, split, getattr(written, split) + len(chosen))
                 files.write(split, chosen)
     written.check()
-    for name, rows in ((SET_ASIDE, apart), (CHANGED, changed)):
+    for name, rows in ((SKIPPED, apart), (CHANGED, changed)):
         path = work.root / "out" / name / f"{work.stages[shard]}-{work.index_in_stage(shard):05d}.jsonl"
         write_lines(path, [*read_lines(work.path(name, shard, "jsonl")), *rows])
     save_json(work.path("written", shard, "json"), written.as_json())

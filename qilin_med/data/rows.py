@@ -6,7 +6,7 @@ The columns of a stage's rows (lists of int32 unless said otherwise):
 - sft: `ids` (one), `input_ids`, `labels` (-100 where nothing is learnt, unshifted)
 - dpo: `ids` (one), `prompt_ids`, `chosen_ids`, `rejected_ids`
 
-A cache folder holds rows.arrow, set_aside.jsonl and MANIFEST.json (sizes, sha256, settings, counts), and appears under
+A cache folder holds rows.arrow, skipped.jsonl and MANIFEST.json (sizes, sha256, settings, counts), and appears under
 its name only when complete.
 """
 
@@ -37,14 +37,14 @@ from qilin_med.data.read.records import find_files, read_chats, read_documents, 
 from qilin_med.data.shards import chunks
 from qilin_med.errors import UserError
 from qilin_med.prompt.template import IGNORED, ChatTemplate, control_ids, encode_texts
-from qilin_med.records import RAW_CHARACTERS, Document, SetAside
+from qilin_med.records import RAW_CHARACTERS, Document, Skipped
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 ROW_FORMAT = 2  # raise it whenever the same inputs and settings give other rows
-ROWS, SET_ASIDE = "rows.arrow", "set_aside.jsonl"
+ROWS, SKIPPED = "rows.arrow", "skipped.jsonl"
 BATCH_RECORDS = 1000  # tokenised at once, on all cores
 BATCH_CHARACTERS = 4_000_000  # fewer records where they are whole books
 CHUNK_ROWS = 1000
@@ -79,13 +79,13 @@ class PreparedRows:
 
 @dataclass(slots=True)
 class Counts:
-    """What went in and what came out. records = used + the sum of set_aside."""
+    """What went in and what came out. records = used + the sum of skipped."""
 
     files: list[dict[str, Any]] = field(default_factory=list)
-    """{path, bytes, sha256, records, used, set_aside} of each file, in the order read."""
+    """{path, bytes, sha256, records, used, skipped} of each file, in the order read."""
     records: int = 0
     used: int = 0
-    set_aside: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     """Records that cannot be used, by reason."""
     rows: int = 0
     tokens: int = 0
@@ -196,7 +196,7 @@ def _build(
     shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
     temporary.mkdir(parents=True)
     try:
-        intake = Intake(stage, files, temporary / SET_ASIDE)
+        intake = Intake(stage, files, temporary / SKIPPED)
         WRITERS[stage](intake, section, tokenizer, temporary)
         counts = intake.finish()
         publish_folder(temporary, folder, {"stage": stage, "inputs": inputs, "counts": asdict(counts)})
@@ -226,11 +226,11 @@ class Intake:
         self._notes = notes.open("w", encoding="utf-8")
 
     def batches(self) -> Iterator[list[Any]]:
-        """Records of all files in order. A batch never spans two files, so that what is set aside while a batch is
+        """Records of all files in order. A batch never spans two files, so that what is skipped while a batch is
         worked on counts for the newest file."""
         for file, source, checksum in self._files:
             about = {"path": str(file), "bytes": file.stat().st_size, "sha256": checksum}
-            self.counts.files.append({**about, "records": 0, "used": 0, "set_aside": 0})
+            self.counts.files.append({**about, "records": 0, "used": 0, "skipped": 0})
             source_of_file = DataSource(path=str(file), text=source.text)
             with progress(f"tokenising {file}", unit="records") as advance:
                 for batch in _in_batches(self._usable(READERS[self._stage]([source_of_file]))):
@@ -241,14 +241,14 @@ class Intake:
         for record in records:
             self.counts.records += 1
             self.counts.files[-1]["records"] += 1
-            if isinstance(record, SetAside):
-                self.set_aside(record)
+            if isinstance(record, Skipped):
+                self.skip(record)
             else:
                 yield record
 
-    def set_aside(self, record: SetAside) -> None:
-        self.counts.set_aside[record.reason] = self.counts.set_aside.get(record.reason, 0) + 1
-        self.counts.files[-1]["set_aside"] += 1
+    def skip(self, record: Skipped) -> None:
+        self.counts.skipped[record.reason] = self.counts.skipped.get(record.reason, 0) + 1
+        self.counts.files[-1]["skipped"] += 1
         self._notes.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
 
     def finish(self) -> Counts:
@@ -256,10 +256,10 @@ class Intake:
         self._notes.close()
         counts = self.counts
         for file in counts.files:
-            file["used"] = file["records"] - file["set_aside"]
-        assert counts.records == counts.used + sum(counts.set_aside.values()), counts
+            file["used"] = file["records"] - file["skipped"]
+        assert counts.records == counts.used + sum(counts.skipped.values()), counts
         if not counts.rows:
-            most = sorted(counts.set_aside.items(), key=lambda item: -item[1])[:3]
+            most = sorted(counts.skipped.items(), key=lambda item: -item[1])[:3]
             reasons = "; ".join(f"{number} x {reason}" for reason, number in most)
             raise UserError(
                 f"no usable record among {counts.records} in {', '.join(file['path'] for file in counts.files[:3])}: "
@@ -300,7 +300,7 @@ def _tokenised_documents(intake: Intake, tokenizer: "PreTrainedTokenizerFast") -
         for document, ids in zip(batch, encode_texts(tokenizer, [d.text for d in batch]), strict=True):
             reason = "empty text" if not ids else None if controls.isdisjoint(ids) else "contains a role mark"
             if reason:
-                intake.set_aside(SetAside(document.id, reason, document.text[:RAW_CHARACTERS]))
+                intake.skip(Skipped(document.id, reason, document.text[:RAW_CHARACTERS]))
                 continue
             intake.counts.used += 1
             yield document.id, [*ids, tokenizer.eos_token_id]
@@ -354,8 +354,8 @@ def _encoded_chats(intake: Intake, section: InstructionConfig, template: ChatTem
     for batch in intake.batches():
         encoded = template.encode_chats(batch, section.max_source_length, section.max_target_length)
         for chat, rows in zip(batch, encoded, strict=True):
-            if isinstance(rows, SetAside):
-                intake.set_aside(rows)
+            if isinstance(rows, Skipped):
+                intake.skip(rows)
                 continue
             counts.used += 1
             counts.continued += len(rows) - 1
@@ -382,8 +382,8 @@ def _encoded_preferences(intake: Intake, section: DpoConfig, template: ChatTempl
     for batch in intake.batches():
         encoded = template.encode_preferences(batch, section.max_source_length, section.max_target_length)
         for preference, pair in zip(batch, encoded, strict=True):
-            if isinstance(pair, SetAside):
-                intake.set_aside(pair)
+            if isinstance(pair, Skipped):
+                intake.skip(pair)
                 continue
             answers = len(pair.chosen_ids), len(pair.rejected_ids)
             counts.used += 1

@@ -273,7 +273,7 @@ def _count(model: ModelUnderTest, task: "Task", samples: list[Sample]) -> dict[s
     room = model.lm.max_length - generated
     counts = {"questions": len(samples), "without_gold": sum(not sample["gold"] for sample in samples)}
     counts["cut_prompts"] = sum(len(model.lm.tok_encode(sample["prompt"])) > room for sample in samples)
-    counts["set_aside"] = task.dataset["set_aside"]
+    counts["skipped"] = task.dataset["skipped"]
     for name in ("unparsed", "empty"):
         if name in samples[0]["score"]:
             counts[name] = sum(sample["score"][name] for sample in samples)

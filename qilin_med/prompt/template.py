@@ -16,7 +16,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 from qilin_med.errors import UserError
-from qilin_med.records import RAW_CHARACTERS, Chat, Message, Preference, Role, SetAside
+from qilin_med.records import RAW_CHARACTERS, Chat, Message, Preference, Role, Skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -137,15 +137,15 @@ class ChatTemplate:
 
     def encode_chats(
         self, chats: Sequence[Chat], max_source_length: int, max_target_length: int
-    ) -> list[list[EncodedChat] | SetAside]:
+    ) -> list[list[EncodedChat] | Skipped]:
         """Rows of each chat: usually one. A chat longer than both limits together continues in further rows of whole
         turns, each with the system text, so that no turn vanishes."""
         contents = self._encode_contents([chat.messages for chat in chats])
-        encoded: list[list[EncodedChat] | SetAside] = []
+        encoded: list[list[EncodedChat] | Skipped] = []
         for chat, ids in zip(chats, contents, strict=True):
             reason = self._reason_against(chat.messages, ids)
             rows = [] if reason else self._chat_rows(chat.messages, ids, max_source_length, max_target_length)
-            encoded.append(_set_aside(chat, chat.messages, reason) if reason else rows)
+            encoded.append(_skipped(chat, chat.messages, reason) if reason else rows)
         return encoded
 
     def encode_preference(
@@ -157,11 +157,11 @@ class ChatTemplate:
 
     def encode_preferences(
         self, preferences: Sequence[Preference], max_source_length: int, max_target_length: int
-    ) -> list[EncodedPreference | SetAside]:
+    ) -> list[EncodedPreference | Skipped]:
         """Prompt and answers of each preference. The prompt holds system text and last question, and as many whole
         earlier turns, newest first, as fit into `max_source_length`; the others are counted as dropped."""
         conversations = [_with_answers(preference) for preference in preferences]
-        encoded: list[EncodedPreference | SetAside] = []
+        encoded: list[EncodedPreference | Skipped] = []
         for preference, messages, ids in zip(
             preferences, conversations, self._encode_contents(conversations), strict=True
         ):
@@ -169,7 +169,7 @@ class ChatTemplate:
             pair = None if reason else self._pair(messages, ids, max_source_length, max_target_length)
             if pair and pair.chosen_ids == pair.rejected_ids:
                 reason = "chosen and rejected are the same after cutting"
-            encoded.append(_set_aside(preference, messages, reason) if reason else pair)
+            encoded.append(_skipped(preference, messages, reason) if reason else pair)
         return encoded
 
     @property
@@ -424,12 +424,12 @@ def _with_answers(preference: Preference) -> tuple[Message, ...]:
     return (*preference.prompt, *answers)
 
 
-def _set_aside(record: Chat | Preference, messages: Sequence[Message], reason: str) -> SetAside:
+def _skipped(record: Chat | Preference, messages: Sequence[Message], reason: str) -> Skipped:
     raw = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
-    return SetAside(record.id, reason, raw[:RAW_CHARACTERS])
+    return Skipped(record.id, reason, raw[:RAW_CHARACTERS])
 
 
 def _usable(encoded):
-    if isinstance(encoded, SetAside):
+    if isinstance(encoded, Skipped):
         raise UserError(f"{encoded.id}: {encoded.reason}")
     return encoded

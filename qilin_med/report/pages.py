@@ -28,7 +28,7 @@ from qilin_med.report.tables import (
     metric_table,
     model_table,
     paper_tables,
-    set_aside_table,
+    skipped_table,
     version_table,
 )
 
@@ -109,7 +109,7 @@ def _data(run: Run) -> list[Block]:
     blocks: list[Block] = []
     if run.manifests:
         blocks.append(data_table(run))
-        if (aside := set_aside_table(run)).rows:
+        if (aside := skipped_table(run)).rows:
             blocks.append(aside)
         blocks.append(Fold("Files", [file_table(run)]))
     return [*blocks, *corpus_tables(run)]

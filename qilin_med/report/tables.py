@@ -175,36 +175,36 @@ def comparability(run: Run) -> str:
 
 
 def data_table(run: Run) -> Table:
-    """What each finished stage read, used and set aside."""
-    header = ["stage", "records", "used", "set aside", "rows", "tokens", "trained on", "cut questions", "cut answers",
+    """What each finished stage read, used and skipped."""
+    header = ["stage", "records", "used", "skipped", "rows", "tokens", "trained on", "cut questions", "cut answers",
               "updates", "ranks"]  # fmt: skip
     return Table("What each stage read", header, [_data_row(stage, m) for stage, m in run.manifests.items()])
 
 
 def _data_row(stage: str, manifest: dict[str, Any]) -> list[str]:
     counts = manifest["data"]["counts"]
-    read = [counts["records"], counts["used"], sum(counts["set_aside"].values())]
+    read = [counts["records"], counts["used"], sum(counts["skipped"].values())]
     made = [counts[name] for name in ("rows", "tokens", "trained_tokens")]
     cut = [counts.get(name, 0) for name in ("cut_sources", "cut_targets")]
     return [LABELS[stage], *(f"{n:,}" for n in (*read, *made, *cut, manifest["updates"], manifest["ranks"]))]
 
 
-def set_aside_table(run: Run) -> Table:
+def skipped_table(run: Run) -> Table:
     rows = [
         [LABELS[stage], reason, f"{number:,}"]
         for stage, manifest in run.manifests.items()
-        for reason, number in manifest["data"]["counts"]["set_aside"].items()
+        for reason, number in manifest["data"]["counts"]["skipped"].items()
     ]
-    return Table("Records set aside", ["stage", "reason", "records"], rows)
+    return Table("Records skipped", ["stage", "reason", "records"], rows)
 
 
 def file_table(run: Run) -> Table:
     rows = [
-        [LABELS[stage], file["path"], *(f"{file[n]:,}" for n in ("records", "used", "set_aside")), file["sha256"][:SHORT]]
+        [LABELS[stage], file["path"], *(f"{file[n]:,}" for n in ("records", "used", "skipped")), file["sha256"][:SHORT]]
         for stage, manifest in run.manifests.items()
         for file in manifest["data"]["counts"]["files"]
     ]  # fmt: skip
-    return Table("Files", ["stage", "file", "records", "used", "set aside", "sha256"], rows)
+    return Table("Files", ["stage", "file", "records", "used", "skipped", "sha256"], rows)
 
 
 def corpus_tables(run: Run) -> Iterator[Table]:
@@ -212,14 +212,14 @@ def corpus_tables(run: Run) -> Iterator[Table]:
     sources = run.corpus["sources"] if run.corpus else []
     for number, stage in enumerate(STAGES, 1):
         if rows := [_corpus_row(source) for source in sources if source["stage"] == stage]:
-            header = ["dataset", "rows", "set aside", "dropped", "duplicates", "samples", "tokens", "MB",
+            header = ["dataset", "rows", "skipped", "dropped", "duplicates", "samples", "tokens", "MB",
                       "paper: samples", "paper: tokens", "paper: MB"]  # fmt: skip
             yield Table(f"{run.corpus['name']}, {LABELS[stage]} (the paper's Table {number})", header, rows)
 
 
 def _corpus_row(source: dict[str, Any]) -> list[str]:
     _, paper = CORPUS[source["stage"]].get(source["name"], ("", ("", "", "")))
-    aside, dropped, duplicates = (sum(source[key].values()) for key in ("rows_set_aside", "dropped", "duplicates"))
+    aside, dropped, duplicates = (sum(source[key].values()) for key in ("rows_skipped", "dropped", "duplicates"))
     figures = [source["rows"], aside, dropped, duplicates, source["train"] + source["dev"], source["tokens"]]
     return [source["name"], *(f"{figure:,}" for figure in figures), f"{source['bytes'] / 1e6:,.1f}", *paper]
 

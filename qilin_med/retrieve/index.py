@@ -20,8 +20,8 @@ from qilin_med.artifact import (
     disk_errors_explained,
     hash_files,
     publish_folder,
+    quarantine,
     remove_unfinished,
-    set_aside,
     sha256_of,
     verify_folder,
 )
@@ -149,7 +149,7 @@ def _make_way(plan: IndexPlan, restart: bool) -> bool:
     except UserError as error:
         if not restart:
             raise
-        print(f"{error}; kept as {set_aside(plan.folder, 'replaced')}", flush=True)
+        print(f"{error}; kept as {quarantine(plan.folder, 'replaced')}", flush=True)
     return True
 
 

@@ -14,27 +14,27 @@ from qilin_med.data.read.records import read_named_documents
 from qilin_med.data.shards import chunks as in_chunks
 from qilin_med.data.shards import write_lines
 from qilin_med.errors import UserError
-from qilin_med.records import Document, SetAside
+from qilin_med.records import Document, Skipped
 from qilin_med.retrieve.chunks import Chunk, write_chunks
 from qilin_med.retrieve.cutting import Cutter
 
 TOGETHER = 1000  # documents read, compared and cut at once: all texts that are in memory
-LEFT_OUT, SET_ASIDE = "left_out.jsonl", "set_aside.jsonl"
+LEFT_OUT, SKIPPED = "left_out.jsonl", "skipped.jsonl"
 # What stands between stem, options and answers in running text, and would break the n-grams of short ones.
 MARKS = re.compile(r"^\s*(?:[(（]?[A-Z][)）.．、:：\s]|(?:问|答|患者|医生)[:：])\s*", re.MULTILINE)
 
 
 @dataclass
 class Intake:
-    """One pass over a corpus, and what it counted: documents = indexed + left out + set aside."""
+    """One pass over a corpus, and what it counted: documents = indexed + left out + skipped."""
 
     settings: RetrievalConfig
     cutter: Cutter
     evaluation: Index
     counts: dict[str, Counter] = field(
         default_factory=lambda: {
-            "documents": Counter(read=0, indexed=0, left_out=0, set_aside=0),
-            "set_aside": Counter(),  # by reason
+            "documents": Counter(read=0, indexed=0, left_out=0, skipped=0),
+            "skipped": Counter(),  # by reason
             "left_out_documents": Counter(),  # by evaluation file
             "left_out_chunks": Counter(),
             "near_misses": Counter(),
@@ -43,7 +43,7 @@ class Intake:
     advance: Callable[[int], None] = lambda n: None
     """Hears of documents read."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    set_aside: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks to index, streamed."""
@@ -60,10 +60,10 @@ class Intake:
     def _documents(self) -> Iterator[tuple[Document, str]]:
         for record in read_named_documents(self.settings.corpus):
             self.counts["documents"]["read"] += 1
-            if isinstance(record, SetAside):
-                self.counts["documents"]["set_aside"] += 1
-                self.counts["set_aside"][record.reason] += 1
-                self.set_aside.append(asdict(record))
+            if isinstance(record, Skipped):
+                self.counts["documents"]["skipped"] += 1
+                self.counts["skipped"][record.reason] += 1
+                self.skipped.append(asdict(record))
             else:
                 yield record
 
@@ -86,7 +86,7 @@ class Intake:
 def cut_corpus(
     settings: RetrievalConfig, tokenizer: Path, evaluation: dict[str, list[Path]], work: Path, out: Path
 ) -> dict[str, Any]:
-    """Write the chunks of the corpus to `out`, with `left_out.jsonl` and `set_aside.jsonl`; returns the counts.
+    """Write the chunks of the corpus to `out`, with `left_out.jsonl` and `skipped.jsonl`; returns the counts.
 
     UserError: an input cannot be read, or nothing is left to index.
     """
@@ -100,9 +100,9 @@ def cut_corpus(
     if not by_source:
         raise UserError(
             f"retrieval.corpus holds nothing to index: of {documents['read']} documents {documents['left_out']} repeat"
-            f" evaluation questions and {documents['set_aside']} are unusable; name other files"
+            f" evaluation questions and {documents['skipped']} are unusable; name other files"
         )
-    assert documents["read"] == documents["indexed"] + documents["left_out"] + documents["set_aside"], documents
+    assert documents["read"] == documents["indexed"] + documents["left_out"] + documents["skipped"], documents
     write_lines(out / LEFT_OUT, intake.left_out)
-    write_lines(out / SET_ASIDE, intake.set_aside)
+    write_lines(out / SKIPPED, intake.skipped)
     return {"chunks": by_source.total(), "sources": dict(by_source), **{k: dict(v) for k, v in intake.counts.items()}}

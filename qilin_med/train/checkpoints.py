@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from qilin_med.artifact import set_aside, verify_folder
+from qilin_med.artifact import quarantine, verify_folder
 from qilin_med.errors import UserError
 
 COMPLETE = "COMPLETE"  # commit marker of a training checkpoint
@@ -22,7 +22,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def newest_complete(folder: Path, job: str) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a job (its fingerprint) that verifies.
 
-    Newer ones that are unfinished, damaged or another run's are set aside, with a line for each that says why. Of
+    Newer ones that are unfinished, damaged or another run's are moved aside, with a line for each that says why. Of
     unfinished ones only the last attempt's is kept: they are as large as whole ones.
     """
     lines = []
@@ -36,7 +36,7 @@ def newest_complete(folder: Path, job: str) -> tuple[Path | None, list[str]]:
             reason = str(error)
         if why == "incomplete":
             _delete_unfinished(folder)
-        lines.append(f"{reason}; set aside as {set_aside(checkpoint, why).name}")
+        lines.append(f"{reason}; kept as {quarantine(checkpoint, why).name}")
     return None, lines
 
 

@@ -24,8 +24,8 @@ from qilin_med.artifact import (
     disk_errors_explained,
     fingerprint_model,
     publish_folder,
+    quarantine,
     read_manifest,
-    set_aside,
     verify_folder,
     versions,
     write_json,
@@ -124,7 +124,7 @@ def _run_whole_stage(
     folder = experiment.stage_folder(stage)
     with disk_errors_explained(folder), _only_run_in(folder):
         if restart and folder.exists():
-            say(f"moved what was there to {set_aside(folder, 'before')}")
+            say(f"moved what was there to {quarantine(folder, 'before')}")
         with progress(f"preparing {stage}"):
             job = _prepare_job(experiment, stage, sum(ranks))
             parameters, trainable = _count_parameters(job)
@@ -228,7 +228,7 @@ def _is_finished(job: Job) -> bool:
     try:
         manifest = verify_folder(job.merged)
     except UserError as error:
-        say(f"{error}. Set aside as {set_aside(job.merged, 'damaged').name}; publishing again")
+        say(f"{error}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again")
         return False
     say(f"{job.stage}: already finished ({manifest['updates']} updates, {manifest['created']}): {job.merged}")
     return True
@@ -427,9 +427,9 @@ def _describe(job: Job, parameters: int, trainable: int) -> None:
         "attention": attention_path(job.experiment.model, job.keeps_sequences_apart),
         "writes to": str(job.folder),
     }
-    if counts["set_aside"]:
-        reasons = "; ".join(f"{number} {reason}" for reason, number in counts["set_aside"].items())
-        lines["set aside"] = f"{reasons} (see {job.rows}/set_aside.jsonl)"
+    if counts["skipped"]:
+        reasons = "; ".join(f"{number} {reason}" for reason, number in counts["skipped"].items())
+        lines["skipped"] = f"{reasons} (see {job.rows}/skipped.jsonl)"
     cut = {name: counts.get(name, 0) for name in ("cut_sources", "cut_targets", "continued", "dropped_turns")}
     if any(cut.values()):
         lines["cut"] = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in cut.items() if number)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TextIO
 import zstandard
 
 from qilin_med.errors import UserError
-from qilin_med.records import RAW_CHARACTERS, SetAside
+from qilin_med.records import RAW_CHARACTERS, Skipped
 
 COMPRESSIONS = (".gz", ".zst")
 # Of the head of a file we judge its encoding and whether a .json holds lines.
@@ -24,16 +24,16 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class UnusableRow(ValueError):
-    """Carries the reason for which a row is set aside."""
+    """Carries the reason for which a row is skipped."""
 
 
-def set_aside(id_: str, reason: str, raw: Any) -> SetAside:
+def skipped(id_: str, reason: str, raw: Any) -> Skipped:
     """`raw` is the row's text, or the row as parsed."""
     try:
         text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
     except RecursionError:
         text = "nested too deep to be shown"
-    return SetAside(id_, reason, LONE_SURROGATE.sub("\ufffd", text[:RAW_CHARACTERS]))
+    return Skipped(id_, reason, LONE_SURROGATE.sub("\ufffd", text[:RAW_CHARACTERS]))
 
 
 # ------------------------------------------------------------------------------------------------------- finding

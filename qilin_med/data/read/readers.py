@@ -1,4 +1,4 @@
-"""Raw published files -> records. Every row is counted, and becomes a record or is set aside with a reason."""
+"""Raw published files -> records. Every row is counted, and becomes a record or is skipped with a reason."""
 
 import zlib
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def raw_files(source: RawFiles) -> list[Path]:
 
 def read_raw(source: RawFiles, file: Path) -> Iterator[Counted]:
     """(rows, record) of one of `raw_files`, streamed. The rows add up to the raw rows of the file: mostly 1 each, 0 for
-    a further record out of a row, n for a passage made of n triples. Unusable rows come as SetAside.
+    a further record out of a row, n for a passage made of n triples. Unusable rows come as Skipped.
 
     UserError: an archive or a whole-file .json is broken; `columns` as in `raw_files`.
     """

@@ -1,4 +1,4 @@
-"""Files on disk -> records. Every row becomes a record or is set aside with a reason; none vanishes."""
+"""Files on disk -> records. Every row becomes a record or is skipped with a reason; none vanishes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qilin_med.config.experiment import DataSource
-from qilin_med.data.read.files import LONE_SURROGATE, UnusableRow, existing, open_parts, set_aside, with_content
+from qilin_med.data.read.files import LONE_SURROGATE, UnusableRow, existing, open_parts, skipped, with_content
 from qilin_med.data.read.tables import is_json, parquet_rows
 from qilin_med.errors import UserError
-from qilin_med.records import Chat, Document, Message, Preference, Role, SetAside
+from qilin_med.records import Chat, Document, Message, Preference, Role, Skipped
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 EXPECTED_FILES = "expected .txt (one sample a line), .jsonl, .json or .parquet files"
@@ -64,7 +64,7 @@ def _is_data(file: Path) -> bool:
 # ----------------------------------------------------------------------------------------------------------- rows
 
 
-def read_documents(sources: list[DataSource]) -> Iterator[Document | SetAside]:
+def read_documents(sources: list[DataSource]) -> Iterator[Document | Skipped]:
     """Documents: the lines of .txt files; elsewhere the field `source.text`, a string or a list of strings (joined by
     newlines). Text is kept as it stands. UserError: a file is not UTF-8, or a whole-file .json does not parse."""
     for file, source in find_files(sources):
@@ -76,7 +76,7 @@ def read_documents(sources: list[DataSource]) -> Iterator[Document | SetAside]:
             yield from _row_records(file, lambda id_, row, field=field: Document(id_, document_text(row, field)))
 
 
-def read_named_documents(sources: list[DataSource]) -> Iterator[tuple[Document, str] | SetAside]:
+def read_named_documents(sources: list[DataSource]) -> Iterator[tuple[Document, str] | Skipped]:
     """As `read_documents`, each with the name of its source: `id` and `source` of the row where it has them (a built
     corpus does), else the place and the name of the file."""
     for file, source in find_files(sources):
@@ -92,25 +92,25 @@ def _named_document(field: str, file: str, id_: str, row: Row) -> tuple[Document
     return Document(name or id_, document_text(row, field)), source or file
 
 
-def read_chats(sources: list[DataSource]) -> Iterator[Chat | SetAside]:
+def read_chats(sources: list[DataSource]) -> Iterator[Chat | Skipped]:
     """Conversations in the ChiMed, ShareGPT, messages and instruction/input/output layouts, one or more turns.
 
     Contents are stripped of surrounding white space. A chat must be: an optional system text, then questions and
-    answers in turn, ending with an answer; any other is set aside, also one that ends with a question, because cutting
+    answers in turn, ending with an answer; any other is skipped, also one that ends with a question, because cutting
     a turn off would be a silent loss. UserError as in `read_documents`.
     """
     for file, _ in find_files(sources):
         yield from _row_records(file, lambda id_, row: Chat(id_, checked_chat(chat_messages(row))))
 
 
-def read_preferences(sources: list[DataSource]) -> Iterator[Preference | SetAside]:
+def read_preferences(sources: list[DataSource]) -> Iterator[Preference | Skipped]:
     """Pairs of answers in the layouts question/response_chosen/response_rejected, conversations/chosen/rejected and
     prompt/chosen/rejected. Contents are stripped of surrounding white space. UserError as in `read_documents`."""
     for file, _ in find_files(sources):
         yield from _row_records(file, read_preference)
 
 
-def _row_records(file: Path, parse: Callable[[str, Row], Record]) -> Iterator[Record | SetAside]:
+def _row_records(file: Path, parse: Callable[[str, Row], Record]) -> Iterator[Record | Skipped]:
     suffix = file.suffix.lower()
     if suffix == ".txt":
         raise UserError(
@@ -131,11 +131,11 @@ def _indexed_rows(file: Path) -> Iterator[tuple[int, Any]]:
     return enumerate(_whole_file(file))
 
 
-def _record(id_: str, raw: Any, parse: Callable[[str, Any], Record]) -> Record | SetAside:
+def _record(id_: str, raw: Any, parse: Callable[[str, Any], Record]) -> Record | Skipped:
     try:
         return parse(id_, raw)
     except UnusableRow as error:
-        return set_aside(id_, str(error), raw)
+        return skipped(id_, str(error), raw)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -14,7 +14,7 @@ from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.errors import UserError
 from qilin_med.evaluate.tasks.subjects import SUBJECTS
 from qilin_med.evaluate.tasks.wording import lettered
-from qilin_med.records import Chat, Question, SetAside
+from qilin_med.records import Chat, Question, Skipped
 
 Row = dict[str, Any]
 Options = list[tuple[str, str]]
@@ -38,16 +38,16 @@ def load_exam(
     test: str | list[str], fewshot: str | list[str] = (), columns: dict[str, str] | None = None,
     retrieve: Retrieve | None = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Exam files as splits "test" and "fewshot", and the number of unusable rows by reason as "set_aside".
+    """Exam files as splits "test" and "fewshot", and the number of unusable rows by reason as "skipped".
 
     Arguments come from the metadata of a task file, or stand in for it.
     UserError: a test file is missing or holds no usable question. Missing worked examples are left out: a task that
     asks for none runs without them.
     """
-    found, set_aside = _read("exam", test, columns)
+    found, skipped = _read("exam", test, columns)
     asked = _with_context([_question_row(each) for each in found], retrieve)
     shots = [_question_row(each) for each in _read("exam", _existing(fewshot), columns)[0]]
-    return {"test": _dataset(asked, test), "fewshot": Dataset.from_list(shots), "set_aside": set_aside}
+    return {"test": _dataset(asked, test), "fewshot": Dataset.from_list(shots), "skipped": skipped}
 
 
 def load_explained_exam(test: str | list[str], **settings: Any) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def load_explained_exam(test: str | list[str], **settings: Any) -> dict[str, Any
     if not explained:
         raise UserError(f"{_listed(test)}: no question has an explanation; name a file that tells explanations")
     unexplained = {"no explanation": len(splits["test"]) - len(explained)}
-    set_aside = splits["set_aside"] | {reason: count for reason, count in unexplained.items() if count}
-    return {**splits, "test": splits["test"].select(explained), "set_aside": set_aside}
+    skipped = splits["skipped"] | {reason: count for reason, count in unexplained.items() if count}
+    return {**splits, "test": splits["test"].select(explained), "skipped": skipped}
 
 
 def load_ceval(
@@ -70,7 +70,7 @@ def load_ceval(
     `role` tells them apart; `number` is the official id, a question's place in its subject's file.
     """
     rows = []
-    found, set_aside = _read("exam", test, columns)
+    found, skipped = _read("exam", test, columns)
     for each in found:
         match = SUBJECT_FILE.search(each.place)
         if match and match[1] in SUBJECTS and match[2] in ("dev", split):
@@ -82,7 +82,7 @@ def load_ceval(
         raise UserError(f"{_listed(test)}: no C-Eval questions; expected files such as {split}/physician_{split}.csv")
     asked = _with_context([row for row in rows if row["role"] == "asked"], retrieve)
     shots = [{**row, "context": "", "sources": []} for row in rows if row["role"] == "shot"]
-    return {"all": _dataset([*asked, *shots], test), "set_aside": set_aside}
+    return {"all": _dataset([*asked, *shots], test), "skipped": skipped}
 
 
 def asked_questions(rows: Dataset) -> Dataset:
@@ -97,9 +97,9 @@ def load_consultations(
     test: str | list[str], columns: dict[str, str] | None = None, retrieve: Retrieve | None = None, **_: Any
 ) -> dict[str, Any]:
     """Huatuo-26M's questions with the first answer of each as split "test"."""
-    found, set_aside = _read("huatuo", test, columns)
+    found, skipped = _read("huatuo", test, columns)
     rows = _with_context([_consultation_row(each) for each in found], retrieve)
-    return {"test": _dataset(rows, test), "set_aside": set_aside}
+    return {"test": _dataset(rows, test), "skipped": skipped}
 
 
 # --------------------------------------------------------------------------------------------------------- rows
@@ -141,7 +141,7 @@ def _dataset(rows: list[Row], paths: str | list[str]) -> Dataset:
 
 
 def _read(kind: Kind, paths: str | Iterable[str], columns: dict[str, str] | None) -> tuple[list[Found], dict[str, int]]:
-    """The usable rows of all files, and how many were set aside for which reason."""
+    """The usable rows of all files, and how many were skipped for which reason."""
     if not (paths := _listed(paths)):
         return [], {}
     source = RawFiles(name=kind, kind=kind, paths=paths, columns=columns or {})
@@ -149,7 +149,7 @@ def _read(kind: Kind, paths: str | Iterable[str], columns: dict[str, str] | None
     for rows, record in (counted for file in raw_files(source) for counted in read_raw(source, file)):
         place = ROW_NUMBER.split(record.id)[0]
         rows_of[place] += rows
-        if isinstance(record, SetAside):
+        if isinstance(record, Skipped):
             reasons[record.reason] += rows
         elif rows:  # a further record of the same row has none
             found.append(Found(place, rows_of[place] - 1, record))

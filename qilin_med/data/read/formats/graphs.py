@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from qilin_med.config.corpus import RawFiles
-from qilin_med.data.read.files import Part, UnusableRow, read_lines, set_aside
+from qilin_med.data.read.files import Part, UnusableRow, read_lines, skipped
 from qilin_med.data.read.formats.reading import Counted, Reader, row_reader, short_reason, texts_of
 from qilin_med.records import Document
 
@@ -76,7 +76,7 @@ def _deal_out(part: Part, columns: dict[str, str], files: list[Path]) -> Iterato
             try:
                 triple = _triple(number, line.split("\t"), header)
             except UnusableRow as error:
-                yield 1, set_aside(f"{part.place}:{number}", short_reason(error), line)
+                yield 1, skipped(f"{part.place}:{number}", short_reason(error), line)
             else:
                 streams[zlib.crc32(triple.head.encode()) % len(streams)].write(orjson.dumps([*triple]) + b"\n")
 

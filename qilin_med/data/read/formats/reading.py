@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qilin_med.config.corpus import RawFiles
-from qilin_med.data.read.files import Part, UnusableRow, set_aside
+from qilin_med.data.read.files import Part, UnusableRow, skipped
 from qilin_med.data.read.records import plain_text
 from qilin_med.data.read.tables import ROW_SUFFIXES, Row, read_rows
-from qilin_med.records import Chat, Document, Preference, Question, SetAside
+from qilin_med.records import Chat, Document, Preference, Question, Skipped
 
 Record = Document | Chat | Preference | Question
-Counted = tuple[int, Record | SetAside]
+Counted = tuple[int, Record | Skipped]
 Convert = Callable[[str, Any], Record | list[Record]]
 
 
@@ -41,14 +41,14 @@ def row_reader(convert: Convert, fields: tuple[str, ...], *, objects: bool = Tru
 
 
 def convert_row(row: Row, columns: dict[str, str], convert: Convert, objects: bool = True) -> Iterator[Counted]:
-    """The records of a row, of which only the first stands for it, or the row set aside."""
+    """The records of a row, of which only the first stands for it, or the row skipped."""
     try:
         records = convert(row.id, _usable(row, columns, objects))
     except UnusableRow as error:
-        yield 1, set_aside(row.id, short_reason(error), row.value if row.text is None else row.text)
+        yield 1, skipped(row.id, short_reason(error), row.value if row.text is None else row.text)
         return
     except RecursionError:
-        yield 1, set_aside(row.id, "nested too deep", row.text or "")
+        yield 1, skipped(row.id, "nested too deep", row.text or "")
         return
     for number, record in enumerate(records if isinstance(records, list) else [records]):
         yield int(number == 0), record
