@@ -20,7 +20,7 @@ from qilin_med.model.batches import (
     lay_out,
     model_inputs,
 )
-from qilin_med.model.isolation import check_isolation
+from qilin_med.model.losses import check_isolation
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 _ = IGNORED

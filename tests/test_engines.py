@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTra
 from qilin_med.artifact import verify_folder
 from qilin_med.config.experiment import LoraSettings, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.model.load import check_packages, count_parameters
+from qilin_med.model.folder import check_model_folder, count_parameters
+from qilin_med.model.load import check_packages
 from qilin_med.train.job import Job, check_engine
 from qilin_med.train.metrics import read_metrics
 
@@ -217,15 +218,16 @@ def test_what_does_not_go_together_is_refused(world, tmp_path):
 def test_what_would_train_on_wrong_logits_is_refused(world, tmp_path, small_tokenizer):
     save_base(tmp_path, Gemma2Config(vocab_size=len(small_tokenizer), head_dim=16, **SIZES), small_tokenizer)
     with pytest.raises(UserError, match="gemma2 scales or caps its logits"):
-        count_parameters(tmp_path, None)
+        check_model_folder(tmp_path)
+    base = check_model_folder(world / "base")
     head = LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=["lm_head"])
     with pytest.raises(UserError, match="covers the output head"):
-        count_parameters(world / "base", head)
+        count_parameters(base, head)
     hidden, inner, vocabulary, layers = 64, 128, len(small_tokenizer), 2
     layer = (
         2 * hidden**2 + 2 * hidden**2 // 2 + 3 * hidden * inner + 2 * hidden
     )  # two of four heads for keys and values
-    assert count_parameters(world / "base", None) == ((2 * vocabulary * hidden + layers * layer + hidden),) * 2
+    assert count_parameters(base, None) == ((2 * vocabulary * hidden + layers * layer + hidden),) * 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qilin_med.artifact import MANIFEST, digest, publish_folder
 from qilin_med.errors import UserError
-from qilin_med.model.load import check_model_folder
+from qilin_med.model.folder import check_model_folder
 
 AUTO_MAP = {"auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}}
 

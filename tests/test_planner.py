@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qilin_med.config.experiment import STAGES, LoraSettings, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.model.load import forward_through_head, lora_config
-from qilin_med.model.losses import token_losses
+from qilin_med.model.load import lora_config
+from qilin_med.model.losses import forward_through_head, token_losses
 from qilin_med.plan import preflight
 from qilin_med.plan.advice import cheapest_change
 from qilin_med.plan.architecture import read_architecture

@@ -301,7 +301,7 @@ def trainer_here(world: Path, stage: str, overrides: list[str]):
     from qilin_med.train.callbacks import Checkpoints, MetricsFile
 
     settings = [f"output_dir={world}/here", OWN[stage].format(run=world / "run"), f"{stage}.deepspeed=null"]
-    job = training._prepare_job(load_experiment(world / "c.json", [*settings, *overrides]), stage, ranks=1)
+    job, *_ = training._prepare_job(load_experiment(world / "c.json", [*settings, *overrides]), stage, ranks=1)
     job.folder.mkdir(parents=True, exist_ok=True)
     trainer = importlib.import_module(SCRIPTS[stage].removesuffix(".py")).build_trainer(job)
     trainer.checkpoints = Checkpoints(job, trainer)
@@ -475,7 +475,9 @@ def test_a_disk_that_fills_up_behind_the_training_is_told_of(world, small_disk):
 
     from qilin_med.train.callbacks import Checkpoints, MetricsFile
 
-    job = training._prepare_job(load_experiment(world / "c.json", [f"output_dir={small_disk}"]), "pretraining", ranks=1)
+    job, *_ = training._prepare_job(
+        load_experiment(world / "c.json", [f"output_dir={small_disk}"]), "pretraining", ranks=1
+    )
     checkpoint = job.checkpoints / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     metrics = job.folder / "metrics.jsonl"
@@ -586,8 +588,7 @@ def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, ov
     ]
     with pytest.raises(UserError) as error:
         experiment = load_experiment(world / "c.json", overrides)
-        job = training._prepare_job(experiment, stage, training._count_ranks(experiment))
-        training._count_parameters(job)
+        job, *_ = training._prepare_job(experiment, stage, training._count_ranks(experiment))
         job.identity()
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -595,7 +596,9 @@ def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, ov
 def test_a_dry_run_tells_all_and_does_nothing(world, tmp_path):
     output = run(world, "pretraining", f"output_dir={tmp_path}/run", "--dry-run")
     [row] = [line.split() for line in output.splitlines() if line.startswith("pretraining  ")]
-    counts = training._prepare_job(load_experiment(world / "c.json", [f"output_dir={tmp_path}/real"]), "pretraining", 2)
+    counts, *_ = training._prepare_job(
+        load_experiment(world / "c.json", [f"output_dir={tmp_path}/real"]), "pretraining", 2
+    )
     tokens = json.loads((counts.rows / MANIFEST).read_text())["counts"]["tokens"]
     assert row[1:7] == ["base", "120", "0.0%", "-", str(counts.updates), f"{tokens:,}"]
     assert '"learning_rate": 0.01' in output and "trainable (100.00%)" in output

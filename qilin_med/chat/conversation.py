@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIter
 
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
-from qilin_med.model.load import check_model_folder, load_for_inference, load_tokenizer, max_positions
+from qilin_med.model.folder import check_model_folder, max_positions
+from qilin_med.model.load import load_for_inference, load_tokenizer
 from qilin_med.prompt.template import ChatTemplate, EncodedPrompt
 from qilin_med.prompt.wording import plain_dialogue
 from qilin_med.records import Message

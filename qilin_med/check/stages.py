@@ -12,14 +12,8 @@ from qilin_med.check.heads import Data, encode_heads, judge_format, judge_length
 from qilin_med.config.experiment import STAGES, Experiment, StageName
 from qilin_med.config.schedule import check_batch_size
 from qilin_med.errors import UserError
-from qilin_med.model.load import (
-    attention_path,
-    check_model_folder,
-    check_trackers,
-    count_parameters,
-    load_tokenizer,
-    max_positions,
-)
+from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
+from qilin_med.model.load import attention_path, check_trackers, load_tokenizer
 from qilin_med.plan.architecture import read_architecture
 from qilin_med.plan.data import Amount, find_amount
 from qilin_med.plan.gpus import GPUS, Gpu
@@ -141,15 +135,17 @@ class Models:
             raise UserError(
                 f"model.path: {folder} does not exist; README.md tells how to get and convert the base model"
             )
-        check_model_folder(folder)
+        model = check_model_folder(folder)
         tokenizer = load_tokenizer(folder, self._experiment.model.template)
-        return OpenModel(self._findings, folder, tokenizer, max_positions(folder))
+        return OpenModel(self._findings, folder, model, tokenizer, max_positions(folder))
 
 
 @dataclass(frozen=True)
 class OpenModel:
     findings: Findings
     folder: Path
+    without_weights: Any
+    """The model on the meta device."""
     tokenizer: Any
     positions: int | None
 
@@ -183,7 +179,7 @@ def check_stage(
     parameters = plan = None
     if model:
         with findings.collecting():
-            parameters = count_parameters(model.folder, section.lora)
+            parameters = count_parameters(model.without_weights, section.lora)
     if machine:
         _check_settings(findings, experiment, stage, machine.planned, amount)
         plan = _plan(findings, experiment, stage, model.folder, machine.planned, amount) if parameters else None

@@ -31,7 +31,8 @@ from qilin_med.evaluate.results import read_samples
 from qilin_med.evaluate.tasks.questions import Retrieve
 from qilin_med.evaluate.tasks.scoring import TASKS, Sample, Scoring, accuracy_by_facet, submission
 from qilin_med.evaluate.tasks.wording import lettered
-from qilin_med.model.load import check_model_folder, load_for_inference, load_tokenizer
+from qilin_med.model.folder import check_model_folder
+from qilin_med.model.load import load_for_inference, load_tokenizer
 from qilin_med.prompt.wording import option_lines
 
 if TYPE_CHECKING:

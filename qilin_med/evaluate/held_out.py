@@ -19,15 +19,9 @@ from qilin_med.config.experiment import Experiment, Source, StageConfig, StageNa
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import PreparedRows, prepare_rows
 from qilin_med.model.batches import Collator, Layout, PairCollator, TokenCollator, model_inputs
-from qilin_med.model.load import (
-    check_model_folder,
-    forward_through_head,
-    load_for_inference,
-    load_tokenizer,
-    max_positions,
-    pair_log_probs,
-)
-from qilin_med.model.losses import target_losses
+from qilin_med.model.folder import check_model_folder, max_positions
+from qilin_med.model.load import load_for_inference, load_tokenizer
+from qilin_med.model.losses import forward_through_head, pair_log_probs, target_losses
 
 
 def evaluate_model(experiment: Experiment, folder: Path, result: Path) -> dict[str, Any]:

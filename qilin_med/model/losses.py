@@ -1,9 +1,21 @@
-"""The formulas: one pure function each. Logits over the whole vocabulary never exist for more than one chunk."""
+"""The formulas, one pure function each, and the forward pass that computes them in the output head.
+
+Logits over the whole vocabulary never exist for more than one chunk of positions.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from qilin_med.errors import UserError
+from qilin_med.model.batches import Layout, lay_out, model_inputs
 
 _LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32: 262 positions of a 64k vocabulary
+_TRIAL_LENGTH = 8  # tokens of each of two sequences
 
 
 def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -54,3 +66,74 @@ def preference_losses(
     chosen_rewards = beta * (chosen - ref_chosen)
     rejected_rewards = beta * (rejected - ref_rejected)
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards.detach(), rejected_rewards.detach()
+
+
+# --------------------------------------------------------------------------------------------------- forward pass
+
+
+def unwrap(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside DeepSpeed, DDP and PEFT wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+HeadFunction = Callable[[torch.Tensor, torch.nn.Linear], torch.Tensor]
+
+
+def forward_through_head(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], compute: HeadFunction
+) -> torch.Tensor:
+    """One forward pass in which the output head returns compute(hidden [B, T, H], head) in place of logits.
+
+    So the full logits never exist, and what reads the head's weight runs inside the head's own call, where ZeRO-3
+    gathers that weight, in the backward pass too.
+    """
+    head = unwrap(model).get_output_embeddings()
+
+    def compute_in_weights_dtype(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return compute(hidden, head)
+
+    head.forward = compute_in_weights_dtype
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        del head.forward  # the class's own again
+
+
+def pair_log_probs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p(answer | prompt) of the chosen and of the rejected answers of a `PairCollator`'s batch: [pairs] each."""
+    pairs = len(batch["rows"])
+    score = partial(
+        sequence_log_probs, labels=batch["labels"], sequence_index=batch["sequence_index"], sequences=2 * pairs
+    )
+    scores = forward_through_head(model, model_inputs(batch), score)
+    return scores[:pairs], scores[pairs:]
+
+
+@torch.no_grad()
+def check_isolation(model: torch.nn.Module, layout: Layout) -> None:
+    """A trial before training: UserError if a sequence's hidden states depend on its neighbour in the same row.
+
+    Whether attention keeps packed sequences apart depends on the architecture, the attention code and the library's
+    version, and a model that lets neighbours see each other trains on without a word.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    seconds = []
+    for first_token in (5, 6):  # the second of two sequences stays the same, the first changes
+        texts = [range(start, start + _TRIAL_LENGTH) for start in (first_token, 20)]
+        batch = lay_out([(text, text) for text in texts], [[0, 1]], layout.varlen)
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in model_inputs(batch).items()}
+        hidden = forward_through_head(model, inputs, lambda hidden, _: hidden)
+        seconds.append(hidden[0, _TRIAL_LENGTH:].float())
+    model.train(was_training)
+    difference = ((seconds[0] - seconds[1]).abs().max() / seconds[0].abs().max()).item()
+    if difference > 1e-3:
+        attention = model.config._attn_implementation
+        raise UserError(
+            f"{model.config.model_type} with model.attention '{attention}' lets packed sequences see each other (hidden states"
+            f" of one change by {difference:.1%} with its neighbour's tokens); set another model.attention, or sft.packing and"
+            " dpo.packing (pretraining: isolate_documents) to false"
+        )

@@ -126,8 +126,7 @@ def _run_whole_stage(
         if restart and folder.exists():
             say(f"moved what was there to {quarantine(folder, 'before')}")
         with progress(f"preparing {stage}"):
-            job = _prepare_job(experiment, stage, sum(ranks))
-            parameters, trainable = _count_parameters(job)
+            job, parameters, trainable = _prepare_job(experiment, stage, sum(ranks))
         check_begun(job)
         if _is_finished(job):
             return
@@ -156,15 +155,17 @@ def _only_run_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> Job:
-    """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything."""
-    from qilin_med.model.load import check_model_folder, check_packages, check_trackers, load_tokenizer, max_positions
+def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[Job, int, int]:
+    """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything.
+    Also the number of parameters, and of trainable ones."""
+    from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
+    from qilin_med.model.load import check_packages, check_trackers, load_tokenizer
 
     check_batch_size(stage, experiment.stage(stage), ranks)
     check_trackers(stage, experiment.stage(stage).report_to)
     parent = experiment.parent_folder(stage)
     _explain_missing_parent(experiment, stage, parent)
-    check_model_folder(parent)
+    parameters, trainable = count_parameters(check_model_folder(parent), experiment.stage(stage).lora)
     check_packages(experiment.model, training=True)
     parent_fingerprint = fingerprint_model(parent)
 
@@ -176,7 +177,7 @@ def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> Job:
     job = Job(experiment, stage, parent, parent_fingerprint, rows.folder, len(rows.dataset), ranks)
     check_rows(job)
     check_engine(job)
-    return job
+    return job, parameters, trainable
 
 
 def _count_ranks(experiment: Experiment, slots: int | None = None) -> int:
@@ -200,12 +201,6 @@ def _explain_missing_parent(experiment: Experiment, stage: StageName, parent: Pa
     if parent == Path(experiment.model.path):
         raise UserError(f"model.path: {parent} does not exist; README.md tells how to get and convert the base model")
     raise UserError(f"{stage} starts from {parent}, which does not exist; run the stage that makes it first")
-
-
-def _count_parameters(job: Job) -> tuple[int, int]:
-    from qilin_med.model.load import count_parameters
-
-    return count_parameters(job.parent, job.section.lora)
 
 
 def _refuse_what_cannot_fit(job: Job, nodes: int) -> None:

@@ -25,9 +25,13 @@ from qilin_med.model.batches import (
     TokenCollator,
     model_inputs,
 )
-from qilin_med.model.isolation import check_isolation
-from qilin_med.model.load import forward_through_head, pair_log_probs
-from qilin_med.model.losses import preference_losses, target_losses
+from qilin_med.model.losses import (
+    check_isolation,
+    forward_through_head,
+    pair_log_probs,
+    preference_losses,
+    target_losses,
+)
 from qilin_med.train.callbacks import wait_for_all
 from qilin_med.train.job import Job
 from qilin_med.train.reference_log_probs import ReferenceLogProbs
