@@ -98,7 +98,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
             return HFLM(pretrained=ours.model, tokenizer=self.tokenizer, batch_size=ours.batch_size)
 
     model, ours = time_tasks(ModelUnderTest, arguments, work / "ours")
-    prompts = [sample["prompt"] for sample in read_samples(model.results / "cmexam_generate.samples.jsonl")]
+    prompts = [sample["prompt"] for sample in read_samples(model.results / "cmexam_generate")]
     rate = time_one_at_a_time(model.lm.lm, prompts[: arguments.one_at_a_time], arguments)
     rates = {"ours": ours, "one at a time": dict.fromkeys(TASKS, rate)}
     rates["HFLM"] = time_tasks(Plain, arguments, work / "HFLM")[1]

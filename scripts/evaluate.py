@@ -2,7 +2,7 @@
 
 python scripts/evaluate.py --config configs/demo.json [--models base,sft] [--tasks heldout,cmexam_letters] [--retrieval]
 
-Results go to runs/<name>/eval/<model>/<task>.json with samples beside them, paired tests between neighbouring models to
+Results are folders runs/<name>/eval/<model>/<task>, paired tests between neighbouring models lie in
 runs/<name>/eval/comparisons.json. Run it again after any interruption. On several GPUs: accelerate launch scripts/evaluate.py ...
 """
 
@@ -16,7 +16,7 @@ from qilin_med.config.command_line import experiment_parser, parse_experiment
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.evaluate.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_file
+from qilin_med.evaluate.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_folder
 
 if TYPE_CHECKING:
     from qilin_med.evaluate.harness import Retrieval
@@ -63,7 +63,8 @@ def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
         from qilin_med.report.tables import held_out_table
 
         results = {
-            name: evaluate_model(experiment, folder, result_file(experiment, name)) for name, folder in folders.items()
+            name: evaluate_model(experiment, folder, result_folder(experiment, name, HELD_OUT))
+            for name, folder in folders.items()
         }
     print(markdown_table(held_out_table(results)))
 

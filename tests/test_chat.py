@@ -23,8 +23,8 @@ from qilin_med.chat.conversation import NOTICE, ChatModel, look_up
 from qilin_med.chat.terminal import talk
 from qilin_med.config.experiment import Experiment, TaskSettings, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, read_samples, run_task
-from qilin_med.evaluate.results import existing_models
+from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, run_task
+from qilin_med.evaluate.results import existing_models, read_samples
 from qilin_med.prompt.wording import plain_dialogue
 from qilin_med.retrieve.index import build, plan_index
 from qilin_med.retrieve.prompting import Passage, Prompt
@@ -104,7 +104,7 @@ def test_prompts_and_answers_are_evaluations(name, model, experiment, folders, r
     )
     under_test = ModelUnderTest(own, name, folders[name])
     run_task(under_test, "huatuo26m_generate", task, retrieval)
-    samples = list(read_samples(under_test.results / "huatuo26m_generate.samples.jsonl"))
+    samples = list(read_samples(under_test.results / "huatuo26m_generate"))
     assert len(samples) == len(QUESTIONS)
     for sample, text in zip(samples, QUESTIONS, strict=True):
         asked = look_up(retriever if with_passages else None, text)

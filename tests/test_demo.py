@@ -61,7 +61,7 @@ def demo(clone) -> str:
 def measures(clone: Path) -> dict[str, dict[str, float]]:
     results = {}
     for model in ("base", *STAGES):
-        result = json.loads((clone / "runs/demo/eval" / model / "heldout.json").read_text())
+        result = json.loads((clone / "runs/demo/eval" / model / "heldout/result.json").read_text())
         results[model] = {name: measure["value"] for name, measure in result["measures"].items()}
     return results
 
@@ -90,7 +90,7 @@ def test_the_staircase(clone, demo):
     """docs/demo.md: exam answers about facts that were read but never asked, base < pretraining < sft."""
     assert is_gain(compared(clone, "cmexam_options", "base", "pretraining", "accuracy"))
     assert is_gain(compared(clone, "cmexam_options", "pretraining", "sft", "accuracy"))
-    results = (clone / "runs/demo/eval" / model / "cmexam_options.json" for model in ("base", "sft"))
+    results = (clone / "runs/demo/eval" / model / "cmexam_options/result.json" for model in ("base", "sft"))
     base, sft = (json.loads(file.read_text())["metrics"]["accuracy"] for file in results)
     assert base["high"] < sft["low"] and base["low"] < 0.2 < base["high"]
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,11 +19,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tiny_models import write_model
 
+from qilin_med.artifact import Artifact
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.errors import UserError
 from qilin_med.evaluate.comparison import compare_models
 from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
-from qilin_med.evaluate.results import read_samples
+from qilin_med.evaluate.results import read_samples, write_result
 from qilin_med.evaluate.tasks.questions import load_ceval, load_exam
 from qilin_med.evaluate.tasks.scoring import TASKS
 from qilin_med.evaluate.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS
@@ -121,7 +123,7 @@ def results(world, models) -> dict[tuple[str, str], dict]:
 
 
 def samples_of(model: ModelUnderTest, task: str) -> list[dict]:
-    return list(read_samples(model.results / f"{task}.samples.jsonl"))
+    return list(read_samples(model.results / task))
 
 
 # ------------------------------------------------------------------------------------------------------ likelihood
@@ -263,7 +265,7 @@ def test_results_name_what_made_them(results, world, models):
     result = results["sft", "cmexam_letters"]
     assert result["model"]["fingerprint"] == models["sft"].facts["model"]["fingerprint"]
     assert result["template"] and results["base", "cmexam_letters"]["template"] is None
-    assert (result["version"], result["shots"], result["config"]["name"]) == (1, 0, "evaluation")
+    assert (result["version"], result["shots"], result["experiment"]["name"]) == (1, 0, "evaluation")
     assert {"lm_eval", "sacrebleu", "torch"} <= set(result["versions"])
 
 
@@ -273,14 +275,13 @@ def test_results_name_what_made_them(results, world, models):
 def test_a_finished_task_is_not_run_again(results, world, models, monkeypatch):
     fresh = ModelUnderTest(world, "base", models["base"].folder)
     monkeypatch.setattr(ModelUnderTest, "lm", property(lambda _: pytest.fail("the model was loaded")))
-    assert run_task(fresh, "cmexam_letters", world.evaluation.tasks["cmexam_letters"]) == json.loads(
-        json.dumps(results["base", "cmexam_letters"])
-    )
+    again = run_task(fresh, "cmexam_letters", world.evaluation.tasks["cmexam_letters"])
+    assert again == results["base", "cmexam_letters"]
 
 
 def test_reasoning_reuses_the_answers_of_prediction(results, world, models, monkeypatch):
     model = models["sft"]
-    (model.results / "cmexam_reasoning.json").unlink()
+    shutil.rmtree(model.results / "cmexam_reasoning")
     monkeypatch.setattr(model.lm.lm, "_model_generate", lambda *_, **__: pytest.fail("a question was asked again"))
     run_task(model, "cmexam_reasoning", world.evaluation.tasks["cmexam_reasoning"])
 
@@ -385,9 +386,8 @@ def test_preference_pairs_are_compared(world, tmp_path):
     experiment = world.model_copy(update={"output_dir": str(tmp_path)})
     for model, margins in (("base", [1, -1, 1, 1, -1]), ("sft", [1] * 5)):
         measures = {"preference accuracy": {"value": 0, "margins": margins}}
-        (tmp_path / "eval" / model).mkdir(parents=True)
-        rows = {"preference accuracy": "the same"}
-        (tmp_path / "eval" / model / "heldout.json").write_text(json.dumps({"measures": measures, "rows": rows}))
+        inputs = {"rows": {"preference accuracy": "the same"}}
+        write_result(Artifact(tmp_path / "eval" / model / "heldout", inputs), {"measures": measures})
     [found] = compare_models(experiment)
     test = found["metrics"]["preference accuracy"]
     assert (found["task"], found["first"], found["second"], found["questions"]) == ("heldout", "base", "sft", 5)

@@ -13,7 +13,7 @@ from qilin_med.evaluate.metrics.choice import accuracy, choice_scores, exact_mat
 from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval, mcnemar, mean_score, paired_bootstrap
 from qilin_med.evaluate.metrics.text import corpus_bleu, score_text, split_text, text_scores
 
-METRICS = Path(__file__).resolve().parents[1] / "qilin_med/metrics"
+METRICS = Path(__file__).resolve().parents[1] / "qilin_med/evaluate/metrics"
 PREDICTION, REFERENCE = "我头痛", "我头很痛"
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from qilin_med.artifact import fingerprint_model, publish_folder, verify_folder
+from qilin_med.artifact import Artifact, fingerprint_model, publish_folder, verify_folder
 from qilin_med.config.experiment import Experiment, load_experiment
 from qilin_med.config.paper import CEVAL, CMEXAM, EXPERIMENT_FILE, HUATUO, STATED, differences
 from qilin_med.evaluate.results import model_folders
+from qilin_med.evaluate.results import write_result as publish_result
 from qilin_med.report.cards import write_cards
 from qilin_med.report.collect import Run, collect_run
 from qilin_med.report.curves import BUCKETS, draw_curves, gather, ticks
@@ -37,17 +38,19 @@ def measure(value: float) -> dict[str, float]:
 
 
 def write_result(run: Path, model: str, name: str, metrics: dict, fingerprint: str, **changes: object) -> None:
-    contents = {
-        "task": "cmexam_options", "shots": 0, "chat": model == "sft", "retrieval": None, "versions": {"torch": "2"},
-        "model": {"name": model, "fingerprint": fingerprint}, "counts": {"questions": 434, "without_gold": 2},
-        "metrics": metrics, "by_facet": {"Difficulty level": {HOSTILE: {**measure(0.5), "questions": 7}}},
+    inputs = {
+        "task": "cmexam_options", "shots": 0, "chat": model == "sft", "retrieval": None,
+        "model": {"name": model, "fingerprint": fingerprint},
+    } | changes  # fmt: skip
+    scores = {
+        "counts": {"questions": 434, "without_gold": 2}, "metrics": metrics,
+        "by_facet": {"Difficulty level": {HOSTILE: {**measure(0.5), "questions": 7}}},
     }  # fmt: skip
-    write(run / "eval" / model / f"{name}.json", contents | changes)
     sample = {
         "id": "a:1", "question": HOSTILE, "prompt": "", "output": [["甲", -1.0], [HOSTILE, -0.5]], "answer": "B",
         "gold": "B", "score": {"accuracy": 1}, "sources": ["corpus#7@0-9"] if "retrieval" in changes else [],
     }  # fmt: skip
-    write(run / "eval" / model / f"{name}.samples.jsonl", sample)
+    publish_result(Artifact(run / "eval" / model / name, inputs), scores, [sample])
 
 
 def compared(task: str, first: str, second: str, metric: str, **values: object) -> dict:
@@ -78,7 +81,8 @@ def run(tmp_path) -> Run:
             "perplexity general": {"value": perplexity},
             "preference accuracy": {"value": share, "standard_error": 0.035},
         }
-        write(folder / f"eval/{model}/heldout.json", {"model": {"fingerprint": prints[model]}, "measures": measures})
+        inputs = {"model": {"fingerprint": prints[model]}}
+        publish_result(Artifact(folder / "eval" / model / "heldout", inputs), {"measures": measures})
     mcnemar = {"test": "McNemar, exact", "gained": 60, "lost": 20}
     write(folder / "eval/comparisons.json", [
         compared("exam", "pretraining", "sft", "accuracy", difference=0.092, p=0.0004, **mcnemar),

@@ -4,9 +4,7 @@ Every answer goes into a cache on disk as soon as it is given, keyed by model, t
 interrupted run asks no question twice; results are computed from the answers, and samples keep what made them.
 """
 
-import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -15,19 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qilin_med.artifact import (
-    commit,
+    Artifact,
     digest,
     fingerprint_model,
     list_files,
     sha256_of,
     versions,
     write_json,
-    written_whole,
 )
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.errors import UserError
 from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval
-from qilin_med.evaluate.results import read_samples
+from qilin_med.evaluate.results import read_result, read_samples, result_folder, write_result
 from qilin_med.evaluate.tasks.questions import Retrieve
 from qilin_med.evaluate.tasks.scoring import TASKS, Sample, Scoring, accuracy_by_facet, submission
 from qilin_med.evaluate.tasks.wording import lettered
@@ -71,7 +68,7 @@ class ModelUnderTest:
 
     @property
     def results(self) -> Path:
-        return Path(self.experiment.output_dir) / "eval" / self.name
+        return result_folder(self.experiment, self.name, "")
 
     @cached_property
     def lm(self) -> Any:
@@ -116,7 +113,7 @@ def _device(experiment: Experiment) -> str:
 def run_task(
     model: ModelUnderTest, name: str, settings: TaskSettings, retrieval: Retrieval | None = None, suffix: str = ""
 ) -> dict[str, Any]:
-    """Ask one set of questions and write <name><suffix>.json and .samples.jsonl into the model's results.
+    """Ask one set of questions and make the result <name><suffix> of the model.
 
     A result of the same inputs is not computed again. Under `accelerate launch` every rank must call this; only the
     first writes, and the others return {}. UserError: the task or a file is unknown, or prompts cannot fit.
@@ -126,19 +123,17 @@ def run_task(
     inputs = {**describe_task(name, settings), **model.facts, "retrieval": retrieval.fingerprint if retrieval else None}
     # Plain text after worked examples goes on with a further question; in a chat the template ends the answer.
     inputs["until"] = ["\n\n"] if inputs["shots"] and not model.chat and inputs["max_new_tokens"] else []
-    result = model.results / f"{name}{suffix}.json"
-    if result.exists() and (old := json.loads(result.read_text(encoding="utf-8"))).items() >= inputs.items():
-        return old if is_first else {}
+    artifact = Artifact(model.results / f"{name}{suffix}", inputs)
+    if artifact.state().name == "done":
+        return read_result(artifact.folder) if is_first else {}
     task, scoring = load_task(name, inputs, retrieval), TASKS[inputs["task"]]
     check_room(name, inputs, model.lm.max_length, model.folder)
     asked = _ask(model, task, settings)
     if asked is None:
         return {}
     samples = [_sample(scoring, raw) for raw in sorted(asked, key=lambda raw: raw["doc_id"])]
-    write_samples(model.results / f"{name}{suffix}.samples.jsonl", samples)
-    contents = {**inputs, **_report(model, task, scoring, samples)}
-    write_json(result, contents)
-    return contents
+    artifact.facts = {"versions": versions(*LIBRARIES), "experiment": model.experiment.model_dump(mode="json")}
+    return write_result(artifact, _report(model, task, scoring, samples), samples)
 
 
 def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
@@ -263,9 +258,6 @@ def _report(model: ModelUnderTest, task: "Task", scoring: Scoring, samples: list
         "metrics": metrics,
         "by_facet": by_facet,
         "counts": _count(model, task, samples),
-        "config": model.experiment.model_dump(mode="json"),
-        "versions": {**versions(), **{library: importlib.metadata.version(library) for library in LIBRARIES}},
-        "commit": commit(),
     }
 
 
@@ -290,15 +282,10 @@ def with_interval(score: Score) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def write_samples(path: Path, samples: list[Sample]) -> None:
-    with written_whole(path) as file:
-        file.writelines(json.dumps(sample, ensure_ascii=False).encode() + b"\n" for sample in samples)
-
-
 def write_submission(model: ModelUnderTest, name: str) -> Path:
     """C-Eval's official file from the samples of a task's result."""
     path = model.results / f"{name}.submission.json"
-    write_json(path, submission(list(read_samples(model.results / f"{name}.samples.jsonl"))))
+    write_json(path, submission(list(read_samples(model.results / name))))
     return path
 
 

@@ -4,7 +4,6 @@ Rows come from the same code as in training (template, limits, set-aside reasons
 the same thing.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
-from qilin_med.artifact import commit, digest, fingerprint_model, versions, write_json
+from qilin_med.artifact import Artifact, digest, fingerprint_model
 from qilin_med.config.experiment import Experiment, Source, StageConfig, StageName
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import PreparedRows, prepare_rows
+from qilin_med.evaluate.results import read_result, write_result
 from qilin_med.model.batches import Collator, Layout, PairCollator, TokenCollator, model_inputs
 from qilin_med.model.folder import check_model_folder, max_positions
 from qilin_med.model.load import load_for_inference, load_tokenizer
@@ -25,28 +25,27 @@ from qilin_med.model.losses import forward_through_head, pair_log_probs, target_
 
 
 def evaluate_model(experiment: Experiment, folder: Path, result: Path) -> dict[str, Any]:
-    """Measure one model on everything the experiment's evaluation section names, and write the result file.
+    """Measure one model on everything the experiment's evaluation section names, and make the result.
 
     A result for the same model, rows and settings is not computed again.
     """
     check_model_folder(folder)
     tokenizer = load_tokenizer(folder, experiment.model.template)
     rows = dict(_prepare_all(experiment, folder, tokenizer))
-    facts = {
+    inputs = {
         "model": {"folder": str(folder), "fingerprint": fingerprint_model(folder)},
         "template": digest(tokenizer.chat_template),
         "rows": {name: prepared.folder.name for name, (_, prepared) in rows.items()},
     }
-    if result.exists() and (old := json.loads(result.read_text(encoding="utf-8"))).items() >= facts.items():
-        return old
+    artifact = Artifact(result, inputs)
+    if artifact.state().name == "done":
+        return read_result(result)
     model = load_for_inference(folder, experiment.model, experiment.launch.device)
     measures = {}
     for name, (measure, prepared) in rows.items():
         measures[name] = measure(model, prepared, experiment.evaluation.batch_size)
-    contents = {**facts, "measures": measures, "versions": versions(), "commit": commit()}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, contents)
-    return contents
+    artifact.facts = {"experiment": experiment.model_dump(mode="json")}
+    return write_result(artifact, {"measures": measures})
 
 
 def _prepare_all(

@@ -1,15 +1,19 @@
-"""What a run wrote, read back without loading a library that computes: models, measures, samples, metrics."""
+"""Results of a run's models, written, and read back without a library that computes.
+
+A result is a folder runs/<name>/eval/<model>/<set of questions>: result.json has the scores, samples.jsonl every answer,
+MANIFEST.json what they were made from. Held-out measures are the set "heldout".
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qilin_med.artifact import MANIFEST, Artifact, read_manifest, write_json, written_whole
 from qilin_med.config.experiment import STAGES, Experiment
 from qilin_med.errors import UserError
 
-HELD_OUT = "heldout"  # name of the held-out measures among the results
-SAMPLES = ".samples.jsonl"
+HELD_OUT = "heldout"
 RETRIEVAL = "_retrieval"  # ends the names of results with passages before each question
 WITHOUT_EXAMS = f"{RETRIEVAL}_without_exams"
 
@@ -33,20 +37,45 @@ def existing_models(experiment: Experiment, names: list[str] | None = None) -> d
     return {name: folders[name] for name in names}
 
 
-def result_file(experiment: Experiment, model: str) -> Path:
-    """Where a model's held-out measures lie."""
-    return Path(experiment.output_dir) / "eval" / model / f"{HELD_OUT}.json"
+def result_folder(experiment: Experiment, model: str, name: str) -> Path:
+    return Path(experiment.output_dir) / "eval" / model / name
 
 
-def read_results(experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """Held-out measures by model name, in order, as far as they are there."""
-    files = {name: result_file(experiment, name) for name in model_folders(experiment)}
-    return {name: read_json(path) for name, path in files.items() if path.exists()}
+def write_result(artifact: Artifact, scores: dict[str, Any], samples: list[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Make the result that `artifact` stands for, and read it back; one of other inputs is moved aside."""
+    artifact.finished(restart=True, remedy="")
+    with artifact.building() as out:
+        write_json(out / "result.json", scores)
+        if samples:
+            with written_whole(out / "samples.jsonl") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False).encode() + b"\n" for sample in samples)
+    return read_result(artifact.folder)
 
 
-def read_samples(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def read_result(folder: Path) -> dict[str, Any]:
+    """Scores together with what they were made from, and with which libraries. UserError: the manifest is damaged."""
+    manifest = read_manifest(folder)
+    made_with = {key: manifest.get(key) for key in ("versions", "commit", "experiment")}
+    return {**manifest["inputs"], **read_json(folder / "result.json"), **made_with}
+
+
+def read_results(experiment: Experiment) -> dict[str, dict[str, dict[str, Any]]]:
+    """{model: {set of questions: `read_result`}} as far as they are there, models in order, sets by name."""
+    results = {}
+    for model in model_folders(experiment):
+        markers = sorted(result_folder(experiment, model, "").glob(f"*/{MANIFEST}"))
+        # Not those that were moved aside.
+        results[model] = {
+            path.parent.name: read_result(path.parent) for path in markers if ".replaced-" not in path.parent.name
+        }
+    return results
+
+
+def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
+    """The answers of a result, in the order of the questions; none for held-out measures."""
+    if (path := folder / "samples.jsonl").exists():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
 
 def read_json(path: Path) -> Any:

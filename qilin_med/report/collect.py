@@ -10,11 +10,11 @@ from qilin_med.errors import UserError
 from qilin_med.evaluate.results import (
     HELD_OUT,
     RETRIEVAL,
-    SAMPLES,
     model_folders,
     read_json,
     read_results,
     read_samples,
+    result_folder,
 )
 from qilin_med.train.metrics import read_metrics
 
@@ -28,7 +28,7 @@ class Result:
 
     model: str
     name: str
-    file: Path
+    folder: Path
     contents: dict[str, Any]
 
     @property
@@ -65,8 +65,7 @@ class Result:
 
     def samples(self) -> dict[str, dict[str, Any]]:
         """By the question's id, in order."""
-        path = self.file.with_name(f"{self.name}{SAMPLES}")
-        return {sample["id"]: sample for sample in read_samples(path)} if path.exists() else {}
+        return {sample["id"]: sample for sample in read_samples(self.folder)}
 
 
 @dataclass(frozen=True)
@@ -123,26 +122,26 @@ def collect_run(experiment: Experiment) -> Run:
     stages = [stage for stage in STAGES if stage in models]
     manifests = {stage: read_manifest(models[stage]) for stage in stages if (models[stage] / MANIFEST).exists()}
     logs = {stage: experiment.stage_folder(stage) / "metrics.jsonl" for stage in stages}
-    comparisons = folder / "eval/comparisons.json"
+    comparisons, measured = folder / "eval/comparisons.json", read_results(experiment)
     run = Run(
         experiment=experiment,
         folder=folder,
         models=models,
         manifests=manifests,
         metrics={stage: rows for stage, path in logs.items() if path.exists() and (rows := read_metrics(path))},
-        held_out=read_results(experiment),
-        results=[result for model in models for result in _read_task_results(folder / "eval" / model, model)],
+        held_out={model: sets[HELD_OUT] for model, sets in measured.items() if HELD_OUT in sets},
+        results=[
+            Result(model, name, result_folder(experiment, model, name), contents)
+            for model, sets in measured.items()
+            for name, contents in sets.items()
+            if name != HELD_OUT
+        ],
         comparisons=read_json(comparisons) if comparisons.exists() else [],
         corpus=_find_corpus(experiment, stages),
     )
     if not (run.manifests or run.held_out or run.results):
         raise UserError(f"{folder}: no finished stage and no results; run a stage and scripts/evaluate.py first")
     return run
-
-
-def _read_task_results(folder: Path, model: str) -> list[Result]:
-    files = [path for path in sorted(folder.glob("*.json")) if path.stem != HELD_OUT and "." not in path.stem]
-    return [Result(model, path.stem, path, read_json(path)) for path in files]
 
 
 def _find_corpus(experiment: Experiment, stages: list[str]) -> dict[str, Any] | None:
