@@ -4,17 +4,13 @@ import argparse
 from pathlib import Path
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Convert Baichuan-7B as published into a native Llama folder.")
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="published folder: config.json, weights, tokenizer.model"
     )
-    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist yet")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    arguments = parser.parse_args()
     from qilin_med.console.progress import progress
     from qilin_med.errors import user_errors_end_with_one_line
 
@@ -27,7 +23,7 @@ def main() -> None:
                 arguments.source, arguments.target, QILIN_TEMPLATE, report=lambda line: print(line, flush=True)
             )
         parameters, shards = f"{made['parameters']:,} parameters ({made['dtype']})", f"{made['shards']} shard(s)"
-        print(f"done: {parameters} in {shards}, with tokenizer and chat template, in {made['target']}")
+        print(f"done: {parameters} in {shards}, with tokenizer and chat template, in {arguments.target}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qilin_med.artifact import MANIFEST, verify_folder
 from qilin_med.errors import UserError
 from qilin_med.model.baichuan import convert_baichuan
 
@@ -219,7 +220,7 @@ def test_damage_inside_a_bin_is_found(source):
     whole = bytearray((PUBLISHED / "pytorch_model.bin").read_bytes())
     whole[len(whole) // 2] ^= 1
     (source / "pytorch_model.bin").write_bytes(whole)
-    assert_refused(source, "checksum")
+    assert_refused(source, "CRC")
 
 
 def test_truncated_safetensors_is_named(source, published):
@@ -258,14 +259,29 @@ def test_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failure_half_way_leaves_nothing(tmp_path):
+def test_failure_half_way_leaves_nothing_that_the_next_run_does_not_clear(converted, tmp_path):
     def interrupt(line: str) -> None:
         if line.startswith("wrote"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert_baichuan(PUBLISHED, tmp_path / "llama", TEMPLATE, max_shard_size=8_300_000, report=interrupt)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "llama").exists()
+    convert_baichuan(PUBLISHED, tmp_path / "llama", TEMPLATE)
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", ".llama.lock"}
+    assert verify_folder(tmp_path / "llama")["fingerprint"] == verify_folder(converted)["fingerprint"]
+
+
+def test_run_again_it_is_done_and_of_other_files_refused(converted, source, published):
+    lines: list[str] = []
+    before = (converted / MANIFEST).stat()
+    made = convert_baichuan(PUBLISHED, converted, TEMPLATE, report=lines.append)
+    assert lines == [f"{converted} was made from these files already"]
+    assert (made["parameters"], made["shards"], made["dtype"]) == (8_342_976, 1, "float16")
+    assert (converted / MANIFEST).stat() == before
+    torch.save(published | {"model.norm.weight": 2 * published["model.norm.weight"]}, source / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"made from other files.*pytorch_model.bin.* exists already"):
+        convert_baichuan(source, converted, TEMPLATE)
 
 
 def test_command(source, tmp_path):
