@@ -12,8 +12,7 @@ tells recall@1, 5, 10 and MRR of each question's own answer. An interrupted buil
 from pathlib import Path
 
 from qilin_med.artifact import read_manifest
-from qilin_med.config.command_line import experiment_parser, parse_experiment
-from qilin_med.config.experiment import KINDS
+from qilin_med.config.experiment import KINDS, experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.retrieve.index import build, plan_index

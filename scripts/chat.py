@@ -12,7 +12,7 @@ are greedy, as in evaluation; evaluation.chat says who is asked in the chat temp
 import sys
 from contextlib import redirect_stdout
 
-from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.config.experiment import experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.evaluate.results import existing_models, model_folders

@@ -8,7 +8,7 @@ problem of any stage is named on a line of its own, with exit code 2. `bash run_
 ends there. Amounts of large data are estimated from the first records of each file.
 """
 
-from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.config.experiment import experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.plan.gpus import GPUS
 

@@ -12,8 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qilin_med.config.command_line import experiment_parser, parse_experiment
-from qilin_med.config.experiment import Experiment, TaskSettings
+from qilin_med.config.experiment import Experiment, TaskSettings, experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.evaluate.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_folder

@@ -10,8 +10,7 @@ Formulas and how well they agree with what is measured: docs/scaling.md.
 import argparse
 from pathlib import Path
 
-from qilin_med.config.command_line import experiment_parser, parse_experiment
-from qilin_med.config.experiment import STAGES, Experiment, StageName
+from qilin_med.config.experiment import STAGES, Experiment, StageName, experiment_parser, parse_experiment
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.plan.architecture import read_architecture
 from qilin_med.plan.data import Amount, find_amount, stated_amount

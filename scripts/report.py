@@ -3,7 +3,7 @@
 python scripts/report.py --config configs/demo.json [key.path=value ...]
 """
 
-from qilin_med.config.command_line import experiment_parser, parse_experiment
+from qilin_med.config.experiment import experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.report.cards import write_cards

@@ -5,6 +5,7 @@ refused, so no run is ever "the paper" by accident. Every key's meaning stands o
 `configs/README.md` is generated from them (`python -m qilin_med.config.reference`).
 """
 
+import argparse
 import difflib
 import json
 from collections.abc import Iterator
@@ -30,37 +31,19 @@ class Section(BaseModel):
 
 class DataSource(Section):
     path: str
-    """A file, or a folder read recursively in name order. A folder that holds files of the `split` gives only those."""
+    """A file, or a folder, which is read recursively in name order. If a folder has files of the `split`, only they are read."""
     split: Literal["train", "dev"] = "train"
-    """Part of a built corpus: its `train-*` or its `dev-*` files."""
+    """Which part of a built corpus: its `train-*` or its `dev-*` files."""
     text: str = "text"
-    """Name of the field that holds a document's text in .json and .jsonl files (pretraining only)."""
+    """Field that holds a document's text in .json and .jsonl files (pretraining only)."""
 
 
-def _source_from_path(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-Source = Annotated[DataSource, BeforeValidator(_source_from_path)]
-
+Source = Annotated[DataSource, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
 
 Kind = Literal[
-    "text",
-    "huatuo",
-    "exam",
-    "cpubmed_kg",
-    "xywy_kg",
-    "39health_kg",
-    "department_qa",
-    "meddialog",
-    "chat",
-    "instruct_chat",
-    "multiturn_chat",
-    "hc3",
-    "safety_prompts",
-    "preference",
-    "zhongjing",
-]
+    "text", "huatuo", "exam", "cpubmed_kg", "xywy_kg", "39health_kg", "department_qa", "meddialog", "chat", "instruct_chat",
+    "multiturn_chat", "hc3", "safety_prompts", "preference", "zhongjing",
+]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -72,14 +55,14 @@ class RawFiles(Section):
     paths: Annotated[list[str], Field(min_length=1)]
     """Files, or folders read recursively. .gz, .zst and .zip are read in place."""
     columns: dict[str, str] = {}
-    """Where a file names its columns otherwise: {field of the kind: column of the file}."""
+    """For files whose columns have other names: {field of the kind: column of the file}."""
 
 
 class DecontaminationSettings(Section):
     files: list[RawFiles] = []
-    """Evaluation files; whatever repeats one of their questions is removed."""
+    """Evaluation files. A record that repeats one of their questions is removed."""
     ngram: PositiveInt = 8
-    """Characters of an n-gram."""
+    """Length of an n-gram in characters."""
     coverage: Share = 0.8
     """Share of a question's n-grams (stem and options, or question and answer) in one record that removes the record."""
     near_miss: Share = 0.5
@@ -92,66 +75,66 @@ class ModelConfig(Section):
     template: Literal["qilin", "own"]
     """Prompt format: "qilin" (Baichuan's reserved role marks) or "own" (the template in the model's tokenizer)."""
     dtype: Literal["bfloat16", "float32"]
-    """Number format of training and of the merged checkpoints."""
+    """Number format of training and of the merged models."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention code. All keep packed documents apart. "flash_attention_2" needs the package flash-attn, a GPU and
-    bfloat16."""
+    """Attention implementation; packed sequences never see each other in any. "flash_attention_2" needs the package
+    flash-attn, a GPU and bfloat16."""
     fused_kernels: bool = False
-    """true: Liger's kernels for norms, rotary positions and MLPs in training (the package liger-kernel, a GPU). The loss
-    stays this pipeline's own."""
+    """true: train with Liger's kernels for norms, rotary positions and MLPs (needs the package liger-kernel and a GPU). The
+    loss is always this pipeline's own."""
 
 
 class LaunchConfig(Section):
     device: Literal["cuda", "cpu"]
-    """Where to train. "cuda" on a machine without a GPU is refused instead of running for weeks."""
+    """Where to train. "cuda" is refused on a machine without a GPU, where it would run for weeks."""
     processes: PositiveInt | Literal["auto"] = "auto"
     """Ranks on this machine. "auto": one per visible GPU, or one on a CPU."""
     threads_per_process: PositiveInt = 1
-    """CPU threads of each rank. More threads than cores in total slow a CPU run several times."""
+    """CPU threads of each rank. More threads than cores in total make a CPU run several times slower."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30
-    """How long a node waits for the others to join it, and a rank for the others in one exchange, before giving up."""
+    """Minutes after which a node gives up waiting for other nodes to join, and a rank waiting for the others in an exchange."""
 
 
 class LoraSettings(Section):
     rank: PositiveInt
     """Rank of the LoRA matrices."""
     alpha: PositiveInt
-    """LoRA scaling numerator: updates are scaled by alpha / rank."""
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
     dropout: Share
-    """Dropout on the input of the LoRA matrices."""
+    """Dropout probability on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Modules that get an adapter: "all-linear" (every linear layer except the output head) or a list of names."""
+    """Modules that get an adapter: "all-linear" (every linear layer but the output head), or a list of their names."""
     quantization: Literal["nf4"] | None = None
-    """"nf4": the frozen weights are held in 4 bits while the adapter trains (QLoRA: NF4 with double quantisation, by
-    bitsandbytes; not with ZeRO-3). The merged folder is the parent in its own precision with the adapter merged in."""
+    """"nf4": hold the frozen weights in 4 bits while the adapter trains (QLoRA: NF4 with double quantisation, by
+    bitsandbytes; not with ZeRO-3). The adapter is then merged into the parent in its own precision."""
 
 
 class StageConfig(Section):
     data: Annotated[list[Source], Field(min_length=1)]
-    """Training files or folders, read in this order."""
+    """Training files or folders, in the order in which they are read."""
     parent: str | None = None
-    """Model folder to start from. null: the base model for pretraining, else the previous stage's merged folder."""
+    """Model folder to start from. null: the previous stage's merged folder; for the first stage, the base model."""
     epochs: Annotated[float, Field(gt=0)]
-    """Passes over the rows."""
+    """Passes over the training rows."""
     batch_size_per_device: PositiveInt
-    """Blocks (pretraining), conversations (sft) or pairs (dpo) that one rank takes at once, on average where they are
-    packed. A matter of memory and speed alone."""
+    """Blocks (pretraining), conversations (sft) or pairs (dpo) that one rank computes at once, on average where they are
+    packed. Affects memory and speed only."""
     global_batch_size: PositiveInt | None = None
-    """Blocks, conversations or pairs of an optimizer step over all ranks: a random draw (a conversation that continues in
-    a further row counts once for each). Must divide by ranks x batch_size_per_device (the quotient is the number of
-    gradient accumulation steps). null: ranks x batch_size_per_device."""
+    """Blocks, conversations or pairs of an optimizer step over all ranks, drawn at random (a conversation that continues
+    in further rows counts once for each). A multiple of ranks x batch_size_per_device; the quotient is the number of
+    gradient accumulation steps. null: ranks x batch_size_per_device."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     warmup_ratio: Share
-    """Share of the updates over which the learning rate rises from 0."""
+    """Share of the optimizer steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW weight decay."""
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
-    """Learning-rate course after the warm-up (the paper does not state it)."""
+    """Learning-rate schedule after the warm-up (the paper does not state it)."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradient norm above which gradients are scaled down."""
+    """Norm to which larger gradients are scaled down."""
     max_steps: PositiveInt | None = None
-    """Stop after this many updates; overrides epochs."""
+    """Stop after this many optimizer steps; overrides epochs."""
     deepspeed: str | None = None
     """DeepSpeed configuration file (those in configs/deepspeed, or your own). null: plain PyTorch (DDP with several
     ranks)."""
@@ -160,77 +143,77 @@ class StageConfig(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 30
     """Minutes between checkpoints, by rank 0's clock."""
     checkpoint_every: PositiveInt | None = None
-    """Optimizer steps between checkpoints; with checkpoint_minutes, whichever comes first. The last step is always saved,
-    and the one after which a signal stops training; with both null, no other."""
+    """Optimizer steps between checkpoints; with checkpoint_minutes, whichever comes first. The last step, and the one after
+    which a signal stops training, are always saved; with both null, nothing else is."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Complete checkpoints to keep; older ones go once a newer one is complete."""
+    """How many complete checkpoints to keep; an older one is deleted once a newer one is complete."""
     report_to: list[str] = ["tensorboard"]
-    """Trackers beside metrics.jsonl, by their transformers names (tensorboard, wandb, swanlab, mlflow, ...)."""
+    """Trackers besides metrics.jsonl, by their names in transformers (tensorboard, wandb, swanlab, mlflow, ...)."""
 
 
 class PretrainingConfig(StageConfig):
     block_size: Annotated[int, Field(ge=8)]
-    """Tokens of one row. Documents are joined, each ended by EOS, and cut into blocks; nothing is dropped."""
+    """Tokens of one row. Documents are joined, each followed by EOS, and cut into blocks; nothing is dropped."""
     isolate_documents: bool = True
-    """true: documents in one block do not see each other. false: plain concatenation, as published scripts do."""
+    """true: documents in one block do not see each other. false: plain concatenation, as in the published scripts."""
     lora: LoraSettings | None = None
-    """null: train all parameters (the paper). Else a low-rank adapter, merged into the model at the end of the stage."""
+    """null: train all parameters, as the paper does. Otherwise a LoRA adapter, merged into the model at the end of the stage."""
 
 
 class InstructionConfig(StageConfig):
     max_source_length: Annotated[int, Field(ge=8)]
-    """Tokens of a question with its role marks; longer ones lose their end, never a mark."""
+    """Most tokens of a question with its role marks. A longer question loses its end, never a mark."""
     max_target_length: Annotated[int, Field(ge=8)]
-    """Tokens of an answer with its EOS; a longer answer is cut and then has no EOS."""
+    """Most tokens of an answer with its EOS. A longer answer is cut, and then has no EOS."""
     packing: bool = True
-    """How a batch is laid out, a matter of speed alone. true: whole sequences side by side without padding, kept apart.
-    false: one a row, padded to the longest of the batch."""
+    """How a batch is laid out; affects speed only. true: whole sequences side by side, without padding and kept apart.
+    false: one sequence per row, padded to the longest of the batch."""
     lora: LoraSettings
-    """Low-rank adapter (merged into the model at the end of the stage)."""
+    """LoRA adapter, merged into the model at the end of the stage."""
 
 
 class DpoConfig(InstructionConfig):
     beta: Annotated[float, Field(gt=0)]
-    """Strength of the pull towards the SFT model in the DPO loss."""
+    """Weight of staying close to the SFT model in the DPO loss."""
 
 
 class TaskSettings(Section):
     task: str | None = None
-    """Task of configs/tasks. null: the key itself. With it, one task can ask several sets of questions."""
+    """Task of configs/tasks. null: the key itself. Lets several question sets share one task."""
     test: list[str] = []
-    """Raw files or folders of the questions. []: those that the task's file in configs/tasks names, below data/raw."""
+    """Raw files or folders with the questions. []: those named by the task's file in configs/tasks, below data/raw."""
     fewshot: list[str] = []
-    """Raw files of the worked examples (C-Eval has its own in its archive). []: those that the task's file names."""
+    """Raw files with the worked examples (C-Eval's are in its archive). []: those named by the task's file."""
     columns: dict[str, str] = {}
-    """Where a file names its columns otherwise: {field: column of the file}."""
+    """For files whose columns have other names: {field: column of the file}."""
     split: Literal["val", "test"] = "val"
-    """C-Eval's split. Answers to test are scored only where the archive tells them."""
+    """C-Eval's split. Questions of test are scored only where the archive has their answers."""
     shots: Annotated[int, Field(ge=0, le=5)] | None = None
-    """Worked examples before each question, the first of their file. null: the task's own (C-Eval 5, others 0)."""
+    """Worked examples before each question, from the start of their file. null: the task's own number (C-Eval 5, others 0)."""
     limit: PositiveInt | None = None
-    """Ask only the first so many questions."""
+    """Ask only the first questions, up to this many."""
     max_new_tokens: PositiveInt | None = None
-    """Most tokens of a generated answer. null: the task's own (C-Eval 32, others 256)."""
+    """Most tokens of a generated answer. null: the task's own limit (C-Eval 32, others 256)."""
     batch_size: PositiveInt | None = None
-    """Questions asked at once. null: evaluation.batch_size."""
+    """Questions answered at once. null: evaluation.batch_size."""
 
 
 class EvaluationConfig(Section):
     documents: dict[str, list[Source]] = {}
-    """Held-out text by name (for example medical, general): perplexity of every stage is measured on each."""
+    """Held-out texts by name (for example medical, general). Every model's perplexity is measured on each."""
     answers: list[Source] = []
-    """Held-out conversations: loss on the answers."""
+    """Held-out conversations. Measured: the loss on their answers, in nats per token."""
     preferences: list[Source] = []
-    """Held-out preference pairs: how often the chosen answer is the likelier one."""
+    """Held-out preference pairs. Measured: how often the model finds the chosen answer more likely than the rejected one."""
     batch_size: PositiveInt = 16
-    """Rows measured at once, and questions asked at once."""
+    """Rows measured, or questions answered, at once."""
     tasks: dict[str, TaskSettings] = {}
-    """Question sets by name, as results are named. A key is a task of configs/tasks (cmexam_generate, cmexam_letters,
-    cmexam_options, cmexam_reasoning, ceval_generate, ceval_letters, huatuo26m_generate), or names one in `task`."""
+    """Question sets; results bear their names. A name is a task of configs/tasks (cmexam_generate, cmexam_letters,
+    cmexam_options, cmexam_reasoning, ceval_generate, ceval_letters, huatuo26m_generate), or `task` names one."""
     chat: list[Literal["base", "pretraining", "sft", "dpo"]] = ["sft", "dpo"]
-    """Models that are asked in their tokenizer's chat template; the others read plain text."""
+    """Models that are asked in their tokenizer's chat template; the others are asked in plain text."""
     backend: Literal["hf", "vllm"] = "hf"
-    """What answers the tasks' questions: transformers, or vLLM (to be installed beside the pinned packages)."""
+    """What answers the tasks' questions: transformers, or vLLM (to be installed in addition to the pinned packages)."""
 
 
 class DenseSettings(Section):
@@ -239,40 +222,40 @@ class DenseSettings(Section):
     index: Literal["flat", "hnsw", "ivf"] = "flat"
     """FAISS index: "flat" compares every chunk; "hnsw" and "ivf" are approximate, for millions of chunks."""
     query_prefix: str = ""
-    """Text that the model expects before a question (its card says which)."""
+    """Text that the model expects before a question; see its model card."""
     batch_size: PositiveInt = 64
     """Texts encoded at once."""
 
 
 class RetrievalConfig(Section):
     corpus: list[Source] = []
-    """Documents to retrieve from, for example the CPT corpus. Rows may name their `id` and `source`; elsewhere these
-    are place and file name."""
+    """Documents to retrieve from, for example the CPT corpus. Rows may have an `id` and a `source`; where they do not,
+    these are their place and file name."""
     index: str | None = None
     """Folder of the index. null: <output_dir>/retrieval."""
     chunk_tokens: PositiveInt = 192
-    """Most tokens of a chunk. Chunks end where sentences end; a longer sentence is cut."""
+    """Most tokens of a chunk. Chunks end where sentences end; only a longer sentence is cut."""
     overlap_tokens: Annotated[int, Field(ge=0)] = 32
-    """Most tokens of whole sentences that a chunk repeats from the one before it; less than chunk_tokens."""
+    """Most tokens of whole sentences that a chunk repeats from the previous one; less than chunk_tokens."""
     decontamination: DecontaminationSettings = DecontaminationSettings()
-    """Evaluation questions to keep out, with the keys of a corpus file's decontamination: documents that repeat one
-    are left out whole and counted."""
+    """Evaluation questions to keep out, with the keys of a corpus file's decontamination. Whole documents that repeat one
+    are left out and counted."""
     retriever: Literal["bm25", "dense", "hybrid"] = "bm25"
-    """How passages are found: shared terms, likeness of embeddings, or both by reciprocal rank fusion."""
+    """How passages are found: by shared terms, by similarity of embeddings, or by both with reciprocal rank fusion."""
     bm25_unit: Literal["bigram", "word"] = "bigram"
-    """Terms of BM25: pairs of characters, or words cut by jieba. Runs of Latin letters and digits are one term."""
+    """Terms of BM25: pairs of characters, or words as jieba cuts them. A run of Latin letters and digits is one term."""
     dense: DenseSettings | None = None
-    """Embeddings (retriever "dense" and "hybrid" need them)."""
+    """Embedding model, needed by the retrievers "dense" and "hybrid"."""
     exclude_sources: list[str] = []
-    """Sources whose chunks are never retrieved. No new index is needed."""
+    """Sources whose chunks are never retrieved. A change needs no new index."""
     exam_sources: list[str] = []
-    """Sources that stem from exams. Evaluation with retrieval is done once with and once without their chunks."""
+    """Sources that come from exams. Evaluation with retrieval runs once with and once without their chunks."""
     passages: PositiveInt = 5
-    """Passages looked up for each question (the paper: 5)."""
+    """Passages retrieved for each question (the paper: 5)."""
     max_context_tokens: PositiveInt = 1024
-    """Most tokens that passages take in a prompt. The most relevant are kept whole first."""
+    """Most tokens of all passages in a prompt. The most relevant passages are kept whole first."""
     query_with_options: bool = False
-    """true: look up an exam question together with its options. false: the question alone."""
+    """true: search with an exam question and its options. false: with the question alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RetrievalConfig":
@@ -285,11 +268,11 @@ class RetrievalConfig(Section):
 
 class Experiment(Section):
     name: str
-    """Name of the run, shown in reports."""
+    """Name of the run in reports."""
     seed: int
-    """Seed of every shuffle, dropout and adapter initialisation."""
+    """Seed of all shuffling, dropout and adapter initialisation."""
     output_dir: str
-    """Run folder: everything the run writes lies below it."""
+    """Run folder. Everything that the run writes lies below it."""
     model: ModelConfig
     """Base model."""
     launch: LaunchConfig
@@ -301,25 +284,21 @@ class Experiment(Section):
     dpo: DpoConfig | None = None
     """Stage 3, direct preference optimisation with LoRA against the frozen SFT model."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What the table of base and stages measures."""
+    """What is measured of the base model and of every stage."""
     retrieval: RetrievalConfig = RetrievalConfig()
-    """Passages that go before a question at inference."""
+    """Passages that are put before a question at inference."""
 
     @model_validator(mode="after")
-    def _has_a_stage(self) -> "Experiment":
+    def _fits_together(self) -> "Experiment":
         if not any(getattr(self, stage) for stage in STAGES):
             raise ValueError(f"no stage: expected at least one of the sections {', '.join(STAGES)}")
-        return self
-
-    @model_validator(mode="after")
-    def _kernels_fit_the_device(self) -> "Experiment":
-        on_gpu = self.launch.device == "cuda"
-        if self.model.fused_kernels and not on_gpu:
+        device, dtype = self.launch.device, self.model.dtype
+        if self.model.fused_kernels and device != "cuda":
             raise ValueError("model.fused_kernels is true, but these kernels run on a GPU only: set it to false")
-        if self.model.attention == "flash_attention_2" and not (on_gpu and self.model.dtype == "bfloat16"):
+        if self.model.attention == "flash_attention_2" and (device, dtype) != ("cuda", "bfloat16"):
             raise ValueError(
                 "model.attention is 'flash_attention_2', which runs on a GPU in bfloat16 only; here launch.device is"
-                f" '{self.launch.device}' and model.dtype '{self.model.dtype}': set model.attention to 'sdpa'"
+                f" '{device}' and model.dtype '{dtype}': set model.attention to 'sdpa'"
             )
         return self
 
@@ -340,7 +319,7 @@ class Experiment(Section):
         """Where a stage starts from: its `parent`, else the nearest earlier stage's merged folder, else the base."""
         if parent := self.stage(name).parent:
             return Path(parent)
-        earlier = [s for s in STAGES[: STAGES.index(name)] if getattr(self, s)]
+        earlier = [stage for stage in STAGES[: STAGES.index(name)] if getattr(self, stage)]
         return self.stage_folder(earlier[-1]) / "merged" if earlier else Path(self.model.path)
 
 
@@ -353,12 +332,44 @@ def load_experiment(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     return read_settings(Experiment, path, overrides)
 
 
+def experiment_parser(description: str) -> argparse.ArgumentParser:
+    """The command line that all commands on an experiment share: --config FILE and key.path=value overrides."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="experiment file, for example configs/demo.json")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the experiment file")
+    return parser
+
+
+def parse_experiment(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment]:
+    """The arguments and the validated experiment. Overrides may stand on either side of flags."""
+    arguments = parser.parse_intermixed_args()
+    return arguments, load_experiment(arguments.config, arguments.overrides)
+
+
+def read_deepspeed(path: str | None) -> dict[str, Any] | None:
+    """Contents of a stage's DeepSpeed file (None for none); UserError if it cannot be read."""
+    try:
+        return path and json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed configuration {path} cannot be read: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------- any kind of settings
+
+
 Settings = TypeVar("Settings", bound=Section)
 
 
 def read_settings(kind: type[Settings], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     """`load_experiment` for any kind of settings file."""
-    raw = _read_extended(Path(path))
+    path = Path(path)
+    raw = _read_json(path)
+    if "extends" in raw:
+        base_path = path.parent / raw.pop("extends")
+        base = _read_json(base_path)
+        if "extends" in base:
+            raise UserError(f"{path} extends {base_path}, which extends another file: only one level is allowed")
+        raw = _merged(base, raw)
     for override in overrides:
         _apply_override(raw, override)
     try:
@@ -366,17 +377,6 @@ def read_settings(kind: type[Settings], path: str | Path, overrides: list[str] |
     except ValidationError as error:
         problems = "; ".join(_explain(problem, kind) for problem in error.errors())
         raise UserError(f"{path}: {problems}") from None
-
-
-def _read_extended(path: Path) -> dict[str, Any]:
-    raw = _read_json(path)
-    if "extends" not in raw:
-        return raw
-    base_path = path.parent / raw.pop("extends")
-    base = _read_json(base_path)
-    if "extends" in base:
-        raise UserError(f"{path} extends {base_path}, which extends another file: only one level is allowed")
-    return _merged(base, raw)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -418,23 +418,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     raw[last] = value
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"sft.learning_rate": value} of nested settings."""
-    flat: dict[str, Any] = {}
-    for key, inner in settings.items():
-        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
-    return flat
-
-
-def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
+def _explain(problem: dict[str, Any], section: type[Section]) -> str:
     """One pydantic problem in a user's words, with the nearest known key for an unknown one."""
     # Unions add the tried type's name to the location; only names of the file are shown.
     location = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal["))]
     where = ".".join(location) or "the file"
     if problem["type"] == "extra_forbidden":
-        known = list(_fields_at(location[:-1], kind))
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
+        for part in location[:-1]:
+            field = section.model_fields.get(part)
+            section = next(_sections_in(field.annotation), section) if field else section
+        nearest = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(section.model_fields)}"
         return f"unknown key '{where}': {hint}"
     if problem["type"] == "missing":
         return f"'{where}' is missing: it has no default, state it in the file"
@@ -443,17 +437,16 @@ def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
     return f"'{where}': {problem['msg'].removeprefix('Value error, ')}{shown}"
 
 
-def _fields_at(location: list[str], section: type[BaseModel]) -> Iterator[str]:
-    """Names of the keys that the section at `location`, below `section`, has."""
-    for part in location:
-        field = section.model_fields.get(part)
-        candidates = [t for t in _classes_in(field.annotation) if issubclass(t, BaseModel)] if field else []
-        section = candidates[0] if candidates else section
-    yield from section.model_fields
-
-
-def _classes_in(annotation: Any) -> Iterator[type]:
-    if isinstance(annotation, type) and not get_args(annotation):
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
-        yield from _classes_in(argument)
+        yield from _sections_in(argument)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"sft.learning_rate": value} of nested settings."""
+    flat: dict[str, Any] = {}
+    for key, inner in settings.items():
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
+    return flat

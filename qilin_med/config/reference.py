@@ -66,8 +66,9 @@ The variants extend qilin_med_7b.json, so each states only what it changes.
 - LoRA on all linear layers at rank 8 has 19,988,480 parameters on our layout and 17,891,328 on the published one, which
   stores q, k and v as one matrix, W_pack. There the three share one A (8 x 4096), here each has its own: 2 x 8 x 4096 more
   in each of 32 layers. The paper gives no number.
-- qilin_med_7b_3090x4.json: the paper's 8 pairs a card on 4 cards. The files for other machines keep the 32 of an update.
-- qilin_med_7b_fast.json: the same updates, computed faster. No stage recomputes activations, so a card takes 16
+- qilin_med_7b_3090x4.json: the paper's 8 pairs a card on 4 cards. The files for other machines keep 32 pairs in an
+  optimizer step.
+- qilin_med_7b_fast.json: the same optimizer steps, computed faster. No stage recomputes activations, so a card takes 16
   conversations at once. flash-attn and liger-kernel come with requirements-gpu.txt.
 - qlora_1gpu.json: NF4 with double quantisation; for CPT rank 64, alpha 16, dropout 0.1 and learning rate 2e-4, which
   Dettmers et al. (2023) use for 7B models (2e-4 is also the paper's); for SFT and DPO the paper's own adapters. Global

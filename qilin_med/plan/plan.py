@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qilin_med.config.deepspeed import read_deepspeed
 from qilin_med.config.experiment import (
     DpoConfig,
     Experiment,
@@ -14,6 +13,7 @@ from qilin_med.config.experiment import (
     PretrainingConfig,
     StageConfig,
     StageName,
+    read_deepspeed,
 )
 from qilin_med.config.schedule import check_batch_size
 from qilin_med.plan.architecture import Architecture

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qilin_med.artifact import differences, digest, write_json
-from qilin_med.config.deepspeed import read_deepspeed
-from qilin_med.config.experiment import Experiment, InstructionConfig, StageConfig, StageName
+from qilin_med.config.experiment import Experiment, InstructionConfig, StageConfig, StageName, read_deepspeed
 from qilin_med.errors import UserError
 
 # Keys that change how a run is watched, stored or divided, never what it computes: free to change before a resume.

@@ -30,9 +30,14 @@ from qilin_med.artifact import (
     versions,
     write_json,
 )
-from qilin_med.config.command_line import experiment_parser, parse_experiment
-from qilin_med.config.deepspeed import read_deepspeed
-from qilin_med.config.experiment import EXAMPLES, Experiment, StageName
+from qilin_med.config.experiment import (
+    EXAMPLES,
+    Experiment,
+    StageName,
+    experiment_parser,
+    parse_experiment,
+    read_deepspeed,
+)
 from qilin_med.config.schedule import check_batch_size
 from qilin_med.console.progress import progress
 from qilin_med.errors import UserError, user_errors_end_with_one_line
