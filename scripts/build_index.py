@@ -15,7 +15,7 @@ from qilin_med.artifact import read_manifest
 from qilin_med.config.experiment import KINDS, experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.retrieve.index import build, plan_index
+from qilin_med.retrieve.index import build
 from qilin_med.retrieve.recall import evaluate_retrieval
 
 
@@ -28,27 +28,18 @@ def main() -> None:
     if arguments.evaluate:
         with progress("measuring retrieval"):
             recall = evaluate_retrieval(experiment, arguments.evaluate, arguments.kind)
-        tell_recall(recall)
+        shares = ", ".join(f"R@{cut} {share:.1%}" for cut, share in recall.recall.items())
+        print(f"{recall.pairs} pairs: {shares}, MRR {recall.mrr:.3f}; {recall.questions_per_second:.0f} questions/s")
         return
     with progress("building the index"):
-        plan = plan_index(experiment)
-        outcome = build(plan, arguments.restart)
-    tell_index(plan.folder, outcome)
-
-
-def tell_recall(result) -> None:
-    shares = ", ".join(f"R@{cut} {share:.1%}" for cut, share in result.recall.items())
-    print(f"{result.pairs} pairs: {shares}, MRR {result.mrr:.3f}; {result.questions_per_second:.0f} questions/s")
-
-
-def tell_index(folder: Path, outcome: str) -> None:
-    if outcome == "built before":
+        is_new = build(experiment, arguments.restart)
+    folder = experiment.index_folder()
+    if not is_new:
         print(f"{folder}: built from the same files and settings already")
         return
     manifest = read_manifest(folder)
-    documents, left_out = manifest["documents"], manifest["left_out_documents"]
-    print(f"built {folder}: {manifest['chunks']} chunks of {documents['indexed']} documents")
-    for file, count in left_out.items():
+    print(f"built {folder}: {manifest['chunks']} chunks of {manifest['documents']['indexed']} documents")
+    for file, count in manifest["left_out_documents"].items():
         chunks = manifest["left_out_chunks"][file]
         print(f"left out: {count} documents ({chunks} chunks) that repeat questions of {file}")
     for reason, count in manifest["skipped"].items():

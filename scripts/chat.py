@@ -38,9 +38,9 @@ def main() -> None:
     # On stdout there are answers alone.
     with redirect_stdout(sys.stderr), progress("loading libraries, model and index"):
         from qilin_med.chat.conversation import ChatModel
-        from qilin_med.retrieve.retriever import open_retriever
+        from qilin_med.retrieve.retriever import Retriever
 
-        retriever = open_retriever(experiment) if arguments.retrieval else None
+        retriever = Retriever(experiment) if arguments.retrieval else None
         model = None if arguments.web else ChatModel(experiment, name, folder, arguments.max_new_tokens)
     if arguments.web:
         from qilin_med.chat.page import Models, serve

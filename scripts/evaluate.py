@@ -108,9 +108,9 @@ def _open_retrievals(experiment: Experiment) -> "dict[str, Retrieval]":
 def _open_retrieval(experiment: Experiment) -> "Retrieval":
     from qilin_med.artifact import digest
     from qilin_med.evaluate.harness import Retrieval
-    from qilin_med.retrieve.retriever import open_retriever
+    from qilin_med.retrieve.retriever import Retriever
 
-    retriever = open_retriever(experiment)
+    retriever = Retriever(experiment)
     settings = experiment.retrieval.model_dump(mode="json", exclude={"exam_sources"})
     return Retrieval(
         lambda questions: retriever.contexts([retriever.query(*question) for question in questions]),

@@ -26,9 +26,8 @@ from qilin_med.errors import UserError
 from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, run_task
 from qilin_med.evaluate.results import existing_models, read_samples
 from qilin_med.prompt.wording import plain_dialogue
-from qilin_med.retrieve.index import build, plan_index
-from qilin_med.retrieve.prompting import Passage, Prompt
-from qilin_med.retrieve.retriever import Retriever, open_retriever
+from qilin_med.retrieve.index import build
+from qilin_med.retrieve.retriever import Passage, Prompt, Retriever
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -57,7 +56,7 @@ def settings(tmp_path_factory, small_tokenizer) -> tuple[str, list[str]]:
 @pytest.fixture(scope="module")
 def experiment(settings) -> Experiment:
     experiment = load_experiment(*settings)
-    build(plan_index(experiment))
+    build(experiment)
     return experiment
 
 
@@ -68,7 +67,7 @@ def folders(experiment) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def retriever(experiment) -> Retriever:
-    return open_retriever(experiment)
+    return Retriever(experiment)
 
 
 @pytest.fixture(scope="module", params=["base", "sft"])
@@ -164,7 +163,7 @@ def test_what_does_not_fit_is_said(experiment, folders, model):
     cut = short.prompt([], Prompt("头痛" * 30, ()))
     assert len(cut.ids) == 20 and "was cut" in cut.note
     with pytest.raises(UserError, match="lower retrieval"):
-        short.prompt([], Prompt("头痛" * 30, (Passage("书@0-9", "书", "书", "头痛" * 29, 1.0),)))
+        short.prompt([], Prompt("头痛" * 30, (Passage("书", "书", 0, 9, "头痛" * 29, 1.0),)))
     with pytest.raises(UserError, match="expected 1 to 8176"):
         ChatModel(experiment, "sft", folders["sft"], 8190)
     assert model.prompt([("发热", " ")], Prompt("头痛", ())).ids == model.prompt([], Prompt("头痛", ())).ids

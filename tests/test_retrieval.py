@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,12 +19,10 @@ from qilin_med.errors import UserError
 from qilin_med.prompt.wording import exam_prompt, with_passages
 from qilin_med.retrieve.bm25 import Bm25, build_bm25
 from qilin_med.retrieve.cutting import Cutter, find_middle, group_sentences, split_sentences
-from qilin_med.retrieve.dense import Dense, build_dense, encode_parts, fingerprint_encoder, load_encoder
-from qilin_med.retrieve.fusion import fuse
+from qilin_med.retrieve.dense import Dense, build_dense, check_encoder_folder, load_encoder
 from qilin_med.retrieve.index import build, plan_index
-from qilin_med.retrieve.prompting import Passage, exam_query, fill_prompt
 from qilin_med.retrieve.recall import evaluate_retrieval, ranks_of_own
-from qilin_med.retrieve.retriever import open_retriever
+from qilin_med.retrieve.retriever import Passage, Retriever, fill_prompt, fuse
 
 ROOT = Path(__file__).resolve().parents[1]
 SYMPTOMS = ["发热", "咳嗽", "头痛", "腹泻", "胸闷", "乏力", "皮疹", "失眠"]
@@ -70,7 +69,7 @@ def hashed(texts: list[str]) -> np.ndarray:
 
 
 def passage(number: int, text: str) -> Passage:
-    return Passage(f"d{number}@0-{len(text)}", f"d{number}", "书", text, 10.0 - number)
+    return Passage(f"d{number}", "书", 0, len(text), text, 10.0 - number)
 
 
 # -------------------------------------------------------------------------------------------------------- chunks
@@ -106,13 +105,12 @@ def test_borders_are_those_of_sentences_unless_one_is_too_long(base):
 
 
 def test_chunks_take_as_many_sentences_as_fit():
-    sentences = [(n, n + 1) for n in range(7)]
-    tokens = [3, 3, 4, 9, 1, 1, 20]
-    assert group_sentences(sentences, tokens, 10, 0) == [(0, 3), (3, 5), (5, 6), (6, 7)]
+    sentences = [((n, n + 1), tokens) for n, tokens in enumerate([3, 3, 4, 9, 1, 1, 20])]
+    assert group_sentences(sentences, 10, 0) == [(0, 3), (3, 5), (5, 6), (6, 7)]
     # 4 of the overlap fits beside nothing of 9 tokens, 1 does; nothing goes beside the 20.
-    assert group_sentences(sentences, tokens, 10, 4) == [(0, 3), (3, 5), (4, 6), (6, 7)]
-    assert group_sentences(sentences[:3], [3, 3, 4], 7, 3) == [(0, 2), (1, 3)]
-    assert group_sentences([], [], 10, 4) == []
+    assert group_sentences(sentences, 10, 4) == [(0, 3), (3, 5), (4, 6), (6, 7)]
+    assert group_sentences(sentences[:3], 7, 3) == [(0, 2), (1, 3)]
+    assert group_sentences([], 10, 4) == []
 
 
 def test_overlap_repeats_the_last_sentences(base):
@@ -184,28 +182,28 @@ def test_fusion_adds_reciprocal_ranks():
 def test_faiss_finds_what_numpy_finds(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("qilin_med.retrieve.dense.ENCODED_TOGETHER", 100)
     texts = [row(number)["text"] for number in range(400)]
-    parts = encode_parts(texts, hashed, tmp_path / "parts")
+    build_dense(texts, hashed, kind, tmp_path / "parts", tmp_path / "index")
+    parts = sorted((tmp_path / "parts").iterdir())
     assert len(parts) == 4
-    build_dense(parts, kind, tmp_path / "index.faiss")
     vectors = np.concatenate([np.load(part) for part in parts])
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(400))
     allowed = np.arange(400) % 2 == 0
     best = (vectors @ vectors[:50].T).max(axis=0)
     for mask in (None, allowed):
-        found = Dense(tmp_path / "index.faiss", hashed).search(texts[:50], 5, mask)
+        found = Dense(tmp_path / "index", hashed).search(texts[:50], 5, mask)
         assert all(mask is None or mask[numbers].all() for numbers, _ in found)
         if mask is None:
             right = [abs(scores[0] - top) < 1e-5 for (_, scores), top in zip(found, best, strict=True)]
             assert np.mean(right) >= (1 if kind == "flat" else 0.9)
-    assert len(Dense(tmp_path / "index.faiss", hashed).search(["热"], 1000)[0][0]) <= 400
+    assert len(Dense(tmp_path / "index", hashed).search(["热"], 1000)[0][0]) <= 400
 
 
 def test_finished_parts_are_not_encoded_again(tmp_path, monkeypatch):
     monkeypatch.setattr("qilin_med.retrieve.dense.ENCODED_TOGETHER", 2)
-    encode_parts(["一", "二"], hashed, tmp_path)
-    asked = []
-    encode_parts(["一", "二", "三"], lambda texts: asked.extend(texts) or hashed(texts), tmp_path)
-    assert asked == ["三"]
+    build_dense(["一", "二"], hashed, "flat", tmp_path / "parts", tmp_path / "index")
+    encoder = Mock(side_effect=hashed)
+    build_dense(["一", "二", "三"], encoder, "flat", tmp_path / "parts", tmp_path / "index")
+    encoder.assert_called_once_with(["三"])
 
 
 def test_a_missing_library_is_one_clear_line(tmp_path, monkeypatch):
@@ -213,7 +211,7 @@ def test_a_missing_library_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install sentence-transformers"):
         load_encoder(DenseSettings(model=str(tmp_path)))
     with pytest.raises(UserError, match="no such folder"):
-        fingerprint_encoder(DenseSettings(model=str(tmp_path / "none")))
+        check_encoder_folder(DenseSettings(model=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize("retriever", ["dense", "hybrid"])
@@ -222,13 +220,13 @@ def test_dense_and_hybrid_search_the_published_index(retriever, experiment, writ
     model.mkdir()
     (model / "config.json").write_text("{}")
     settings = experiment(corpus, retriever=retriever, dense={"model": str(model), "index": "flat"})
-    assert build(plan_index(settings), encoder=hashed) == "built"
-    assert build(plan_index(settings), encoder=hashed) == "built before"
-    [found] = open_retriever(settings, hashed).search([row(7)["text"]], 3)
+    assert build(settings, encoder=hashed)
+    assert not build(settings, encoder=hashed)
+    [found] = Retriever(settings, hashed).search([row(7)["text"]], 3)
     assert found[0].document == "doc-7" and len(found) == 3
     (model / "config.json").write_text('{"other": 1}')
     with pytest.raises(UserError, match="model: "):
-        open_retriever(settings, hashed)
+        Retriever(settings, hashed)
 
 
 # --------------------------------------------------------------------------------------------------------- index
@@ -238,12 +236,12 @@ def test_passages_know_where_they_come_from(experiment, write_lines):
     corpus = write_lines(*(row(n) for n in range(20)), {"text": "没有编号的一段话，讲黄疸。"}, "not json")
     settings = experiment(corpus, chunk_tokens=40, overlap_tokens=10)
     plan = plan_index(settings)
-    assert build(plan) == "built"
+    assert build(settings)
     counts = read_manifest(plan.folder)
     assert counts["documents"] == {"read": 22, "indexed": 21, "left_out": 0, "skipped": 1}
     assert counts["sources"].keys() == {"书", corpus.name} and sum(counts["sources"].values()) == counts["chunks"]
     assert "not json" in (plan.folder / "skipped.jsonl").read_text(encoding="utf-8")
-    retriever = open_retriever(settings)
+    retriever = Retriever(settings)
     for found in retriever.search([row(n)["text"] for n in range(20)], 2):
         for best in found:
             start, end = map(int, best.id.rsplit("@", 1)[1].split("-"))
@@ -257,34 +255,34 @@ def test_an_index_of_another_corpus_or_other_settings_is_refused_with_the_differ
     corpus = write_lines(*map(row, range(10)))
     settings = experiment(corpus)
     with pytest.raises(UserError, match="no index here; build it"):
-        open_retriever(settings)
-    assert build(plan_index(settings)) == "built"
-    assert build(plan_index(settings)) == "built before"
-    open_retriever(experiment(corpus, passages=1, max_context_tokens=9, query_with_options=True))
+        Retriever(settings)
+    assert build(settings)
+    assert not build(settings)
+    Retriever(experiment(corpus, passages=1, max_context_tokens=9, query_with_options=True))
     for changed, difference in ((experiment(corpus, overlap_tokens=1), "overlap_tokens: 32 -> 1"),
                                 (experiment(corpus, bm25_unit="word"), "bm25_unit: bigram -> word")):  # fmt: skip
         with pytest.raises(UserError, match=difference):
-            open_retriever(changed)
+            Retriever(changed)
     write_lines(*map(row, range(11)))
     with pytest.raises(UserError, match=r"data\.jsonl"):
-        open_retriever(settings)
+        Retriever(settings)
     with pytest.raises(UserError, match="--restart"):
-        build(plan_index(settings))
-    assert build(plan_index(settings), restart=True) == "built"
+        build(settings)
+    assert build(settings, restart=True)
     assert "replaced" in capsys.readouterr().out
-    assert len({found.document for found in open_retriever(settings).search(["多见于"], 99)[0]}) == 11
+    assert len({found.document for found in Retriever(settings).search(["多见于"], 99)[0]}) == 11
 
 
 def test_a_damaged_index_is_refused(experiment, write_lines):
     settings = experiment(write_lines(*map(row, range(5))))
     plan = plan_index(settings)
-    build(plan)
+    build(settings)
     with (plan.folder / "chunks.jsonl").open("ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"chunks\.jsonl.*--restart"):
-        open_retriever(settings)
+        Retriever(settings)
     with pytest.raises(UserError, match=r"chunks\.jsonl.*--restart"):
-        build(plan)
+        build(settings)
 
 
 @pytest.mark.parametrize(
@@ -302,15 +300,11 @@ def test_settings_that_cannot_work_are_refused(experiment, changes, words):
 
 KILLED = """
 import os, sys
-from pathlib import Path
+import bm25s
 from qilin_med.config.experiment import load_experiment
-from qilin_med.retrieve import bm25, index
-real = bm25._write_terms
-def killed(texts, unit, path):
-    real(texts, unit, path)
-    os._exit(9)
-bm25._write_terms = killed
-index.build(index.plan_index(load_experiment(sys.argv[1], sys.argv[2:])))
+from qilin_med.retrieve.index import build
+bm25s.BM25.index = lambda *arguments, **options: os._exit(9)
+build(load_experiment(sys.argv[1]))
 """
 
 
@@ -323,13 +317,13 @@ def test_a_killed_build_is_no_index_and_ends_as_an_uninterrupted_one(experiment,
     assert killed.returncode == 9
     assert list(plan.work.rglob("chunks.jsonl")) and not plan.folder.exists()
     with pytest.raises(UserError, match="no index here"):
-        open_retriever(settings)
+        Retriever(settings)
     (plan.work / "out" / ".chunks.jsonl.1.part").touch()  # as a kill in the middle of the first step leaves
     kept = next(plan.work.rglob("chunks.jsonl")).stat()
-    assert build(plan) == "built" and not plan.work.parent.exists()
+    assert build(settings) and not plan.work.parent.exists()
     assert (plan.folder / "chunks.jsonl").stat().st_mtime_ns == kept.st_mtime_ns  # cut once
     other = experiment(corpus, index=str(tmp_path / "other"))
-    build(plan_index(other))
+    build(other)
     assert read_manifest(plan.folder)["fingerprint"] == read_manifest(tmp_path / "other")["fingerprint"]
     assert not [p for p in plan.folder.rglob("*") if p.suffix in (".pkl", ".part", ".bin")]
     assert (plan.folder / MANIFEST).is_file()
@@ -354,27 +348,27 @@ def test_documents_that_repeat_evaluation_questions_are_left_out_and_counted(exp
     files = [{"name": "CMExam test", "kind": "exam", "paths": [str(evaluation)]}]
     settings = experiment(corpus, decontamination={"files": files})
     plan = plan_index(settings)
-    build(plan)
+    build(settings)
     manifest = read_manifest(plan.folder)
     assert manifest["documents"] == {"read": 6, "indexed": 5, "left_out": 1, "skipped": 0}
     assert manifest["left_out_documents"] == {"CMExam test": 1}
     assert manifest["left_out_chunks"]["CMExam test"] > 1
     assert '"leak"' in (plan.folder / "left_out.jsonl").read_text(encoding="utf-8")
     # Neither the question is found nor the explanation, which would stand in a chunk of its own.
-    asked, explained = open_retriever(settings).search([EXAM["Question"], "辛凉透表，清热解毒"])
+    asked, explained = Retriever(settings).search([EXAM["Question"], "辛凉透表，清热解毒"])
     assert "leak" not in {found.document for found in asked} and explained == []
 
 
 def test_sources_can_be_excluded_without_a_new_index(experiment, write_lines):
     corpus = write_lines(*(row(n, "CMExam" if n % 2 else "书") for n in range(20)))
-    build(plan_index(experiment(corpus)))
+    build(experiment(corpus))
     questions = [row(n)["text"] for n in range(20)]
-    all_of_them = open_retriever(experiment(corpus)).search(questions, 4)
-    without = open_retriever(experiment(corpus, exclude_sources=["CMExam"])).search(questions, 4)
+    all_of_them = Retriever(experiment(corpus)).search(questions, 4)
+    without = Retriever(experiment(corpus, exclude_sources=["CMExam"])).search(questions, 4)
     assert [found[0].document for found in all_of_them] == [f"doc-{n}" for n in range(20)]
     assert {p.source for found in without for p in found} == {"书"} and all(len(found) == 4 for found in without)
     with pytest.raises(UserError, match="'CMExm', which the index does not have; it has: 书, CMExam"):
-        open_retriever(experiment(corpus, exclude_sources=["CMExm"]))
+        Retriever(experiment(corpus, exclude_sources=["CMExm"]))
 
 
 # ------------------------------------------------------------------------------------------------------- prompts
@@ -385,8 +379,6 @@ def test_the_question_follows_the_passages():
     filled = with_passages(prompt, [" 甲。\n", "乙。"])
     assert filled == f"参考资料：\n【1】甲。\n【2】乙。\n请参考以上资料，回答下面的问题。\n{prompt}"
     assert with_passages(prompt, []) == prompt
-    assert exam_query("何药", [("A", "银翘散")], False) == "何药"
-    assert exam_query("何药", [("A", "银翘散")], True) == "何药\nA 银翘散"
 
 
 def test_the_best_passages_are_kept_whole_within_the_limit():
@@ -406,15 +398,18 @@ def test_the_best_passages_are_kept_whole_within_the_limit():
 
 
 def test_contexts_go_before_the_question_and_name_their_sources(experiment, write_lines, small_tokenizer):
-    settings = experiment(write_lines(*map(row, range(20))), max_context_tokens=300, passages=3)
-    build(plan_index(settings))
-    retriever = open_retriever(settings)
+    corpus = write_lines(*map(row, range(20)))
+    settings = experiment(corpus, max_context_tokens=300, passages=3)
+    build(settings)
+    retriever = Retriever(settings)
     (context, sources), nothing = retriever.contexts([row(3)["text"], "hello"])
     assert nothing == ("", [])
     assert row(3)["text"] in context and sources[0].startswith("doc-3@")
     assert len(small_tokenizer(context, add_special_tokens=False).input_ids) <= 300
     [found] = retriever.search([row(3)["text"]])
     assert retriever.fill_prompt("问？", found).text == context + "问？"
+    assert retriever.query("何药", [("A", "银翘散")]) == "何药"
+    assert Retriever(experiment(corpus, query_with_options=True)).query("何药", [("A", "银翘散")]) == "何药\nA 银翘散"
 
 
 # -------------------------------------------------------------------------------------------------------- recall
@@ -431,6 +426,14 @@ def test_recall_is_measured_and_written(experiment, write_lines, tmp_path):
     result = evaluate_retrieval(experiment(), write_lines(*pairs, name="pairs.jsonl"))
     assert (result.pairs, result.recall[10]) == (13, pytest.approx(12 / 13))
     assert [file.name for file in (tmp_path / "run" / "eval" / "retrieval").iterdir()] == ["pairs.json"]
+    turns = [
+        *(("user", "第3型有什么表现？"), ("assistant", row(3)["text"])),
+        ("user", "谢谢"),
+        ("assistant", "不客气。"),
+    ]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    result = evaluate_retrieval(experiment(), write_lines(chat, name="chat.jsonl"), "chat")
+    assert result.recall[1] == 1  # the first answer to the first question
     with pytest.raises(UserError, match="no question with an answer"):
         evaluate_retrieval(experiment(), write_lines({"text": "甲"}, name="no.jsonl"))
 

@@ -19,8 +19,7 @@ from qilin_med.model.load import load_for_inference, load_tokenizer
 from qilin_med.prompt.template import ChatTemplate, EncodedPrompt
 from qilin_med.prompt.wording import plain_dialogue
 from qilin_med.records import Message
-from qilin_med.retrieve.prompting import Prompt
-from qilin_med.retrieve.retriever import Retriever
+from qilin_med.retrieve.retriever import Prompt, Retriever
 
 Turn: TypeAlias = tuple[str, str]
 """A question as it was asked, without passages, and its answer."""

@@ -16,8 +16,7 @@ import gradio as gr
 from qilin_med.chat.conversation import NOTICE, ChatModel, Turn, look_up
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
-from qilin_med.retrieve.prompting import Passage
-from qilin_med.retrieve.retriever import Retriever
+from qilin_med.retrieve.retriever import Passage, Retriever
 
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]  # of the reader's machine
 CSS = """

@@ -5,8 +5,7 @@ from contextlib import closing
 
 from qilin_med.chat.conversation import NOTICE, ChatModel, Turn, look_up
 from qilin_med.errors import UserError
-from qilin_med.retrieve.prompting import Passage
-from qilin_med.retrieve.retriever import Retriever
+from qilin_med.retrieve.retriever import Passage, Retriever
 
 HELP = "/new starts over, Ctrl-C stops an answer, Ctrl-D or /exit ends."
 

@@ -1,20 +1,19 @@
-"""Likeness of embeddings over chunks: encoded by a sentence-transformers model, searched by FAISS (inner product of
+"""Similarity of embeddings over chunks: encoded by a sentence-transformers model, searched by FAISS (inner product of
 unit vectors, which is the cosine)."""
 
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from qilin_med.artifact import fingerprint_model
 from qilin_med.config.experiment import DenseSettings
 from qilin_med.data.shards import chunks as in_chunks
 from qilin_med.data.shards import load, save
 from qilin_med.errors import UserError
-from qilin_med.retrieve.fusion import Ranking
+from qilin_med.retrieve.bm25 import Ranking
 
 Encoder: TypeAlias = Callable[[list[str]], np.ndarray]
 """Texts -> vectors, [texts, dimensions]; their lengths do not matter."""
@@ -40,12 +39,6 @@ def check_encoder_package() -> None:
         )
 
 
-def fingerprint_encoder(settings: DenseSettings) -> str:
-    """As `fingerprint_model`. UserError: no such folder."""
-    check_encoder_folder(settings)
-    return fingerprint_model(Path(settings.model))
-
-
 def load_encoder(settings: DenseSettings) -> Encoder:
     """The model of a folder. UserError: sentence-transformers is not installed."""
     check_encoder_package()
@@ -55,79 +48,58 @@ def load_encoder(settings: DenseSettings) -> Encoder:
     return lambda texts: model.encode(texts, batch_size=settings.batch_size, show_progress_bar=False)
 
 
-def encode_parts(texts: Iterable[str], encoder: Encoder, folder: Path) -> list[Path]:
-    """Unit vectors of all texts, in files of `ENCODED_TOGETHER`; parts that are there already are kept."""
-    parts = []
-    for number, some in enumerate(in_chunks(texts, ENCODED_TOGETHER)):
-        parts.append(folder / f"{number:06d}.npy")
-        if not parts[-1].exists():
-            save(parts[-1], _unit(encoder(some)))
-    return parts
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.asarray(vectors, np.float32)
+def unit_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    """Unit vectors, float32 [texts, dimensions]."""
+    vectors = np.asarray(encoder(texts), np.float32)
     return np.ascontiguousarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
 
 
-def build_dense(parts: list[Path], kind: str, path: Path) -> None:
-    """One FAISS index of all parts. Memory: the index itself, which holds every vector (4 bytes a dimension)."""
+def build_dense(texts: Iterable[str], encoder: Encoder, kind: str, parts: Path, folder: Path) -> None:
+    """Index texts, streamed, into a folder. Vectors lie in files of `ENCODED_TOGETHER` below `parts`; those that are
+    there already are kept. Memory: the index itself, which holds every vector (4 bytes a dimension)."""
     import faiss
 
-    index = _empty_index(parts, kind)
-    for part in parts:
-        index.add(np.array(load(part)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    faiss.write_index(index, str(temporary))
-    temporary.rename(path)
-
-
-def _empty_index(parts: list[Path], kind: str) -> Any:
-    import faiss
-
-    count, dimensions = sum(len(load(part)) for part in parts), load(parts[0]).shape[1]
-    if kind == "flat":
-        return faiss.IndexFlatIP(dimensions)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dimensions, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = BUILD_EFFORT
-        return index
+    files = []
+    for number, some in enumerate(in_chunks(texts, ENCODED_TOGETHER)):
+        files.append(parts / f"{number:06d}.npy")
+        if not files[-1].exists():
+            save(files[-1], unit_vectors(encoder, some))
+    count, dimensions = sum(len(load(file)) for file in files), load(files[0]).shape[1]
     cells = max(1, min(int(4 * math.sqrt(count)), count // CELL_SAMPLE))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, cells, faiss.METRIC_INNER_PRODUCT)
-    index.own_fields = False
-    index.train(_sample(parts, count, cells * CELL_SAMPLE))
-    return index
-
-
-def _sample(parts: list[Path], count: int, wanted: int) -> np.ndarray:
-    """Vectors evenly from all parts."""
-    step = max(1, count // wanted)
-    return np.concatenate([load(part)[::step] for part in parts])
+    factory = {"flat": "Flat", "hnsw": f"HNSW{NEIGHBOURS}", "ivf": f"IVF{cells},Flat"}[kind]
+    index = faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
+    if kind == "hnsw":
+        index.hnsw.efConstruction = BUILD_EFFORT
+    if not index.is_trained:
+        step = max(1, count // (cells * CELL_SAMPLE))  # a sample evenly from all parts
+        index.train(np.concatenate([load(file)[::step] for file in files]))
+    for file in files:
+        index.add(np.array(load(file)))
+    folder.mkdir(parents=True, exist_ok=True)
+    faiss.write_index(index, str(folder / INDEX))
 
 
 class Dense:
     """An index of `build_dense`, in memory, and the model that made its vectors."""
 
-    def __init__(self, path: Path, encoder: Encoder, query_prefix: str = ""):
+    def __init__(self, folder: Path, encoder: Encoder, query_prefix: str = ""):
         import faiss
 
-        self._index = faiss.read_index(str(path))
+        self._index = faiss.read_index(str(folder / INDEX))
         self._encoder, self._prefix = encoder, query_prefix
 
     def search(self, questions: list[str], k: int, allowed: np.ndarray | None = None) -> list[Ranking]:
         """The k most similar chunks of each question, of those `allowed` (bool for each chunk)."""
-        vectors = _unit(self._encoder([self._prefix + question for question in questions]))
-        scores, numbers = self._index.search(vectors, k, params=self._parameters(k, allowed))
-        found = numbers >= 0  # FAISS fills up with -1
-        return [(numbers[row][found[row]], scores[row][found[row]]) for row in range(len(questions))]
-
-    def _parameters(self, k: int, allowed: np.ndarray | None) -> Any:
         import faiss
 
         chosen = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
         if isinstance(self._index, faiss.IndexHNSW):
-            return faiss.SearchParametersHNSW(efSearch=max(SEARCH_EFFORT, k), **chosen)
-        if isinstance(self._index, faiss.IndexIVF):
-            return faiss.SearchParametersIVF(nprobe=max(8, self._index.nlist // 16), **chosen)
-        return faiss.SearchParameters(**chosen)
+            parameters = faiss.SearchParametersHNSW(efSearch=max(SEARCH_EFFORT, k), **chosen)
+        elif isinstance(self._index, faiss.IndexIVF):
+            parameters = faiss.SearchParametersIVF(nprobe=max(8, self._index.nlist // 16), **chosen)
+        else:
+            parameters = faiss.SearchParameters(**chosen)
+        vectors = unit_vectors(self._encoder, [self._prefix + question for question in questions])
+        scores, numbers = self._index.search(vectors, k, params=parameters)
+        found = numbers >= 0  # FAISS fills up with -1
+        return [(numbers[row][found[row]], scores[row][found[row]]) for row in range(len(questions))]

@@ -4,7 +4,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +13,8 @@ from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.data.shards import write_lines
 from qilin_med.errors import UserError
 from qilin_med.retrieve.dense import Encoder
-from qilin_med.retrieve.index import build, plan_index
-from qilin_med.retrieve.retriever import Retriever, open_retriever
+from qilin_med.retrieve.index import build
+from qilin_med.retrieve.retriever import Retriever
 
 CUTS = (1, 5, 10)
 DEPTH = 50  # passages looked at: a question whose answer comes later counts 0 in the MRR
@@ -36,42 +35,35 @@ def evaluate_retrieval(
     experiment: Experiment, file: Path, kind: Kind = "huatuo", encoder: Encoder | None = None
 ) -> Recall:
     """Index the answers of a file as the experiment would its corpus, ask the questions, and return a `Recall`; it is
-    written to <output_dir>/eval/retrieval/<name of the file>.json.
+    written to <output_dir>/eval/retrieval/<name of the file>.json. Of a conversation, first question and first answer.
 
     UserError: the file cannot be read, or holds no questions with answers.
     """
-    pairs = _read_pairs(file, kind)
+    files = RawFiles(name=file.name, kind=kind, paths=[str(file)])
+    records = [record for path in raw_files(files) for _, record in read_raw(files, path)]
+    turns = [
+        {m.role: m.content for m in reversed(record.messages)} for record in records if hasattr(record, "messages")
+    ]
+    if not turns:
+        raise UserError(f"{file}: no question with an answer among {len(records)} rows read as kind '{kind}'")
     folder = Path(experiment.output_dir) / "eval" / "retrieval"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         answers = Path(scratch) / "answers.jsonl"
-        write_lines(answers, ({"id": str(n), "text": answer} for n, (_, answer) in enumerate(pairs)))
-        retriever = _index_answers(experiment, answers, encoder)
-        recall = measure(retriever, [question for question, _ in pairs])
-    write_json(folder / f"{file.stem}.json", {**asdict(recall), **_facts(experiment, file, kind)})
+        write_lines(answers, ({"id": str(n), "text": turn["assistant"]} for n, turn in enumerate(turns)))
+        changes = {
+            "corpus": [DataSource(path=str(answers))],
+            "index": str(answers.with_name("index")),
+            "decontamination": DecontaminationSettings(),
+            "exclude_sources": [],
+        }
+        changed = experiment.model_copy(update={"retrieval": experiment.retrieval.model_copy(update=changes)})
+        build(changed, encoder=encoder)
+        recall = measure(Retriever(changed, encoder), [turn["user"] for turn in turns])
+    settings = experiment.retrieval.model_dump(mode="json", exclude={"corpus", "decontamination"})
+    facts = {"file": str(file), "sha256": sha256_of(file), "kind": kind, "retrieval": settings, "commit": commit()}
+    write_json(folder / f"{file.stem}.json", {**asdict(recall), **facts})
     return recall
-
-
-def _read_pairs(file: Path, kind: Kind) -> list[tuple[str, str]]:
-    """First question and first answer of every conversation."""
-    files = RawFiles(name=file.name, kind=kind, paths=[str(file)])
-    records = [record for path in raw_files(files) for _, record in read_raw(files, path)]
-    turns = [{m.role: m.content for m in record.messages} for record in records if hasattr(record, "messages")]
-    if not turns:
-        raise UserError(f"{file}: no question with an answer among {len(records)} rows read as kind '{kind}'")
-    return [(turn["user"], turn["assistant"]) for turn in turns]
-
-
-def _index_answers(experiment: Experiment, answers: Path, encoder: Encoder | None) -> Retriever:
-    changes = {
-        "corpus": [DataSource(path=str(answers))],
-        "index": str(answers.with_name("index")),
-        "decontamination": DecontaminationSettings(),
-        "exclude_sources": [],
-    }
-    experiment = experiment.model_copy(update={"retrieval": experiment.retrieval.model_copy(update=changes)})
-    build(plan_index(experiment), encoder=encoder)
-    return open_retriever(experiment, encoder)
 
 
 def measure(retriever: Retriever, questions: list[str]) -> Recall:
@@ -79,7 +71,7 @@ def measure(retriever: Retriever, questions: list[str]) -> Recall:
     begin = time.perf_counter()
     retriever.search(questions)
     seconds = time.perf_counter() - begin
-    documents = np.array([int(chunk.document) for chunk in retriever.chunks])
+    documents = np.array([int(chunk["document"]) for chunk in retriever.chunks])
     ranks = ranks_of_own([documents[numbers] for numbers, _ in retriever.rank(questions, DEPTH)])
     recall = {cut: float((ranks <= cut).mean()) for cut in CUTS}
     return Recall(len(ranks), recall, float((1 / ranks).mean()), len(questions) / seconds)
@@ -94,8 +86,3 @@ def ranks_of_own(found: list[np.ndarray]) -> np.ndarray:
         if number in distinct:
             ranks[number] = distinct.index(number) + 1
     return ranks
-
-
-def _facts(experiment: Experiment, file: Path, kind: Kind) -> dict[str, Any]:
-    settings = experiment.retrieval.model_dump(mode="json", exclude={"corpus", "decontamination"})
-    return {"file": str(file), "sha256": sha256_of(file), "kind": kind, "retrieval": settings, "commit": commit()}

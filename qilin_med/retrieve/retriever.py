@@ -1,67 +1,81 @@
 """Questions -> passages of the experiment's index, and prompts with them."""
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
-from qilin_med.retrieve.bm25 import Bm25
+from qilin_med.prompt.wording import option_lines, with_passages
+from qilin_med.retrieve.bm25 import Bm25, Ranking
 from qilin_med.retrieve.chunks import Chunks
 from qilin_med.retrieve.cutting import load_tokenizer
-from qilin_med.retrieve.dense import INDEX, Dense, Encoder, load_encoder
-from qilin_med.retrieve.fusion import Ranking, fuse
-from qilin_med.retrieve.index import IndexPlan, plan_index, verify_index
-from qilin_med.retrieve.prompting import Passage, Prompt, exam_query, fill_prompt
+from qilin_med.retrieve.dense import Dense, Encoder, load_encoder
+from qilin_med.retrieve.index import KINDS, tokenizer_file, verify_index
 
 POOL = 100  # chunks of each ranking that are fused
+FUSION_CONSTANT = 60
 
 
-def open_retriever(experiment: Experiment, encoder: Encoder | None = None) -> "Retriever":
-    """The retriever over the experiment's index. `encoder`: instead of the model that retrieval.dense names.
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A retrieved chunk: characters `start` to `end` of a document. `score`: BM25's, a cosine, or a sum of reciprocal
+    ranks, by the retriever."""
 
-    UserError: the index is missing, damaged, or made from another corpus or with other settings.
-    """
-    plan = plan_index(experiment)
-    return Retriever(plan, verify_index(plan)["fingerprint"], encoder)
+    document: str
+    source: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+    @property
+    def id(self) -> str:
+        return f"{self.document}@{self.start}-{self.end}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question with the passages that found room before it."""
+
+    text: str
+    passages: tuple[Passage, ...]
+
+    @property
+    def sources(self) -> list[str]:
+        """Ids of the passages, in order."""
+        return [passage.id for passage in self.passages]
 
 
 class Retriever:
-    """Finds passages for questions, many at a time."""
+    """Finds passages for questions in the experiment's index, many questions at a time."""
 
-    def __init__(self, plan: IndexPlan, fingerprint: str, encoder: Encoder | None = None):
-        """UserError: exclude_sources names a source that the index does not have."""
-        settings = plan.settings
-        self.settings = settings
-        self.fingerprint = fingerprint
+    def __init__(self, experiment: Experiment, encoder: Encoder | None = None):
+        """`encoder`: in place of the model that retrieval.dense names.
+
+        UserError: the index is missing, damaged, or made from another corpus or with other settings; or exclude_sources
+        names a source that it does not have.
+        """
+        self.settings = settings = experiment.retrieval
+        self.fingerprint: str = verify_index(experiment)["fingerprint"]
         """Of the index, for result files."""
-        self.chunks = Chunks(plan.folder)
+        folder = experiment.index_folder()
+        self.chunks = Chunks(folder)
         if unknown := set(settings.exclude_sources) - set(self.chunks.sources):
             raise UserError(f"retrieval.exclude_sources names '{min(unknown)}', which the index does not have; it has: "
                             + ", ".join(self.chunks.sources))  # fmt: skip
         self._allowed = self.chunks.allowed(settings.exclude_sources)
-        self._tokenizer = load_tokenizer(plan.tokenizer)
-        self._indexes: list[Bm25 | Dense] = [Bm25(plan.folder / "bm25", settings.bm25_unit)] if plan.has_bm25 else []
-        if plan.has_dense:
-            encoder = encoder or load_encoder(settings.dense)
-            self._indexes.append(Dense(plan.folder / "dense" / INDEX, encoder, settings.dense.query_prefix))
-
-    def search(self, questions: list[str], k: int | None = None) -> list[list[Passage]]:
-        """The k (None: `passages` of the config) best passages of each question, the best first. Scores are BM25's,
-        cosines, or sums of reciprocal ranks, by the retriever. With BM25, fewer than k if fewer share a term."""
-        return [self._passages(ranking) for ranking in self.rank(questions, k or self.settings.passages)]
-
-    def fill_prompt(self, question: str, passages: Sequence[Passage]) -> Prompt:
-        """The question after those passages that `max_context_tokens` hold, as `prompting.fill_prompt`."""
-        return fill_prompt(question, passages, self.settings.max_context_tokens, self._count_tokens)
-
-    def contexts(self, questions: list[str]) -> list[tuple[str, list[str]]]:
-        """For each question what goes before it, and before the exam prompt that holds it, in the words of
-        `prompts.with_passages` ("" if nothing was found); and the ids of the passages in it."""
-        prompts = [self.fill_prompt("", passages) for passages in self.search(questions)]
-        return [(prompt.text, prompt.sources) for prompt in prompts]
-
-    def query(self, stem: str, options: Iterable[tuple[str, str]]) -> str:
-        """What to look up for an exam question, by `query_with_options`; `options` are (letter, text)."""
-        return exam_query(stem, options, self.settings.query_with_options)
+        self._tokenizer = load_tokenizer(tokenizer_file(experiment))
+        self._indexes: list[Bm25 | Dense] = []
+        for kind in KINDS[settings.retriever]:
+            if kind == "bm25":
+                self._indexes.append(Bm25(folder / kind, settings.bm25_unit))
+            else:
+                encoder = encoder or load_encoder(settings.dense)
+                self._indexes.append(Dense(folder / kind, encoder, settings.dense.query_prefix))
 
     def rank(self, questions: list[str], k: int) -> list[Ranking]:
         """As `search`, the numbers of the chunks alone."""
@@ -72,9 +86,61 @@ class Retriever:
         rankings = [index.search(questions, max(k, POOL), self._allowed) for index in self._indexes]
         return [fuse(both, k) for both in zip(*rankings, strict=True)]
 
-    def _passages(self, ranking: Ranking) -> list[Passage]:
-        found = ((self.chunks[number], score) for number, score in zip(*map(list, ranking), strict=True))
-        return [Passage(chunk.id, chunk.document, chunk.source, chunk.text, float(score)) for chunk, score in found]
+    def search(self, questions: list[str], k: int | None = None) -> list[list[Passage]]:
+        """The k (None: `passages` of the config) best passages of each question, the best first. With BM25, fewer than
+        k if fewer share a term."""
+        rankings = self.rank(questions, k or self.settings.passages)
+        pairs = [zip(numbers, scores.tolist(), strict=True) for numbers, scores in rankings]
+        return [[Passage(**self.chunks[number], score=score) for number, score in found] for found in pairs]
 
-    def _count_tokens(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def query(self, stem: str, options: Iterable[tuple[str, str]]) -> str:
+        """What to look up for an exam question, by `query_with_options`; `options` are (letter, text)."""
+        return f"{stem}\n{option_lines(options)}" if self.settings.query_with_options else stem
+
+    def fill_prompt(self, question: str, passages: Sequence[Passage]) -> Prompt:
+        """The question after those passages that `max_context_tokens` hold."""
+        return fill_prompt(
+            question, passages, self.settings.max_context_tokens,
+            lambda text: len(self._tokenizer.encode(text, add_special_tokens=False).ids),
+        )  # fmt: skip
+
+    def contexts(self, questions: list[str]) -> list[tuple[str, list[str]]]:
+        """For each question what goes before it, and before the exam prompt that holds it, in the words of
+        `with_passages` ("" if nothing was found); and the ids of the passages in it."""
+        prompts = [self.fill_prompt("", passages) for passages in self.search(questions)]
+        return [(prompt.text, prompt.sources) for prompt in prompts]
+
+
+def fuse(rankings: Iterable[Ranking], k: int) -> Ranking:
+    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): score(d) = sum over rankings of 1 / (60 + rank of d).
+
+    Only ranks count, so scores of different kinds need no common scale. Ties go to the smaller number.
+    """
+    scores: dict[int, float] = defaultdict(float)
+    for numbers, _ in rankings:
+        for rank, number in enumerate(numbers.tolist(), 1):
+            scores[number] += 1 / (FUSION_CONSTANT + rank)
+    best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:k]
+    return np.array([number for number, _ in best], np.int64), np.array([score for _, score in best], np.float32)
+
+
+def fill_prompt(question: str, passages: Sequence[Passage], limit: int, count: Callable[[str], int]) -> Prompt:
+    """The question after as many passages as `limit` tokens hold (`count` tells a text's tokens; the wording around the
+    passages counts, the question does not).
+
+    Passages come in the order given, the most relevant first, and stay whole: one that does not fit is passed over.
+    Only if none fits is the first one cut at its end.
+    """
+
+    def fits(texts: list[str]) -> bool:
+        return count(with_passages("", texts)) <= limit
+
+    kept: list[Passage] = []
+    for passage in passages:
+        if fits([each.text for each in (*kept, passage)]):
+            kept.append(passage)
+    if passages and not kept:
+        text = passages[0].text
+        length = bisect_right(range(1, len(text) + 1), False, key=lambda length: not fits([text[:length]]))
+        kept = [replace(passages[0], text=text[:length])] if length else []
+    return Prompt(with_passages(question, [passage.text for passage in kept]), tuple(kept))
