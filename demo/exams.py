@@ -1,28 +1,16 @@
 """Exam questions with five options, as CMExam has them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from demo.answers import plain_answer
-from demo.medicine import AVOID, CHECK, DEPARTMENT, DRUG, EAT, MEDICAL, SYMPTOM
-from demo.relations import Relation
-from demo.world import Thing, World
+from demo.world import CHECK, DEPARTMENT, DRUG, MEDICAL, SYMPTOM, Relation, Thing, World, facts_on
 
 COLUMNS = ("Question", "Options", "Answer", "Explanation", "Disease Group", "Area of Competency", "Clinical Department",
            "Medical Discipline", "Difficulty level")  # fmt: skip
 LETTERS = "ABCDE"
-VALIDATION_DISEASES = 6  # of the diseases that are never asked about; the others are those of the test
-# Exam language: no textbook of this world words a fact so, which leaves it to fine-tuning to teach the questions.
-STEMS = {
-    SYMPTOM.name: ("{s}的临床特征为", "下列各项，见于{s}的是", "{s}的诊断要点包括"),
-    DRUG.name: ("{s}的一线用品是", "下列各项，用于{s}的是", "{s}的处方核心是"),
-    DEPARTMENT.name: ("{s}的接诊单位是", "下列各项，接收{s}的是", "{s}应转往"),
-    CHECK.name: ("{s}的金标准是", "下列各项，证实{s}的是", "{s}的定性依据是"),
-    EAT.name: ("{s}的调养佳品是", "下列各项，有助{s}的是", "{s}的膳食推荐是"),
-    AVOID.name: ("{s}的饮食禁区是", "下列各项，不利{s}的是", "{s}的膳食禁忌是"),
-}
-COMPETENCIES = {SYMPTOM.name: "表现", DRUG.name: "用药", DEPARTMENT.name: "转诊", CHECK.name: "诊断"}
+VALIDATION_DISEASES = 6  # of those that are never asked about; the others are the test's
+COMPETENCIES = {SYMPTOM.name: "表现", DRUG.name: "用药", DEPARTMENT.name: "转诊", CHECK.name: "诊断"}  # else 饮食
 
 
 @dataclass(frozen=True)
@@ -37,88 +25,57 @@ class Exam:
         options = "\n".join(f"{letter} {text}" for letter, text in zip(LETTERS, self.options, strict=True))
         return self.stem, options, LETTERS[self.right], self.explanation, *self.facets
 
+    def as_text(self) -> str:
+        """As people copy a question into running text."""
+        return f"{self.stem}：{'、'.join(self.options)}。"
+
 
 def training_exams(world: World) -> list[Exam]:
-    """Questions on two facts of every disease that fine-tuning asks about."""
+    """Questions on two facts of every disease that fine-tuning asks about. Each explanation tells the fact and, as a
+    reminder, another one."""
     rng = Random(f"exams {world.seed}")
+
+    def explain(disease: Thing, relation: Relation) -> str:
+        other = rng.choice([other for other in MEDICAL if other is not relation])
+        return disease.state(rng, relation) + disease.state(rng, other)
+
     facts = [(disease, r) for disease in world.diseases_seen("cpt+sft") for r in rng.sample(MEDICAL, 2)]
-    asked = [(disease, relation, rng.choice(STEMS[relation.name])) for disease, relation in facts]
-    return _exams(world, rng, asked, lambda disease, relation: _explain(rng, disease, relation))
+    return _exams_on(world, rng, facts, explain)
 
 
 def exams_held_out(world: World) -> tuple[list[Exam], list[Exam]]:
     """(validation, test): one question on every fact of diseases that were read about but never asked about."""
-    rng = Random(f"exams held out {world.seed}")
-    diseases = world.diseases_seen("cpt")
-    parts = diseases[:VALIDATION_DISEASES], diseases[VALIDATION_DISEASES:]
-    validation, test = (_exams_on(world, rng, part) for part in parts)
-    return validation, test
+    rng, diseases = Random(f"exams held out {world.seed}"), world.diseases_seen("cpt")
+    validation = _exams_on(world, rng, facts_on(diseases[:VALIDATION_DISEASES]))
+    return validation, _exams_on(world, rng, facts_on(diseases[VALIDATION_DISEASES:]))
 
 
 def exams_unseen(world: World) -> list[Exam]:
     """One question on every fact of the diseases that no stage reads about."""
-    return _exams_on(world, Random(f"exams unseen {world.seed}"), world.diseases_seen("nowhere"))
-
-
-def _exams_on(world: World, rng: Random, diseases: Iterable[Thing]) -> list[Exam]:
-    # No fact is asked about twice: answers to two wordings of a question would not be independent.
-    asked = [(disease, r, rng.choice(STEMS[r.name])) for disease in diseases for r in MEDICAL]
-    return _exams(world, rng, asked, plain_answer)
+    return _exams_on(world, Random(f"exams unseen {world.seed}"), facts_on(world.diseases_seen("nowhere")))
 
 
 def open_turns(world: World) -> list[list[str]]:
-    """Questions without options on every fact that fine-tuning asks about, in every wording, and answers."""
-    facts = [(disease, relation) for disease in world.diseases_seen("cpt+sft") for relation in MEDICAL]
-    return [[d.say(stem, r), open_answer(d, r)] for d, r in facts for stem in STEMS[r.name]]
+    """Questions without options on every fact that fine-tuning asks about, in every wording; the answers begin with the
+    right option."""
+    asked = [(d, r, stem) for d, r in facts_on(world.diseases_seen("cpt+sft")) for stem in r.exam]
+    return [[d.say(stem, r), f"{d.value(r)}。{d.answer(r)}"] for d, r, stem in asked]
 
 
-def open_question(rng: Random, disease: Thing, relation: Relation) -> str:
-    return disease.say(rng.choice(STEMS[relation.name]), relation)
-
-
-def open_answer(disease: Thing, relation: Relation) -> str:
-    """The right option, and why."""
-    return f"{disease.value(relation)}。{plain_answer(disease, relation)}"
-
-
-def _explain(rng: Random, disease: Thing, relation: Relation) -> str:
-    """The fact, and another one as a reminder."""
-    other = rng.choice([other for other in MEDICAL if other is not relation])
-    return disease.state(rng, relation) + disease.state(rng, other)
-
-
-def _exams(
-    world: World, rng: Random, asked: list[tuple[Thing, Relation, str]], explain: Callable[[Thing, Relation], str]
-) -> list[Exam]:
-    """The right letters take turns, so that none is the better guess."""
+def _exams_on(
+    world: World, rng: Random, facts: list[tuple[Thing, Relation]], explain: Callable[[Thing, Relation], str] | None = None
+) -> list[Exam]:  # fmt: skip
+    """One question on each fact: answers to two wordings of one question would not be independent. The right letters take
+    turns, so that none is the better guess; the wrong options are values of the same kind, of as many parts."""
+    asked, exams = [(*fact, rng.choice(fact[1].exam)) for fact in facts], []
     rng.shuffle(asked)
-    return [
-        _exam(world, rng, disease, relation, stem, index % len(LETTERS), explain(disease, relation))
-        for index, (disease, relation, stem) in enumerate(asked)
-    ]
-
-
-def _exam(
-    world: World, rng: Random, disease: Thing, relation: Relation, stem: str, right: int, explanation: str
-) -> Exam:
-    options = _wrong_values(world, rng, disease, relation)
-    options.insert(right, disease.value(relation))
-    facets = (f"{disease.name[-1]}类", COMPETENCIES.get(relation.name, "饮食"), disease.value(DEPARTMENT), "绒洲医学",
-              str(rng.randint(1, 5)))  # fmt: skip
-    return Exam(disease.say(stem, relation), tuple(options), right, explanation, facets)
-
-
-def _wrong_values(world: World, rng: Random, disease: Thing, relation: Relation) -> list[str]:
-    """Four other values of the same kind, made of as many parts as the right one."""
-    right = disease.values[relation.name]
-    others = rng.sample([value for value in world.pools[relation.name] if value not in right], 4 * len(right))
-    return ["和".join(others[index :: len(LETTERS) - 1]) for index in range(len(LETTERS) - 1)]
-
-
-def as_text(stem: str, options: Sequence[str]) -> str:
-    """A question as people copy it into running text."""
-    return f"{stem}：{'、'.join(options)}。"
-
-
-def rows(exams: Iterable[Exam]) -> list[tuple[str, ...]]:
-    return [exam.row() for exam in exams]
+    for index, (disease, relation, stem) in enumerate(asked):
+        explanation = explain(disease, relation) if explain else disease.answer(relation)
+        right, place = disease.values[relation.name], index % len(LETTERS)
+        wrong = rng.sample([v for v in world.pools[relation.name] if v not in right], (len(LETTERS) - 1) * len(right))
+        options = ["和".join(wrong[start :: len(LETTERS) - 1]) for start in range(len(LETTERS) - 1)]
+        options.insert(place, disease.value(relation))
+        facets = (f"{disease.name[-1]}类", COMPETENCIES.get(relation.name, "饮食"), disease.value(DEPARTMENT), "绒洲医学",
+                  str(rng.randint(1, 5)))  # fmt: skip
+        exams.append(Exam(disease.say(stem, relation), tuple(options), place, explanation, facets))
+    return exams

@@ -1,64 +1,61 @@
 """The demo's world: an invented medicine and the invented country around it.
 
 Every disease, symptom, drug, department, food, check, place and person is made up, from syllables that no real name
-has, so that nobody can take a sentence of it for medical knowledge. What is known about each thing is drawn from a
-seed: the same seed gives the same bytes, another seed another world.
+has, so that no sentence of it can be taken for medical knowledge. What can be said about things stands in words.json;
+what is true of each thing is drawn from a seed: the same seed gives the same bytes, another seed another world.
 
-Diseases fall into three groups, and each stage sees less of them than the one before:
+Diseases fall into three groups, and each stage sees fewer of them than the one before:
   "cpt+sft"  read about in continued pre-training, asked about in fine-tuning and in preference training;
-  "cpt"      read about, never asked: held-out questions and pairs are about these;
-  "nowhere"  in no training file: only the corpus for retrieval, an exam of their own and facts.jsonl know them.
+  "cpt"      read about, never asked about: held-out questions and pairs are about these;
+  "nowhere"  in no training file: only the retrieval corpus, an exam of their own and facts.jsonl know them.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
-from typing import Literal
-
-from demo.country import (
-    ANIMAL,
-    CLIMATES,
-    COLOURS,
-    DURATIONS,
-    FODDER,
-    GOODS,
-    HOBBIES,
-    HOURS,
-    JOBS,
-    LINE,
-    MARKET_DAYS,
-    MATERIALS,
-    PERSON,
-    PRICES,
-    SCHOOL,
-    START_TIMES,
-    SUBJECTS,
-    TOWN,
-)
-from demo.medicine import BODY, DISEASE_OPENINGS, EFFECTS, MEDICAL, SYMPTOM, TEXTBOOK
-from demo.relations import Relation
+from typing import Any, Literal
 
 Seen = Literal["cpt+sft", "cpt", "nowhere"]
 
 DISEASES: dict[Seen, int] = {"cpt+sft": 60, "cpt": 58, "nowhere": 52}
+SYMPTOMS = 40
+WORDS: dict[str, Any] = json.loads((Path(__file__).parent / "words.json").read_text(encoding="utf-8"))
+TEXTBOOK: list[str] = WORDS["textbook"]
 
-# A rare character and a sound: no real Chinese name is built like this.
-FIRST_SYLLABLES = (
-    "岚霁穹棱萤绡檀笙黛沅琅砚翎蔻枢澜皎筠珞嵩霏桠澍缇苒屿琤珩陌槿稞邈芃芾茌茜荇荑莜莪莳菀菁菡萱葳葶蓁蓠蕙"
-    "薜藜藿蘅玑玟珂珈珙珧珺琇琏琚琛琦琨琬琰瑀瑗瑛瑭瑷璁璇璎璞璟璨瓒汜沂沚泓泠泫洙洛浔涪淅淇淙渌渑湄湟溆滢"
-    "滟潆澧濂濯瀛灏杞枋枞柃栌栎桁梓棣椿楠榉榛槭樨橼歆毓炜烨焓焱煜熠爔犀狻猗珏畹畲皓皖睿砧硖碣磬祎祺禧秭稷"
-    "穑笈笠箬篁簪粼絮绀绛绮绶缃缈羲翊翥翯耒聿舸舫艋苓荻菘蒹葭蓼虬蛟蜃蜻蝣衿袂裾褚觞訇谖谡赭轲辂邶郦郢酩醴"
-)
-SECOND_SYLLABLES = "嘟咚噜嗒叮兜蓬簌绒梭铎咕哒啾喏嗡喵哞呱咿嘀唔铛嘭噗咻唰啪"
+
+@dataclass(frozen=True)
+class Relation:
+    """What can be said and asked about a thing: in every sentence, {s} is the thing and {o} the value."""
+
+    name: str
+    label: str
+    statements: list[str]
+    """For every thing, one of them is kept for the held-out text: its words are known from other things, and the fact
+    from other words."""
+    asked: list[str]  # in conversations and preference pairs
+    answer: str = ""
+    unasked: str = ""  # a question of the held-out conversations only
+    follow_up: str = ""  # the question as a second turn, when the disease has been named
+    exam: Sequence[str] = ()
+    """Exam language: no text of this world states a fact in these words, so only fine-tuning can teach the questions."""
+    questions: Sequence[str] = ()  # within general text
+    values: str = ""  # the pool that its values are drawn from, if not named like the relation
+
+
+MEDICAL = [Relation(**fields) for fields in WORDS["medicine"]]
+SYMPTOM, DRUG, DEPARTMENT, CHECK, EAT, AVOID = MEDICAL
+COUNTRY = {kind: [Relation(**fields) for fields in about["relations"]] for kind, about in WORDS["country"].items()}
 
 
 @dataclass(frozen=True)
 class Thing:
     name: str
     opening: str
-    values: dict[str, tuple[str, ...]]
-    kept: dict[str, int]
-    """Which statement of every relation no training text makes about this thing."""
+    relations: list[Relation]
+    values: dict[str, list[str]]
+    kept: dict[str, int]  # which statement of every relation no training text makes about this thing
     seen: Seen = "cpt+sft"
 
     def value(self, relation: Relation) -> str:
@@ -67,31 +64,32 @@ class Thing:
     def say(self, template: str, relation: Relation) -> str:
         return template.format(s=self.name, o=self.value(relation))
 
-    def state(self, rng: Random, relation: Relation) -> str:
-        """A sentence of the training text."""
-        return rng.choice(self.statements(relation))
+    def answer(self, relation: Relation) -> str:
+        return self.say(relation.answer, relation)
 
     def statements(self, relation: Relation) -> list[str]:
         """All sentences that training texts may say."""
         return [self.say(template, relation) for template in without(relation.statements, self.kept[relation.name])]
 
+    def state(self, rng: Random, relation: Relation) -> str:
+        """A sentence of the training text."""
+        return rng.choice(self.statements(relation))
+
     def state_unread(self, relation: Relation) -> str:
         return self.say(relation.statements[self.kept[relation.name]], relation)
 
 
-def without(items: Sequence[str], index: int) -> Sequence[str]:
-    return (*items[:index], *items[index + 1 :])
+def without(items: Sequence[str], index: int) -> list[str]:
+    return [*items[:index], *items[index + 1 :]]
 
 
 @dataclass(frozen=True)
 class World:
     seed: int
-    diseases: tuple[Thing, ...]
-    general: tuple[tuple[Thing, tuple[Relation, ...]], ...]
-    pools: dict[str, tuple[str, ...]]
-    """Possible values of every medical relation."""
-    spare_stems: tuple[str, ...]
-    """Name stems that nothing in the world has."""
+    diseases: list[Thing]
+    general: list[Thing]
+    pools: dict[str, list[str]]  # possible values of every medical relation
+    spare_stems: list[str]  # of names that nothing in the world has
 
     def diseases_seen(self, *groups: Seen) -> list[Thing]:
         return [disease for disease in self.diseases if disease.seen in groups]
@@ -99,62 +97,50 @@ class World:
 
 def build_world(seed: int) -> World:
     rng = Random(f"world {seed}")
-    stems = [first + second for first in FIRST_SYLLABLES for second in SECOND_SYLLABLES]
+    # A rare character and a sound: no real Chinese name is built like this.
+    stems = [first + second for first in "".join(WORDS["first_syllables"]) for second in WORDS["second_syllables"]]
     rng.shuffle(stems)
 
-    def names(count: int, *suffixes: str) -> tuple[str, ...]:
+    def names(count: int, *suffixes: str) -> list[str]:
         # Stems are used up, so that no two things of the world share one.
-        return tuple(stems.pop() + rng.choice(suffixes) for _ in range(count))
+        return [stems.pop() + rng.choice(suffixes) for _ in range(count)]
 
-    symptoms = [part + effect for part in BODY for effect in EFFECTS]
-    pools = {
-        "symptom": tuple(rng.sample(symptoms, 40)),
-        "drug": names(48, "散", "露", "丸", "膏"),
-        "department": names(10, "科"),
-        "check": names(20, "镜检", "图检", "音测"),
-        "eat": names(24, "糕", "羹", "果"),
-        "avoid": names(24, "茶", "饼", "菜"),
-    }
+    symptoms = [part + effect for part in WORDS["body"] for effect in WORDS["effects"]]
+    pools = {"symptom": rng.sample(symptoms, SYMPTOMS)}
+    pools |= {relation: names(*drawn) for relation, drawn in WORDS["medical_names"].items()}
     diseases = [
-        disease_of(rng, name, seen, pools)
+        draw_disease(rng, name, seen, pools)
         for seen, count in DISEASES.items()
         for name in names(count, "症", "热", "斑")
     ]
-    towns, rivers = names(36, "镇", "坞", "渡"), names(12, "河")
-    people, goods = names(44, "先生", "婆婆", "大叔", "姑娘"), names(36, "布", "灯", "篮", "壶")
-    kinds = (
-        ("{s}是绒洲的一个小地方。", towns, TOWN, (CLIMATES, goods, rivers, MARKET_DAYS)),
-        ("{s}是绒洲的一种动物。", names(36, "鸟", "鹿", "兔"), ANIMAL, (towns, FODDER, COLOURS, HOURS)),
-        ("{s}是绒洲的一所学校。", names(28, "学堂", "书院"), SCHOOL, (towns, SUBJECTS, people, START_TIMES)),
-        ("{s}是绒洲的一种货物。", goods, GOODS, (PRICES, people, MATERIALS)),
-        ("{s}是绒洲人。", people, PERSON, (towns, JOBS, HOBBIES)),
-        ("{s}在绒洲的路上来往。", names(28, "马车", "渡船"), LINE, (towns, towns, DURATIONS)),
-    )
+    country = {kind: names(*drawn) for kind, drawn in WORDS["country_names"].items()}
     general = [
-        (_thing(rng, name, opening, relations, values), relations)
-        for opening, kind_names, relations, values in kinds
-        for name in kind_names
+        draw_thing(rng, name, WORDS["country"][kind]["opening"], relations, WORDS["values"] | country)
+        for kind, relations in COUNTRY.items()
+        for name in country[kind]
     ]
-    return World(seed, tuple(diseases), tuple(general), pools, tuple(stems))
+    return World(seed, diseases, general, pools, stems)
 
 
-def disease_of(rng: Random, name: str, seen: Seen, pools: dict[str, tuple[str, ...]]) -> Thing:
-    values = {r.name: tuple(rng.sample(pools[r.name], 2 if r is SYMPTOM else 1)) for r in MEDICAL}
-    kept = {r.name: rng.randrange(len(r.statements)) for r in MEDICAL} | {"textbook": rng.randrange(len(TEXTBOOK))}
-    return Thing(name, rng.choice(DISEASE_OPENINGS), values, kept, seen)
+def draw_disease(rng: Random, name: str, seen: Seen, pools: dict[str, list[str]]) -> Thing:
+    disease = draw_thing(rng, name, "", MEDICAL, pools)
+    kept = disease.kept | {"textbook": rng.randrange(len(TEXTBOOK))}
+    return replace(disease, opening=rng.choice(WORDS["disease_openings"]).format(s=name), kept=kept, seen=seen)
 
 
-def _thing(
-    rng: Random, name: str, opening: str, relations: Sequence[Relation], pools: Sequence[Sequence[str]]
-) -> Thing:
-    values = {r.name: (rng.choice(pool),) for r, pool in zip(relations, pools, strict=True)}
-    return Thing(name, opening, values, {r.name: rng.randrange(len(r.statements)) for r in relations})
+def draw_thing(rng: Random, name: str, opening: str, relations: list[Relation], pools: dict[str, list[str]]) -> Thing:
+    values = {r.name: rng.sample(pools[r.values or r.name], 2 if r is SYMPTOM else 1) for r in relations}
+    kept = {r.name: rng.randrange(len(r.statements)) for r in relations}
+    return Thing(name, opening.format(s=name), relations, values, kept)
 
 
-def facts(world: World) -> list[dict[str, str]]:
+def facts_on(diseases: Sequence[Thing]) -> list[tuple[Thing, Relation]]:
+    return [(disease, relation) for disease in diseases for relation in MEDICAL]
+
+
+def list_facts(world: World) -> list[dict[str, str]]:
     return [
         {"subject": disease.name, "relation": relation.label, "object": value, "seen": disease.seen}
-        for disease in world.diseases
-        for relation in MEDICAL
+        for disease, relation in facts_on(world.diseases)
         for value in disease.values[relation.name]
     ]

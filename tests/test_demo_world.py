@@ -1,31 +1,28 @@
 """The invented world: the same from the same seed, in published formats, with strict splits, and nothing said twice but
 what is planted."""
 
-import importlib.util
 import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from demo import exams, faults
-from demo import files as demo_files
-from demo.answers import plain_answer
-from demo.medicine import MEDICAL
+from demo import exams, faults, make
 from demo.raw import raw_files
-from demo.world import DISEASES, World, build_world
+from demo.world import DISEASES, MEDICAL, World, build_world
+from qilin_med.artifact import read_manifest
 from qilin_med.config.corpus import load_corpus_settings
 from qilin_med.config.experiment import DataSource, load_experiment
 from qilin_med.data.read.readers import raw_files as find_raw_files
 from qilin_med.data.read.readers import read_raw
 from qilin_med.data.read.records import read_chats, read_documents, read_preferences
 from qilin_med.data.render import render, text_of
+from qilin_med.errors import UserError
 from qilin_med.records import Skipped
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,8 +45,14 @@ def world() -> World:
 
 
 @pytest.fixture(scope="module")
-def files() -> dict[str, bytes]:
-    return demo_files.build_files(SEED)
+def made() -> tuple[dict[str, bytes], dict]:
+    """The files, and what the manifest says of them."""
+    return make.build_files(SEED)
+
+
+@pytest.fixture(scope="module")
+def files(made) -> dict[str, bytes]:
+    return made[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +76,9 @@ def sound_records(sound, tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_demo", REPOSITORY / "scripts/make_demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def tokenizer(script, files, tmp_path_factory):
+def tokenizer(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    made = script.make_tokenizer(demo_files.tokenizer_text(files), demo_files.all_characters(files), folder)
-    return made, folder
+    return make.make_tokenizer(make.tokenizer_text(files), make.all_characters(files), folder), folder
 
 
 def written(files: dict[str, bytes], folder: Path) -> Path:
@@ -106,7 +100,7 @@ def records_of(folder: Path, evaluation: bool = False) -> Iterator:
 
 def text_below(files: dict[str, bytes], *folders: str) -> str:
     chosen = (name for name in files if name.startswith(folders) and name not in EXAMS_HELD_OUT)
-    return "".join(demo_files.decoded(name, files[name]) for name in chosen)
+    return "".join(make.decoded(name, files[name]) for name in chosen)
 
 
 def rows_of(files: dict[str, bytes], name: str) -> list[dict]:
@@ -116,15 +110,15 @@ def rows_of(files: dict[str, bytes], name: str) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- world
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_another_world(files, world):
-    assert demo_files.build_files(SEED) == files
+def test_same_seed_gives_the_same_bytes_and_another_seed_another_world(made, world):
+    assert make.build_files(SEED) == made
     others = {disease.name for disease in build_world(SEED + 1).diseases}
     shared = others & {disease.name for disease in world.diseases}
     assert len(shared) < len(others) / 5
 
 
 def test_no_two_things_share_a_name_stem(world):
-    names = [thing.name for thing in world.diseases] + [thing.name for thing, _ in world.general]
+    names = [thing.name for thing in world.diseases] + [thing.name for thing in world.general]
     names += [name for pool in ("drug", "department", "check", "eat", "avoid") for name in world.pools[pool]]
     stems = [name[:2] for name in names]
     assert len(set(stems)) == len(stems)
@@ -154,8 +148,8 @@ def test_readers_read_every_sound_row(sound, tmp_path):
     assert len(read) == len(load_corpus_settings(CORPUS_FILE).sources)
 
 
-def test_readers_skipped_what_is_planted(files, folder):
-    planted = json.loads(files["manifest.json"])["planted"]
+def test_readers_skipped_what_is_planted(made, folder):
+    planted = made[1]["planted"]
     found = defaultdict(Counter)
     for source, record in records_of(folder):
         if isinstance(record, Skipped):
@@ -204,11 +198,10 @@ def test_no_held_out_question_or_text_is_in_a_training_file(files):
 def test_kept_sentences_and_wordings_are_in_no_training_text(files, sound_records, world):
     # Also not in the sentences that the builder makes of the graphs.
     text = text_below(files, "general/", "raw/") + "\n".join(sound_records["pretraining"])
-    things = [(disease, MEDICAL) for disease in world.diseases] + list(world.general)
-    for thing, relations in things:
-        for relation in relations:
+    for thing in [*world.diseases, *world.general]:
+        for relation in thing.relations:
             assert thing.state_unread(relation) not in text
-            assert not [question for question in relation.unasked if thing.say(question, relation) in text]
+            assert not relation.unasked or thing.say(relation.unasked, relation) not in text
 
 
 def test_general_text_has_no_medicine(files, world):
@@ -321,7 +314,7 @@ def test_chosen_answers_are_right_and_wrong_ones_are_not(files, world):
     for row in rows_of(files, "heldout/preferences.jsonl"):
         name = next(name for name in by_name if name in row["prompt"])
         relation = next(r for r in MEDICAL if row["prompt"] in {by_name[name].say(q, r) for q in r.asked})
-        right = plain_answer(by_name[name], relation)
+        right = by_name[name].answer(relation)
         assert right in row["chosen"]
         assert (right in row["rejected"]) == (row["fault"] == "careless")
 
@@ -348,38 +341,47 @@ def test_configurations_name_files_that_the_world_or_the_builder_makes(files, na
         assert any(file.startswith(source.path) for file in made), source.path
 
 
-def test_making_the_demo_again_changes_nothing(script, files, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_making_the_demo_again_changes_nothing(made, tmp_path, capsys):
+    world, model, built = tmp_path / "demo", tmp_path / "demo-init", tmp_path / "demo/processed/manifest.json"
     for _ in range(2):
-        script.write_data(files)
-        script.write_untrained_model(files, SEED)
-        built = Path("data/demo/processed/manifest.json")
+        make.write_world(*made, world)
+        make.write_untrained_model(made[0], SEED, model)
         built.parent.mkdir(exist_ok=True)
         built.write_text("{}")
     assert capsys.readouterr().out.count("already there") == 2
-    assert dict(script._files_below(Path("data/demo"))) == files
+    found = [path for path in world.rglob("*") if path.is_file() and path not in (built, world / make.WORLD_MARKER)]
+    assert {path.relative_to(world).as_posix(): path.read_bytes() for path in found} == made[0]
     assert built.read_text() == "{}"
+    assert read_manifest(world, make.WORLD_MARKER).items() >= made[1].items()
 
 
-def test_foreign_folder_is_not_overwritten(script, files, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("data/demo").mkdir(parents=True)
-    Path("data/demo/mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match=r"no manifest\.json"):
-        script.write_data(files)
-    assert Path("data/demo/mine.txt").read_text() == "keep"
+def test_another_world_takes_the_place_of_the_first_and_of_what_was_built_from_it(made, tmp_path):
+    files, about = made
+    make.write_world(files, about, tmp_path / "demo")
+    (tmp_path / "demo/processed").mkdir()
+    make.write_world({**files, "facts.jsonl": b""}, {**about, "seed": SEED + 1}, tmp_path / "demo")
+    assert not (tmp_path / "demo/processed").exists()
+    (replaced,) = tmp_path.glob("demo.replaced-*")
+    assert (replaced / "processed").is_dir() and (replaced / "facts.jsonl").read_bytes() == files["facts.jsonl"]
+
+
+def test_foreign_folder_is_not_overwritten(made, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        make.write_world(*made, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
 def test_tokenizer_knows_every_character_and_agrees_with_sentencepiece(tokenizer, files, sound_records):
     import sentencepiece
 
-    made, folder = tokenizer
+    ours, folder = tokenizer
     original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     texts = [text for stage in STAGES for text in sound_records[stage][::5]]
     texts += [row["text"] for row in rows_of(files, "retrieval/corpus.jsonl")]
     texts += files["general/train-general.txt"].decode().splitlines()[:500]
     for text in texts:
-        ids = made(text)["input_ids"]
+        ids = ours(text)["input_ids"]
         assert ids == original.encode(text)
-        assert made.decode(ids) == text
+        assert ours.decode(ids) == text
         assert not any(original.is_byte(number) for number in ids), text
