@@ -212,15 +212,17 @@ def corpus_tables(run: Run) -> Iterator[Table]:
     sources = run.corpus["sources"] if run.corpus else []
     for number, stage in enumerate(STAGES, 1):
         if rows := [_corpus_row(source) for source in sources if source["stage"] == stage]:
-            header = ["dataset", "rows", "skipped", "dropped", "duplicates", "samples", "tokens", "MB",
+            header = ["dataset", "rows", "skipped", "rejected", "duplicates", "samples", "tokens", "MB",
                       "paper: samples", "paper: tokens", "paper: MB"]  # fmt: skip
             yield Table(f"{run.corpus['name']}, {LABELS[stage]} (the paper's Table {number})", header, rows)
 
 
 def _corpus_row(source: dict[str, Any]) -> list[str]:
     _, paper = CORPUS[source["stage"]].get(source["name"], ("", ("", "", "")))
-    aside, dropped, duplicates = (sum(source[key].values()) for key in ("rows_skipped", "dropped", "duplicates"))
-    figures = [source["rows"], aside, dropped, duplicates, source["train"] + source["dev"], source["tokens"]]
+    rejected = source.get("rejected", source.get("dropped"))  # the name in corpora of format 1
+    reasons = (source["rows_skipped"], rejected, source["duplicates"])
+    figures = [source["rows"], *(sum(counts.values()) for counts in reasons)]
+    figures += [source["train"] + source["dev"], source["tokens"]]
     return [source["name"], *(f"{figure:,}" for figure in figures), f"{source['bytes'] / 1e6:,.1f}", *paper]
 
 
