@@ -58,8 +58,7 @@ def _is_first() -> bool:
 def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
     with progress("held-out sets"):
         from qilin_med.evaluate.held_out import evaluate_model
-        from qilin_med.report.document import markdown_table
-        from qilin_med.report.tables import held_out_table
+        from qilin_med.report.tables import held_out_table, markdown_table
 
         results = {
             name: evaluate_model(experiment, folder, result_folder(experiment, name, HELD_OUT))

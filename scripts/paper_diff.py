@@ -7,8 +7,7 @@ import argparse
 
 from qilin_med.config.experiment import STAGES, load_experiment
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.report.document import markdown_table
-from qilin_med.report.tables import difference_table
+from qilin_med.report.tables import difference_table, markdown_table
 
 
 def main() -> None:
@@ -19,7 +18,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     settings = load_experiment(arguments.config, arguments.overrides).model_dump(mode="json")
     table = difference_table(settings, dict.fromkeys(STAGES, arguments.gpus) if arguments.gpus else {})
-    print(markdown_table(table) if table.rows else "no setting differs from the paper's")
+    print(markdown_table(table) if table else "no setting differs from the paper's")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ python scripts/report.py --config configs/demo.json [key.path=value ...]
 from qilin_med.config.experiment import experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.report.cards import write_cards
 from qilin_med.report.collect import collect_run
-from qilin_med.report.document import markdown_table
-from qilin_med.report.pages import write_report
-from qilin_med.report.tables import held_out_table
+from qilin_med.report.pages import write_cards, write_report
+from qilin_med.report.tables import held_out_table, markdown_table
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ ROOMS = ["errors", "records", "console", "config", "artifact", "prompt", "model"
          "evaluate", "check", "report", "chat"]  # fmt: skip
 WITHOUT_TORCH = ["config.experiment", "records", "errors", "console.progress", "artifact", "train.job", "train.operators",
                  "prompt.template", "data.rows", "data.build", "retrieve.index", "retrieve.retriever", "retrieve.recall",
-                 "evaluate.results", "report.pages", "report.cards", "plan.preflight", "plan.tables"]  # fmt: skip
+                 "evaluate.results", "report.pages", "plan.preflight", "plan.tables"]  # fmt: skip
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,13 @@ from huggingface_hub import ModelCard
 
 from qilin_med.artifact import Artifact, fingerprint_model, publish_folder, verify_folder
 from qilin_med.config.experiment import Experiment, load_experiment
-from qilin_med.config.paper import CEVAL, CMEXAM, EXPERIMENT_FILE, HUATUO, STATED, differences
+from qilin_med.config.paper import EXPERIMENT_FILE, SCORES, STATED, differences
 from qilin_med.evaluate.results import model_folders
 from qilin_med.evaluate.results import write_result as publish_result
-from qilin_med.report.cards import write_cards
 from qilin_med.report.collect import Run, collect_run
 from qilin_med.report.curves import BUCKETS, draw_curves, gather, ticks
-from qilin_med.report.document import Table, markdown_table
-from qilin_med.report.pages import write_report
-from qilin_med.report.samples import draw_questions
-from qilin_med.report.summary import describe_held_out, describe_result
-from qilin_med.report.tables import corpus_tables, paper_tables
+from qilin_med.report.pages import write_cards, write_report
+from qilin_med.report.tables import describe_held_out, describe_result, draw_questions, markdown_table, paper_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -92,6 +89,12 @@ def run(tmp_path) -> Run:
     return collect_run(experiment)
 
 
+def rows_of(page: Path) -> list[list[str]]:
+    """Cells of all tables of the report."""
+    lines = page.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+
+
 def publish(experiment: Experiment, stage: str) -> str:
     """A merged folder with what a stage says of itself; returns its fingerprint."""
     folder = model_folders(experiment)[stage]
@@ -99,14 +102,16 @@ def publish(experiment: Experiment, stage: str) -> str:
     temporary.mkdir(parents=True)
     (temporary / "model.safetensors").write_bytes(stage.encode())
     read = {"records": 1200, "used": 1195}
+    # The words of an earlier version are still read.
+    skipped, steps = ("skipped", "optimizer_steps") if stage == "sft" else ("set_aside", "updates")
     counts = {
-        **read, "skipped": {HOSTILE: 5}, "rows": 300, "tokens": 9000, "trained_tokens": 8000,
-        "files": [{**read, "path": "a.jsonl", "skipped": 5, "sha256": "ab" * 32}],
+        **read, skipped: {HOSTILE: 5}, "rows": 300, "tokens": 9000, "trained_tokens": 8000,
+        "files": [{**read, "path": "a.jsonl", skipped: 5, "sha256": "ab" * 32}],
     }  # fmt: skip
     manifest = {
         "experiment": experiment.model_dump(mode="json"), "parent": {"folder": "base", "fingerprint": "f" * 64},
-        "data": {"fingerprint": "d" * 64, "counts": counts}, "ranks": 2, "updates": 10, "created": "2026-11-22 10:00:00 +0000",
-        "versions": {"torch": "2"}, "commit": "c" * 40,
+        "data": {"fingerprint": "d" * 64, "counts": counts}, "ranks": 2, steps: 10, "versions": {"torch": "2"},
+        "created": "2026-11-22 10:00:00 +0000", "commit": "c" * 40,
     }  # fmt: skip
     metrics = [{"step": n, "loss": 1 / n, "learning_rate": 1e-4, "tokens": 100, "seconds": 0.5} for n in range(1, 11)]
     (folder.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
@@ -138,19 +143,22 @@ def test_sentences_say_what_changed_by_how_much_and_how_sure(run):
 
 
 def test_our_rows_stand_below_the_published_ones_and_may_be_empty(run):
-    ceval, cmexam, huatuo = paper_tables(run)
-    assert [len(t.rows) - t.ours for t in (ceval, cmexam, huatuo)] == [len(t.rows) for t in (CEVAL, CMEXAM, HUATUO)]
-    assert ceval.rows[6][:5] == ["Qilin-Med SFT", "40.1", "48.5", "55.5", "43.4"]
-    assert cmexam.rows[13][:7] == ["Qilin-Med RAG", "42.8", "", "", "", "", ""]
-    ours = {tuple(row[:2]): row for row in ceval.rows[-ceval.ours :]}
-    row = ours["ours: SFT", "25.0 [20.0, 30.0]"]
-    assert row[2:5] == ["", "50.0 [45.0, 55.0]", ""] and row[5].startswith(
-        "ceval (ceval_letters); 432 questions; 5 examples; chat"
-    )
-    told = [row for row in cmexam.rows[-cmexam.ours :] if "told" in row[-1]]
-    assert [row[1:7] for row in told] == [["", *["1.50"] * 5]] * 2
-    assert "characters" in told[0][-1] and "jieba words" in told[1][-1]
-    assert all(row[1:] == [*[""] * 5, "not run"] for row in huatuo.rows[-huatuo.ours :]) and huatuo.ours == 4
+    tables = dict(zip(SCORES, (rows for _, rows in paper_tables(run)), strict=True))
+    published = {task: [row for row in rows if row["protocol"] == "published"] for task, rows in tables.items()}
+    assert published == {task: [{**row, "protocol": "published"} for row in SCORES[task].rows()] for task in SCORES}
+    ours = {task: rows[len(published[task]) :] for task, rows in tables.items()}
+    assert list(published["ceval"][6].values())[:5] == ["Qilin-Med SFT", "40.1", "48.5", "55.5", "43.4"]
+    assert list(published["cmexam"][13].values())[:7] == ["Qilin-Med RAG", "42.8", "", "", "", "", ""]
+    [row] = [row for row in ours["ceval"] if row.get("average") == "25.0 [20.0, 30.0]"]
+    assert row["model"] == "ours: SFT" and row["physician"] == "50.0 [45.0, 55.0]"
+    assert not row["clinical medicine"] and not row["basic medicine"]
+    assert row["protocol"].startswith("ceval (ceval_letters); 432 questions; 5 examples; chat")
+    told = [row for row in ours["cmexam"] if "told" in row["protocol"]]
+    assert [[row[c] for c in SCORES["huatuo"].columns] for row in told] == [["1.50"] * 5] * 2
+    assert not any(row.get("accuracy") for row in told)
+    assert "characters" in told[0]["protocol"] and "jieba words" in told[1]["protocol"]
+    names = [f"ours: {name}" for name in ("base", "CPT", "SFT", "DPO")]
+    assert ours["huatuo"] == [{"model": name, "protocol": "not run"} for name in names]
 
 
 def test_paper_settings_are_those_of_the_papers_experiment_file():
@@ -176,21 +184,27 @@ def test_paper_settings_are_those_of_the_papers_experiment_file():
 
 def test_a_corpus_is_set_beside_the_papers_tables(run):
     source = {
-        "stage": "pretraining", "name": "CMExam", "rows": 70000, "rows_skipped": {"x": 3}, "rejected": {},
+        "stage": "pretraining", "name": "CMExam", "rows": 70000, "rows_skipped": {"x": 3}, "dropped": {},
         "duplicates": {}, "train": 60000, "dev": 1000, "tokens": 5, "bytes": 2_500_000,
     }  # fmt: skip
-    corpus = {"name": "ChiMed", "sources": [source]}
-    [table] = corpus_tables(Run(**{**vars(run), "corpus": corpus}))
-    assert table.rows == [["CMExam", "70,000", "3", "0", "0", "61,000", "5", "2.5", "61K", "23M", "49.3"]]
+    rows = rows_of(write_report(replace(run, corpus={"name": "ChiMed", "sources": [source]}), "c.json", []))
+    assert ["CMExam", "70,000", "3", "0", "0", "61,000", "5", "2.5", "61K", "23M", "49.3"] in rows
+
+
+def test_the_report_says_what_each_stage_read(run):
+    rows = rows_of(write_report(run, "c.json", []))
+    for stage in ("CPT", "SFT"):
+        assert [stage, "1,200", "1,195", "5", "300", "9,000", "8,000", "0", "0", "10", "2"] in rows
+        assert [stage, "a.jsonl", "1,200", "1,195", "5", "abababababab"] in rows
 
 
 def test_curves_keep_every_value_within_their_bounds():
     rows = [{"step": n, "loss": float(n % 2)} for n in range(1, 1001)]
     line = gather(rows, lambda row: row["loss"])
     assert len(line) <= BUCKETS and math.isclose(line[0][1], 5 / 9) and line[0][2:] == (0.0, 1.0)
-    assert [figure.title for figure in draw_curves(rows)] == ["Loss, nats a token"]
+    assert [title for title, _, _ in draw_curves(rows)] == ["Loss, nats per token"]
     assert ticks(0, 9.3) == [0, 2, 4, 6, 8] and ticks(-8, 0) == [-8, -6, -4, -2, 0]
-    assert draw_curves([{"step": 1, "loss": math.nan}]) == []
+    assert list(draw_curves([{"step": 1, "loss": math.nan}])) == []
 
 
 def test_questions_are_drawn_by_their_ids_alone():
@@ -201,20 +215,23 @@ def test_questions_are_drawn_by_their_ids_alone():
 
 
 def test_a_result_of_an_older_model_is_named(run):
-    assert run.outdated() == []
+    assert run.outdated == []
     run.manifests["sft"]["fingerprint"] = "0" * 64
-    assert run.outdated() == ["sft ceval", "sft exam", "sft exam_retrieval", "sft told"]
+    assert run.outdated == ["sft ceval", "sft exam", "sft exam_retrieval", "sft told"]
 
 
 # --------------------------------------------------------------------------------------------------------- pages
 
 
 def test_text_from_data_stays_text(run):
-    page = write_report(run, "c.json", [])
+    run.results[0].contents["by_facet"] = {HOSTILE: {"## b": {**measure(0.5), "questions": 7}}}
+    page = write_report(run, "c.json", ["name=```"])
     html, markdown = page.read_text(encoding="utf-8"), page.with_suffix(".md").read_text(encoding="utf-8")
-    assert "<script" not in html and "&lt;script&gt;alert(&#34;1&#34;)" in html
-    assert "<script" not in markdown and "\n# 甲" not in markdown
-    assert markdown_table(Table("", ["a"], [["x|y\nz<b>"]])).splitlines()[2] == "| x\\|y<br>z&lt;b> |"
+    assert "<script" not in html and "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;|`*_[x](y)<br># 甲" in html
+    assert "<script" not in markdown and "\n# 甲" not in markdown and html.count("<h2") == 8
+    assert html.count("<a ") == html.count("<h2")  # those of the contents
+    row = markdown_table([{"a": "x|y\nz<b>", "n": 1234}]).splitlines()[2]
+    assert row == "| x\\|y<br>z&lt;b> | 1,234 |"
 
 
 def test_cards_leave_seal_and_fingerprint_alone(run):

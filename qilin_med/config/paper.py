@@ -1,9 +1,8 @@
 """What the paper (arXiv:2310.09089) states and prints: its tables and its training settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qilin_med.config.experiment import STAGES, StageName, flatten, load_experiment
 
@@ -44,69 +43,66 @@ CORPUS: dict[StageName, dict[str, tuple[str, Figures]]] = {
 }
 
 
-@dataclass(frozen=True)
-class PublishedTable:
-    """Figures as printed, "" where none is."""
+class PublishedTable(NamedTuple):
+    """Scores as printed."""
 
     number: int
     title: str
     columns: tuple[str, ...]
-    rows: dict[str, str]
-    """Figures of a model, separated by blanks, "-" for none."""
+    printed: dict[str, str]
+    """Figures of a model by column, "-" where none is printed."""
 
-    def figures(self) -> dict[str, list[str]]:
-        return {model: ["" if f == "-" else f for f in printed.split()] for model, printed in self.rows.items()}
+    def rows(self) -> list[dict[str, str]]:
+        """A missing figure is ""."""
+        return [
+            {"model": model, **dict(zip(self.columns, figures.replace("-", "").split(" "), strict=True))}
+            for model, figures in self.printed.items()
+        ]
 
 
-TEXT_SCORES = ("BLEU-1", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L")
-CEVAL = PublishedTable(
-    4,
-    "C-Eval, 5 examples",
-    ("average", "clinical medicine", "physician", "basic medicine"),
-    {
-        "ChatGLM-6B": "38.0 34.0 35.0 36.6",
-        "Chinese-llama2-7B": "36.7 40.0 36.6 37.7",
-        "Chinese-alpaca2-7B": "37.1 31.5 38.8 36.6",
-        "Baichuan-7B": "42.8 43.0 46.7 45.1",
-        "Zhongjing-LLaMA-7B": "34.3 33.0 32.9 33.1",
-        "Qilin-Med CPT": "36.2 41.0 44.9 34.3",
-        "Qilin-Med SFT": "40.1 48.5 55.5 43.4",
-    },
-)
-CMEXAM = PublishedTable(
-    5,
-    "CMExam: answers and explanations",
-    ("accuracy", *TEXT_SCORES),
-    {
-        "ChatGLM-6B": "26.3 16.51 5.00 35.18 15.73 17.09",
-        "Llama-7B": "0.4 11.99 5.70 27.33 11.88 10.78",
-        "Vicuna-7B": "5.0 20.15 9.26 38.43 16.90 16.33",
-        "Alpaca-7B": "8.5 4.75 2.50 22.52 9.54 8.40",
-        "Baichuan-7B": "33.5 2.70 0.14 11.88 0.71 3.39",
-        "Huatuo": "12.9 0.21 0.12 25.11 11.56 9.73",
-        "DoctorGLM": "- 9.43 2.65 21.11 6.86 9.99",
-        "Zhongjing-LLaMA": "22.0 13.01 0.39 16.23 1.01 5.31",
-        "LLaMA-CMExam": "18.3 29.25 16.46 45.88 26.57 23.31",
-        "Alpaca-CMExam": "21.1 29.57 16.40 45.48 25.53 22.97",
-        "Vicuna-CMExam": "27.3 29.82 17.30 44.98 26.25 22.44",
-        "Qilin-Med CPT": "38.4 13.98 4.43 23.51 8.68 7.41",
-        "Qilin-Med SFT": "40.0 40.31 25.05 53.56 36.39 34.17",
-        "Qilin-Med RAG": "42.8 - - - - -",
-    },
-)
-HUATUO = PublishedTable(
-    6,
-    "Huatuo-26M",
-    TEXT_SCORES,
-    {
-        "T5": "0.33 0.07 0.67 0.19 0.63",
-        "GPT2": "10.04 1.62 14.26 3.42 12.07",
-        "Baichuan-7B": "10.43 1.16 18.68 3.68 7.19",
-        "Qilin-Med CPT": "10.63 0.98 19.97 3.33 4.94",
-        "Qilin-Med SFT": "12.69 2.07 24.21 6.34 11.56",
-        "Qilin-Med DPO": "16.66 2.64 27.44 6.88 9.36",
-    },
-)
+_TEXT_SCORES = ("BLEU-1", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L")
+# Tables 4 to 6 by how the names of our tasks begin.
+SCORES = {
+    "ceval": PublishedTable(
+        4, "C-Eval, 5 examples", ("average", "clinical medicine", "physician", "basic medicine"), {
+            "ChatGLM-6B": "38.0 34.0 35.0 36.6",
+            "Chinese-llama2-7B": "36.7 40.0 36.6 37.7",
+            "Chinese-alpaca2-7B": "37.1 31.5 38.8 36.6",
+            "Baichuan-7B": "42.8 43.0 46.7 45.1",
+            "Zhongjing-LLaMA-7B": "34.3 33.0 32.9 33.1",
+            "Qilin-Med CPT": "36.2 41.0 44.9 34.3",
+            "Qilin-Med SFT": "40.1 48.5 55.5 43.4",
+        },
+    ),
+    "cmexam": PublishedTable(
+        5, "CMExam: answers and explanations", ("accuracy", *_TEXT_SCORES), {
+            "ChatGLM-6B": "26.3 16.51 5.00 35.18 15.73 17.09",
+            "Llama-7B": "0.4 11.99 5.70 27.33 11.88 10.78",
+            "Vicuna-7B": "5.0 20.15 9.26 38.43 16.90 16.33",
+            "Alpaca-7B": "8.5 4.75 2.50 22.52 9.54 8.40",
+            "Baichuan-7B": "33.5 2.70 0.14 11.88 0.71 3.39",
+            "Huatuo": "12.9 0.21 0.12 25.11 11.56 9.73",
+            "DoctorGLM": "- 9.43 2.65 21.11 6.86 9.99",
+            "Zhongjing-LLaMA": "22.0 13.01 0.39 16.23 1.01 5.31",
+            "LLaMA-CMExam": "18.3 29.25 16.46 45.88 26.57 23.31",
+            "Alpaca-CMExam": "21.1 29.57 16.40 45.48 25.53 22.97",
+            "Vicuna-CMExam": "27.3 29.82 17.30 44.98 26.25 22.44",
+            "Qilin-Med CPT": "38.4 13.98 4.43 23.51 8.68 7.41",
+            "Qilin-Med SFT": "40.0 40.31 25.05 53.56 36.39 34.17",
+            "Qilin-Med RAG": "42.8 - - - - -",
+        },
+    ),
+    "huatuo": PublishedTable(
+        6, "Huatuo-26M", _TEXT_SCORES, {
+            "T5": "0.33 0.07 0.67 0.19 0.63",
+            "GPT2": "10.04 1.62 14.26 3.42 12.07",
+            "Baichuan-7B": "10.43 1.16 18.68 3.68 7.19",
+            "Qilin-Med CPT": "10.63 0.98 19.97 3.33 4.94",
+            "Qilin-Med SFT": "12.69 2.07 24.21 6.34 11.56",
+            "Qilin-Med DPO": "16.66 2.64 27.44 6.88 9.36",
+        },
+    ),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -140,18 +136,16 @@ STATED: dict[str, Any] = {
 """Settings by key of the experiment file. `parent` null: each stage starts from the one before it. A global batch is the
 paper's batch per GPU times its GPUs: 8 A100s for the first two stages, 4 RTX 3090s for DPO."""
 
-# What a run is called, reads and writes, how it is watched and how memory is spared says nothing of its method; how an
-# update is divided among GPUs and laid out in memory neither, as long as it holds the same number of samples.
+# What a run is called, reads and writes, how it is watched and how memory is spared are no part of the method; nor is how
+# an optimizer step is divided among GPUs and laid out in memory, as long as it has the same number of samples.
 _NOT_COMPARED = {
     "name", "output_dir", "evaluation", "data", "processes", "threads_per_process", "activation_checkpointing",
     "checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "report_to", "fused_kernels", "attention", "corpus",
     "index", "decontamination", "exam_sources", "dense", "batch_size_per_device", "packing",
 }  # fmt: skip
 
-Difference = tuple[str, Any, Any, bool]
 
-
-def differences(settings: dict[str, Any], ranks: Mapping[str, int] | None = None) -> list[Difference]:
+def differences(settings: dict[str, Any], ranks: Mapping[str, int] | None = None) -> list[tuple[str, Any, Any, bool]]:
     """(key, the paper's value, ours, whether the paper states it) of every setting that differs.
 
     `settings` is a whole experiment as a dictionary, `ranks` the number that trains each stage (default:
@@ -161,27 +155,21 @@ def differences(settings: dict[str, Any], ranks: Mapping[str, int] | None = None
     whole = _comparable(load_experiment(EXPERIMENT_FILE).model_dump(mode="json"), {}) | STATED
     ours = _comparable(settings, ranks or {})
     left_out = [stage for stage in STAGES if not settings[stage]]
+    found = [(stage, "trained", "left out", True) for stage in left_out]
     if not settings["retrieval"]["corpus"]:
         left_out.append("retrieval")
-    compared = [key for key in dict.fromkeys([*whole, *ours]) if key.split(".")[0] not in left_out]
-    return [
-        *((stage, "trained", "left out", True) for stage in STAGES if stage in left_out),
-        *((key, whole.get(key), ours.get(key), key in STATED) for key in compared if whole.get(key) != ours.get(key)),
-    ]
+    for key in dict.fromkeys([*whole, *ours]):
+        if key.split(".")[0] not in left_out and whole.get(key) != ours.get(key):
+            found.append((key, whole.get(key), ours.get(key), key in STATED))
+    return found
 
 
 def _comparable(settings: dict[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     flat = {key: value for key, value in flatten(settings).items() if not _NOT_COMPARED & set(key.split("."))}
     for stage in filter(settings.get, STAGES):
-        flat[f"{stage}.global_batch_size"] = _global_batch_size(settings, stage, ranks.get(stage))
-    is_same_base = Path(flat["model.path"]).name.lower() == BASE_MODEL
-    return flat | {"model.path": BASE_MODEL} if is_same_base else flat
-
-
-def _global_batch_size(settings: dict[str, Any], stage: StageName, ranks: int | None) -> int | str:
-    """Of an update; in words where the number of GPUs is not known."""
-    section, ranks = settings[stage], ranks or settings["launch"]["processes"]
-    if section["global_batch_size"]:
-        return section["global_batch_size"]
-    each = section["batch_size_per_device"]
-    return f"{each} x GPUs" if ranks == "auto" else each * ranks
+        batch, processes = settings[stage]["batch_size_per_device"], ranks.get(stage) or settings["launch"]["processes"]
+        together = f"{batch} x GPUs" if processes == "auto" else batch * processes
+        flat[f"{stage}.global_batch_size"] = settings[stage]["global_batch_size"] or together
+    if Path(flat["model.path"]).name.lower() == BASE_MODEL:
+        flat["model.path"] = BASE_MODEL
+    return flat

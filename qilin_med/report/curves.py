@@ -1,97 +1,86 @@
 """Training curves from metrics.jsonl, drawn as SVG that takes its colours from the page."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
 
-from qilin_med.report.document import Figure
+from markupsafe import Markup
 
 Row = dict[str, Any]
 Line = list[tuple[float, float, float, float]]
-"""(step, mean, lowest, highest) of a few neighbouring updates."""
+"""(step, mean, lowest, highest) of a few neighbouring optimizer steps."""
 
 BUCKETS = 120
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 10, 8, 34
-
-PANELS: list[tuple[str, str, dict[str, Callable[[Row], float | None]]]] = [
-    ("Loss", "nats a token", {"": lambda row: None if "rewards/margin" in row else row.get("loss")}),
-    ("Loss", "nats a pair", {"": lambda row: row.get("loss") if "rewards/margin" in row else None}),
-    ("Learning rate", "", {"": lambda row: row.get("learning_rate")}),
-    ("Throughput", "tokens a second", {"": lambda row: row["tokens"] / row["seconds"] if row.get("seconds") else None}),
-    (
-        "Rewards",
-        "",
-        {"chosen": lambda row: row.get("rewards/chosen"), "rejected": lambda row: row.get("rewards/rejected")},
-    ),
-    ("Reward margin", "chosen minus rejected", {"": lambda row: row.get("rewards/margin")}),
-    ("Reward accuracy", "share of pairs", {"": lambda row: row.get("rewards/accuracy")}),
-]
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 350, 8, 176
+PANELS: dict[str, dict[str, Callable[[Row], float | None]]] = {
+    "Loss, nats per token": {"": lambda row: None if "rewards/margin" in row else row.get("loss")},
+    "Loss, nats per pair": {"": lambda row: row.get("loss") if "rewards/margin" in row else None},
+    "Learning rate": {"": lambda row: row.get("learning_rate")},
+    "Throughput, tokens per second": {"": lambda row: row["tokens"] / row["seconds"] if row.get("seconds") else None},
+    "Rewards": {
+        "chosen": lambda row: row.get("rewards/chosen"),
+        "rejected": lambda row: row.get("rewards/rejected"),
+    },
+    "Reward margin, chosen minus rejected": {"": lambda row: row.get("rewards/margin")},
+    "Reward accuracy, share of pairs": {"": lambda row: row.get("rewards/accuracy")},
+}
 
 
-def draw_curves(rows: list[Row]) -> list[Figure]:
-    """A figure for each thing that a stage logged."""
-    figures = []
-    for title, unit, read in PANELS:
-        lines = {name: line for name, value in read.items() if (line := gather(rows, value))}
+def draw_curves(rows: list[Row]) -> Iterator[tuple[str, Markup, str]]:
+    """(title, SVG, the picture in words) for each thing that a stage logged."""
+    for title, read in PANELS.items():
+        words, lines = [], {name: line for name, value in read.items() if (line := gather(rows, value))}
+        for name, line in lines.items():
+            _, means, lows, highs = zip(*line, strict=True)
+            bounds = f"(lowest {min(lows):.4g}, highest {max(highs):.4g})"
+            words.append(f"{name} from {means[0]:.4g} to {means[-1]:.4g} {bounds}".strip())
         if lines:
-            named = f"{title}, {unit}" if unit else title
-            said = "; ".join(" ".join(filter(None, (name, _describe(line)))) for name, line in lines.items())
-            figures.append(Figure(named, draw(lines, named), said))
-    return figures
+            yield title, _draw(title, lines), "; ".join(words)
 
 
 def gather(rows: list[Row], value: Callable[[Row], float | None]) -> Line:
-    """At most BUCKETS points, each of neighbouring updates alike many."""
+    """At most BUCKETS points, each of the same number of neighbouring steps."""
     pairs = [(row["step"], float(v)) for row in rows if (v := value(row)) is not None and math.isfinite(v)]
-    size = math.ceil(len(pairs) / BUCKETS)
-    buckets = [pairs[start : start + size] for start in range(0, len(pairs), size or 1)]
-    return [_point([step for step, _ in b], [v for _, v in b]) for b in buckets]
+    size, line = math.ceil(len(pairs) / BUCKETS) or 1, []
+    for start in range(0, len(pairs), size):
+        steps, values = zip(*pairs[start : start + size], strict=True)
+        line.append((sum(steps) / len(steps), sum(values) / len(values), min(values), max(values)))
+    return line
 
 
-def _point(steps: list[int], values: list[float]) -> tuple[float, float, float, float]:
-    return sum(steps) / len(steps), sum(values) / len(values), min(values), max(values)
+def _draw(title: str, lines: dict[str, Line]) -> Markup:
+    """A line of means for each name, over a band from the lowest to the highest step."""
+    steps, _, lows, highs = zip(*(point for line in lines.values() for point in line), strict=True)
+    # From 0 where all values are positive, so that changes look as large as they are.
+    first, last, low, high = min(steps), max(steps), min(0.0, *lows), max(0.0, *highs)
 
+    def x(step: float) -> float:
+        return LEFT + (step - first) / (last - first or 1) * (RIGHT - LEFT)
 
-def _describe(line: Line) -> str:
-    first, last = line[0][1], line[-1][1]
-    lowest, highest = min(point[2] for point in line), max(point[3] for point in line)
-    return f"from {first:.4g} to {last:.4g} (lowest {lowest:.4g}, highest {highest:.4g})"
+    def y(value: float) -> float:
+        return BOTTOM - (value - low) / (high - low or 1) * (BOTTOM - TOP)
 
+    def corners(points: list[tuple[float, float]]) -> str:
+        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
 
-def draw(lines: dict[str, Line], title: str) -> str:
-    """One panel: a line of means for each name, over a band from the lowest to the highest update."""
-    ends = [line[0][0] for line in lines.values()] + [line[-1][0] for line in lines.values()]
-    values = [value for line in lines.values() for point in line for value in point[1:]]
-    x, y = _scale(min(ends), max(ends), LEFT, WIDTH - RIGHT), _scale(*_limits(values), HEIGHT - BOTTOM, TOP)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in ticks(*_limits(values)):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
+    parts = []
+    for tick in ticks(low, high if high > low else 1.0):
+        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{RIGHT}"/>')
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{y(tick) + 4:.1f}">{_label(tick)}</text>')
-    for tick in (tick for tick in ticks(min(ends), max(ends)) if tick >= min(ends)):
-        parts.append(f'<text class="middle" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 15}">{_label(tick)}</text>')
-    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}">update</text>')
+    for tick in ticks(first, last):
+        parts.append(f'<text class="middle" x="{x(tick):.1f}" y="{BOTTOM + 15}">{_label(tick)}</text>')
+    parts.append(f'<text class="end" x="{RIGHT}" y="{HEIGHT - 3}">optimizer step</text>')
     for number, (name, line) in enumerate(lines.items()):
-        up = " ".join(f"{x(step):.1f},{y(high):.1f}" for step, _, _, high in line)
-        down = " ".join(f"{x(step):.1f},{y(low):.1f}" for step, _, low, _ in reversed(line))
-        means = " ".join(f"{x(step):.1f},{y(mean):.1f}" for step, mean, _, _ in line)
-        parts.append(f'<polygon class="band line{number}" points="{up} {down}"/>')
-        parts.append(f'<polyline class="line{number}" points="{means}"/>')
+        band = [(step, high) for step, _, _, high in line] + [(step, low) for step, _, low, _ in reversed(line)]
+        parts.append(f'<polygon class="band line{number}" points="{corners(band)}"/>')
+        parts.append(f'<polyline class="line{number}" points="{corners([point[:2] for point in line])}"/>')
         if name:
             place = LEFT + 4 + 70 * number
             parts.append(f'<path class="line{number}" d="M{place} {HEIGHT - 7}h14"/>')
             parts.append(f'<text x="{place + 18}" y="{HEIGHT - 3}">{escape(name)}</text>')
-    return "".join([*parts, "</svg>"])
-
-
-def _limits(values: list[float]) -> tuple[float, float]:
-    """Of an axis: from 0 where all values are positive, so that changes look as large as they are."""
-    low, high = min([0.0, *values]), max([0.0, *values])
-    return (low, high) if high > low else (0.0, 1.0)
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
+    frame = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+    return Markup("".join([frame, *parts, "</svg>"]))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

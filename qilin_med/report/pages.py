@@ -1,138 +1,150 @@
-"""report.html and report.md of a run: one document, written twice."""
+"""report.md, report.html and the model cards, each a template filled with a run."""
 
 import json
 import re
+import shlex
 import time
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from qilin_med.artifact import differences as changes_between
+from qilin_med.config.experiment import STAGES, StageName
+from qilin_med.config.paper import BASE_MODEL, CORPUS, HUB_BASE_MODEL
+from qilin_med.evaluate.results import HELD_OUT
+from qilin_med.report import tables
 from qilin_med.report.collect import LABELS, Run
 from qilin_med.report.curves import draw_curves
-from qilin_med.report.document import Block, Code, Document, Figures, Fold, Heading, Section, Text, to_markdown
-from qilin_med.report.samples import sample_blocks
-from qilin_med.report.summary import summarise
-from qilin_med.report.tables import (
-    answer_table,
-    comparability,
-    comparison_table,
-    corpus_tables,
-    data_table,
-    difference_table,
-    facet_tables,
-    file_table,
-    held_out_table,
-    metric_table,
-    model_table,
-    paper_tables,
-    skipped_table,
-    version_table,
-)
 
-_TOGETHER = re.compile(r"\[-?[\d.,]+, -?[\d.,]+\]|\bp [=<] \d\S*|\d ± \d")
+MARK = "<!-- Written by scripts/report.py. Without this line it will not be written again. -->"
+_TASK_TYPES = {"average": "multiple-choice", "accuracy": "multiple-choice", "rougeL_char": "text-generation"}
 _SCRIPTS = {"pretraining": "run_pt.sh", "sft": "run_sft.sh", "dpo": "run_dpo.sh"}
+_UNBROKEN = re.compile(r"\[-?[\d.,]+, -?[\d.,]+\]|\bp (=|<|&lt;) \d\S*|\d ± \d")  # an interval or a p-value
+_LONG = 44  # characters of a cell from which on it breaks into lines
+
+
+def _fence(text: str) -> Markup:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}\n{text}\n{fence}")
+
+
+# Every value is escaped for Markdown where a template prints it, unless it is Markup.
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=tables.escape, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+ENVIRONMENT.filters["fenced"] = _fence
+ENVIRONMENT.globals |= {
+    "tables": tables, "table": tables.markdown_table, "header": tables.header, "row": tables.row, "labels": LABELS,
+}  # fmt: skip
+
+
+def _fill(template: str, **contents: Any) -> str:
+    text = ENVIRONMENT.get_template(template).render(contents)
+    return tables.align_tables(re.sub(r"\n{3,}", "\n\n", text)).strip() + "\n"
 
 
 def write_report(run: Run, config: str, overrides: list[str]) -> Path:
     """Write report.html and report.md into the run folder; returns the first. Config and overrides go into commands."""
-    document = compose(run, config, overrides)
-    (run.folder / "report.md").write_text(to_markdown(document), encoding="utf-8")
-    path = run.folder / "report.html"
-    path.write_text(_template().render(document=document), encoding="utf-8")
+    settings, in_file, base = run.settings, run.experiment.model_dump(mode="json"), run.models["base"]
+    # As the first stage found it, else as it was measured.
+    prints = [m["parent"]["fingerprint"] for m in run.manifests.values() if m["parent"]["folder"] == str(base)]
+    prints += [result.contents["model"]["fingerprint"] for result in run.results if result.model == "base"]
+    contents = {
+        "run": run, "now": time.strftime("%Y-%m-%d %H:%M %z"), "summary": tables.summarise(run), "stages": STAGES,
+        "is_papers_base": base.name.lower() == BASE_MODEL, "base_fingerprint": prints[0] if prints else "",
+        "draw_curves": draw_curves, "published": CORPUS, "commands": _commands(run, config, overrides),
+        "skipped": [
+            {"stage": LABELS[stage], "reason": reason, "records": number}
+            for stage, manifest in run.manifests.items()
+            for reason, number in manifest["data"]["counts"]["skipped"].items()
+        ],
+        "differences": tables.difference_table(settings, run.ranks),
+        "changed_since": changes_between({s: settings[s] for s in run.manifests}, {s: in_file[s] for s in run.manifests}),
+        "settings": json.dumps(settings, ensure_ascii=False, indent=2),
+    }  # fmt: skip
+    path = Path(run.experiment.output_dir) / "report.html"
+    path.with_suffix(".md").write_text(_fill("report.md.jinja", **contents, with_pictures=False), encoding="utf-8")
+    page = _to_html(_fill("report.md.jinja", **contents, with_pictures=True), run.experiment.name)
+    path.write_text(page, encoding="utf-8")
     return path
 
 
-@cache
-def _template():
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["svg"] = Markup  # drawn by us, its text escaped there
-    environment.filters["unbroken"] = keep_together
-    return environment.get_template("report.html.jinja")
+def _commands(run: Run, config: str, overrides: list[str]) -> str:
+    extra = "".join(f" {shlex.quote(override)}" for override in overrides)
+    lines = [f"CONFIG={config} bash {_SCRIPTS[stage]}{extra}" for stage in run.manifests]
+    has_retrieval = any(result.set != result.name for result in run.results)
+    scripts = ["evaluate", *(["build_index", "evaluate --retrieval"] if has_retrieval else []), "report"]
+    for script, *flags in map(str.split, scripts):
+        lines.append(" ".join([f".venv/bin/python scripts/{script}.py --config {config}", *flags]) + extra)
+    return "\n".join(lines)
 
 
-def keep_together(text: str) -> str:
-    """No line ends inside an interval or a p-value."""
-    return _TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), text)
+def _to_html(markdown: str, title: str) -> str:
+    parser = MarkdownIt("commonmark").enable("table")
+    parser.add_render_rule("table_open", lambda *_: '<div class="scroll" tabindex="0"><table>\n')
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    unbroken = _UNBROKEN.sub(lambda match: match[0].replace(" ", "\u00a0"), markdown)
+    tokens, sections = parser.parse(unbroken), {}
+    for before, opening, inline in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        words = inline.content
+        if (opening.type, opening.tag) == ("heading_open", "h2"):
+            sections[anchor := words.lower().replace(" ", "-")] = words
+            opening.attrSet("id", anchor)
+        elif opening.type == "td_open" and words.startswith("ours: "):
+            before.attrSet("class", "ours")
+        elif opening.type == "td_open" and (words in ("✓ right", "✗ wrong") or len(words) > _LONG):
+            opening.attrSet("class", words[2:] if len(words) <= _LONG else "long")
+    body = Markup(parser.renderer.render(tokens, parser.options, {}))
+    return ENVIRONMENT.get_template("page.html.jinja").render(title=title, sections=sections, body=body)
 
 
-def compose(run: Run, config: str, overrides: list[str]) -> Document:
-    written = time.strftime("%Y-%m-%d %H:%M %z")
-    lead = [
-        f"Written {written} from the files of {run.folder}. For research; the models are not for patient care.",
-    ]
-    sections = [
-        Section("Summary", [*_scores(run), *summarise(run)]),
-        Section("Results in full", _results(run)),
-        Section("Beside the paper", [Text(comparability(run)), *paper_tables(run)]),
-        Section("Training curves", _curves(run)),
-        Section("Sample answers", sample_blocks(run)),
-        Section("Data", _data(run)),
-        Section("Settings", _settings(run)),
-        Section("To do it again", _commands(run, config, overrides)),
-    ]
-    return Document(run.experiment.name, lead, [section for section in sections if section.blocks])
+# --------------------------------------------------------------------------------------------------- model cards
 
 
-def _scores(run: Run) -> list[Block]:
-    answers = [answer_table(run)] if run.results else []
-    return [*answers, *([held_out_table(run.held_out)] if run.held_out else [])]
+def write_cards(run: Run) -> Iterator[str]:
+    """Write README.md, a card in the Hub's format, of every finished stage; yields a line about each.
+
+    A card is written after its folder was committed, and is not among the files of the commit: it may change with new
+    results while the model, its fingerprint and its verification stay as they are. One that a person wrote is kept.
+    """
+    for stage in run.manifests:
+        path = run.models[stage] / "README.md"
+        if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+            yield f"{path}: kept, since it is not this script's"
+            continue
+        path.write_text(str(_model_card(run, stage)) + "\n", encoding="utf-8")
+        yield f"model card: {path}"
 
 
-def _results(run: Run) -> list[Block]:
-    blocks: list[Block] = []
-    for name in run.sets():
-        results = [result for result in run.results if result.set == name]
-        blocks.append(Fold(f"{name}: all metrics, and by facet", [metric_table(results), *facet_tables(results)]))
-    if run.comparisons:
-        blocks.append(Fold("Paired tests", [comparison_table(run)]))
-    return blocks
-
-
-def _curves(run: Run) -> list[Block]:
-    blocks: list[Block] = []
-    for stage, rows in run.metrics.items():
-        blocks += [Heading(LABELS[stage]), Figures(draw_curves(rows))]
-    if blocks:
-        blocks.append(
-            Text("Lines are means of neighbouring updates, bands reach from the lowest to the highest of them.")
-        )
-    return blocks
-
-
-def _data(run: Run) -> list[Block]:
-    blocks: list[Block] = []
-    if run.manifests:
-        blocks.append(data_table(run))
-        if (aside := skipped_table(run)).rows:
-            blocks.append(aside)
-        blocks.append(Fold("Files", [file_table(run)]))
-    return [*blocks, *corpus_tables(run)]
-
-
-def _settings(run: Run) -> list[Block]:
-    settings = run.settings()
-    table = difference_table(settings, run.ranks())
-    blocks: list[Block] = [table] if table.rows else [Text("No setting differs from the paper's.")]
-    file = run.experiment.model_dump(mode="json")
-    if changed := changes_between({s: settings[s] for s in run.manifests}, {s: file[s] for s in run.manifests}):
-        blocks.append(Text(f"The experiment file was changed after training (trained -> now): {'; '.join(changed)}."))
-    return [*blocks, Fold("All settings", [Code(json.dumps(settings, ensure_ascii=False, indent=2))])]
-
-
-def _commands(run: Run, config: str, overrides: list[str]) -> list[Block]:
-    extra = "".join(f" '{override}'" for override in overrides)
-    has_retrieval = any(result.variant for result in run.results)
-    lines = [
-        *(f"CONFIG={config} bash {_SCRIPTS[stage]}{extra}" for stage in run.manifests),
-        f".venv/bin/python scripts/evaluate.py --config {config}{extra}",
-        *([f".venv/bin/python scripts/build_index.py --config {config}{extra}"] if has_retrieval else []),
-        *([f".venv/bin/python scripts/evaluate.py --config {config} --retrieval{extra}"] if has_retrieval else []),
-        f".venv/bin/python scripts/report.py --config {config}{extra}",
-    ]
-    return [Code("\n".join(lines)), model_table(run), Fold("Versions", [version_table(run)])]
+def _model_card(run: Run, stage: StageName) -> ModelCard:
+    stages = list(run.manifests)[: list(run.manifests).index(stage) + 1]
+    results = [r for r in run.results if r.model == stage and f"{stage} {r.name}" not in run.outdated]
+    is_measured = stage in run.held_out and f"{stage} {HELD_OUT}" not in run.outdated
+    sources = [source for source in (run.corpus["sources"] if run.corpus else []) if source["stage"] in stages]
+    made_by = {"seed", "model", "launch", *stages}
+    differences = tables.difference_table(run.settings, run.ranks)
+    scored = []
+    for result in [result for result in results if result.headline]:
+        value = tables.points(result.headline, result.contents["metrics"][result.headline]["value"])
+        kind, name = _TASK_TYPES[result.headline], result.name
+        scored.append(EvalResult(kind, name, name, metric_type=result.headline, metric_value=round(value, 2)))
+    metadata = ModelCardData(
+        language="zh", license="other", license_name="that-of-the-base-model-and-the-data",
+        library_name="transformers", pipeline_tag="text-generation", tags=["medical", "qilin-med", LABELS[stage].lower()],
+        base_model=HUB_BASE_MODEL if run.models["base"].name.lower() == BASE_MODEL else None,
+        datasets=list(dict.fromkeys(source["name"] for source in sources)) or None,
+        model_name=f"{run.experiment.name}-{stage}" if scored else None, eval_results=scored or None,
+    )  # fmt: skip
+    card = _fill(
+        "card.md.jinja", run=run, stage=stage, stages=stages, manifest=run.manifests[stage], mark=Markup(MARK),
+        metadata=Markup(metadata.to_yaml()), datasets=metadata.datasets, results=results,
+        measured={stage: run.held_out[stage]} if is_measured else {},
+        differences=[row for row in differences if row["setting"].split(".")[0] in made_by],
+    )  # fmt: skip
+    return ModelCard(card)
