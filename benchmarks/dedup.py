@@ -26,9 +26,9 @@ from qilin_med.config.corpus import DeduplicationSettings, ExecutorSettings
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data import matching
 from qilin_med.data.build import PART_BYTES, near_steps
-from qilin_med.data.deduplicate import FOUND, Workspace
-from qilin_med.data.intake import rank_of
-from qilin_med.data.shards import load, save
+from qilin_med.data.curate import rank_of
+from qilin_med.data.deduplicate import DUPLICATE
+from qilin_med.data.shards import Workspace, load, save
 from qilin_med.data.steps import run_steps
 
 SHARD_BYTES = 16 * 10**6
@@ -76,7 +76,7 @@ def documents(size: int, seed: int) -> Iterator[tuple[str, float]]:
         if number % PLANTED_EVERY == 0:
             similarity = rng.choice(SIMILARITIES)
             copy = changed(rng, text, similarity)
-            yield copy, matching.similarity(text, copy, SETTINGS.shingle)
+            yield copy, matching.jaccard(*(matching.shingle_set(t, SETTINGS.shingle) for t in (text, copy)))
             made += length * CHARACTER_BYTES
 
 
@@ -98,7 +98,7 @@ def write_shard(work: Workspace, shard: int, size: int) -> None:
             planted.append(similarity)
             yield {"id": id_, "text": text}
 
-    work.shards.write(shard, rows(), ranks)
+    work.write(shard, rows(), ranks)
     save(work.path("planted", shard), np.array(planted, np.float32))
 
 
@@ -155,7 +155,7 @@ def measure(megabytes: int, workers: int) -> str:
             list(pool.map(write_shard, [work] * shards, range(shards), [size // shards] * shards))
         with fresh_processes(1) as pool:  # whose children's peak memory is that of the steps alone
             spent, memory = pool.submit(deduplicate, work, workers).result()
-        count = sum(work.shards.size(shard) for shard in range(shards))
+        count = sum(len(work.ranks(shard)) for shard in range(shards))
         removed, precision, recall = judge(work)
     rates = ", ".join(f"{low} on: {share:.0%}" for low, share in recall.items())
     return f"| {megabytes} | {count:,} | {megabytes / spent:.1f} | {memory:.0f} | {removed:,} | {precision:.1%} | {rates} |"
@@ -168,7 +168,7 @@ def fresh_processes(count: int) -> ProcessPoolExecutor:
 def deduplicate(work: Workspace, workers: int) -> tuple[float, float]:
     """(seconds, peak MiB of the largest process) of all steps."""
     for part in range(work.parts):
-        save(work.path("exact", part), np.empty(0, FOUND))
+        save(work.path("exact", part), np.empty(0, DUPLICATE))
     settings = ExecutorSettings(workers=workers)
     spent = seconds(lambda: run_steps(near_steps(work, SETTINGS), settings, work.root / "log"))
     memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -31,6 +31,7 @@ from qilin_med.errors import UserError
 MANIFEST = "MANIFEST.json"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "tokenizers")
 _SHOWN = 4  # differences named in a refusal
+_SHOWN_CHARACTERS = 200  # of each value: some are long lists
 
 # ------------------------------------------------------------------------------------------------------ artifacts
 
@@ -111,7 +112,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before, after = flatten(old), flatten(new)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     changed.sort(key=lambda key: not key.startswith("settings."))
-    return [f"{key}: {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in changed]
+    values = ((key, *(str(flat.get(key, "none")) for flat in (before, after))) for key in changed)
+    return [f"{key}: {old[:_SHOWN_CHARACTERS]} -> {new[:_SHOWN_CHARACTERS]}" for key, old, new in values]
 
 
 def provenance() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from qilin_med.console.progress import progress
 from qilin_med.data.build import build, plan_build
 from qilin_med.errors import user_errors_end_with_one_line
 
-MESSAGES = {
+OUTCOMES = {
     "built": "built {}; its README.md has the tables",
     "built before": "{}: built from the same files and settings already",
     "submitted": "submitted; the last job publishes {}. Run the same command again to see whether it is there",
@@ -28,14 +28,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the corpus file")
     parser.add_argument("--allow-missing", action="store_true", help="build without the paths that do not exist")
     parser.add_argument("--restart", action="store_true", help="move another build in output_dir aside")
-    parser.add_argument(
-        "--inspect",
-        type=int,
-        nargs="?",
-        const=3,
-        metavar="N",
-        help="show N records of each source (default 3) and stop",
-    )
+    inspect = "show N records of each source (default 3) and stop"
+    parser.add_argument("--inspect", type=int, nargs="?", const=3, metavar="N", help=inspect)
     arguments = parser.parse_intermixed_args()
     settings = load_corpus_settings(arguments.config, arguments.overrides)
     if arguments.inspect:
@@ -44,9 +38,8 @@ def main() -> None:
         show_records(settings, arguments.inspect)
         return
     with progress("building the corpus"):
-        plan = plan_build(settings, arguments.allow_missing)
-        outcome = build(plan, arguments.restart)
-    print(MESSAGES[outcome].format(plan.output))
+        outcome = build(plan_build(settings, arguments.allow_missing), arguments.restart)
+    print(OUTCOMES[outcome].format(settings.output_dir))
 
 
 if __name__ == "__main__":

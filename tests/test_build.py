@@ -32,8 +32,11 @@ def build(corpus: Path, *arguments: str, code: int = 0) -> str:
     return run.stdout + run.stderr
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+def contents(folder: Path) -> dict[str, bytes | dict]:
+    """All files of a build; of the manifest all but when it was written, and its sha256."""
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    about = json.loads(files["manifest.json"])
+    return {**files, "manifest.json": {key: about[key] for key in about.keys() - {"created", "digest"}}}
 
 
 def manifest(folder: Path) -> dict:
@@ -111,24 +114,24 @@ def test_every_row_is_accounted_for(built):
     sources = by_name(built)
     articles, chats = sources["pretraining/articles"], sources["sft/chats"]
     assert (articles["rows"], articles["rows_used"], articles["records"]) == (67, 67, 67)
-    assert articles["dropped"] == {"replacement characters (U+FFFD)": 1, "too short": 1}
+    assert articles["rejected"] == {"replacement characters (U+FFFD)": 1, "too short": 1}
     assert articles["duplicates"] == {"exact duplicate": 1, "near-duplicate": 1}
     assert articles["cut"] == 1
     assert articles["changed"] == {"HTML": 1, "phone number": 1, "white space": 1}
     assert articles["train"] + articles["dev"] == 67 - 2 - 2
     assert chats["rows"] == 34 and sum(chats["rows_skipped"].values()) == 2
-    assert chats["dropped"] == {"repeats a question of test": 2}
+    assert chats["rejected"] == {"repeats a question of test": 2}
     assert sources["dpo/pairs"]["duplicates"] == {"exact duplicate": 1}
     assert sources["pretraining/exam"]["train"] + sources["pretraining/exam"]["dev"] == 8
     assert manifest(built)["evaluation"][0]["records_removed"] == 2
     for name, source in sources.items():
         assert source["rows"] == source["rows_used"] + sum(source["rows_skipped"].values()), name
-        assert source["records"] == source["kept"] + sum(source["dropped"].values()), name
+        assert source["records"] == source["kept"] + sum(source["rejected"].values()), name
         assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
 
 
 def test_rows_that_went_or_changed_are_kept_apart(built):
-    apart = rows(built, "skipped/*.jsonl")
+    apart = rows(built, "skipped/*.jsonl") + rows(built, "rejected/*.jsonl")
     lost = sum(s["rows"] - s["rows_used"] + s["records"] - s["train"] - s["dev"] for s in by_name(built).values())
     assert len(apart) == lost and all(row["reason"] and row["place"] for row in apart)
     [masked] = [row for row in rows(built, "changed/*.jsonl") if "phone number" in row["rules"]]
@@ -223,7 +226,7 @@ def test_stripes_share_and_limit(corpus, tmp_path):
     sources = by_name(tmp_path / "out")
     assert sources["pretraining/articles"]["rows"] == 50
     half = sources["pretraining/half"]
-    assert half["rows"] == 67 and 20 < half["dropped"]["not drawn"] < 47
+    assert half["rows"] == 67 and 20 < half["rejected"]["not drawn"] < 47
 
 
 def test_user_errors_are_one_line(corpus, built, tmp_path):
@@ -238,12 +241,14 @@ def test_user_errors_are_one_line(corpus, built, tmp_path):
         assert all(word in said for word in words), said
 
     source = settings["sources"][0]
-    refused("other files or settings", "--restart", dev_share=0.2)
+    refused("other files or settings", "settings.dev_share: 0.1 -> 0.2", "--restart", dev_share=0.2)
     refused("nowhere.jsonl", "--allow-missing", sources=[source, source | {"name": "b", "paths": ["nowhere.jsonl"]}])
     refused("39health_kg", sources=[source | {"kind": "39health"}])
     refused("did you mean 'licence'", sources=[source | {"license": "MIT"}])
     refused("tokenizer.json", "convert_baichuan", tokenizer="nowhere")
-    refused("named 'chats'", sources=[source, source])
+    refused("sources of sft are named 'chats'", sources=[source, source])
+    held_out = settings["decontamination"]["files"]
+    refused("files of decontamination are named 'test'", decontamination={"files": held_out * 2})
     refused(
         "nothing to build",
         arguments=("--allow-missing",),
@@ -303,7 +308,7 @@ def test_no_published_test_question_gets_through(published):
     for name in ("pretraining/CMExam", "sft/CMExam-explanation"):  # samples of the test split
         assert sources[name]["train"] + sources[name]["dev"] == 0
     huatuo = sources["pretraining/Huatuo-26M encyclopedias"]  # the test set itself
-    assert huatuo["dropped"]["repeats a question of Huatuo-26M test"] > 5980
+    assert huatuo["rejected"]["repeats a question of Huatuo-26M test"] > 5980
     shared_questions = {e["name"]: e["shared"] for e in manifest(published)["evaluation"]}
     # 54 are equal to the letter; one is in a row without an answer, four differ in punctuation.
     assert shared_questions["CMExam test"]["CMExam val"] == {"stems": 57, "with the same options": 11}

@@ -18,8 +18,8 @@ def cleaner(**settings) -> Cleaner:
     return Cleaner(CleaningSettings(**settings))
 
 
-def tidied(text: str, **settings) -> tuple[str, tuple[str, ...]]:
-    record, rules = cleaner(**settings).tidy(Document("1", text))
+def cleaned(text: str, **settings) -> tuple[str, tuple[str, ...]]:
+    record, rules = cleaner(**settings).clean(Document("1", text))
     return record.text, rules
 
 
@@ -74,9 +74,9 @@ def question(*options: str, answer: str = "A", stem: str = "甘味的作用特�
     ],
 )  # fmt: skip
 def test_every_rule_mends_what_it_is_for(rule, text, mended):
-    assert tidied(text)[0] == mended
-    assert rule in tidied(text)[1]
-    assert tidied(mended) == (mended, ())
+    assert cleaned(text)[0] == mended
+    assert rule in cleaned(text)[1]
+    assert cleaned(mended) == (mended, ())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_every_rule_mends_what_it_is_for(rule, text, mended):
     ],
 )
 def test_what_only_looks_alike_stays(text):
-    assert tidied(text) == (text, ())
+    assert cleaned(text) == (text, ())
 
 
 @pytest.mark.parametrize(
@@ -125,22 +125,22 @@ def test_what_only_looks_alike_stays(text):
     ],
 )
 def test_conversions_only_on_demand(setting, rule, text, mended):
-    assert tidied(text) == (text, ())
-    assert tidied(text, **{setting: True}) == (mended, (rule,))
+    assert cleaned(text) == (text, ())
+    assert cleaned(text, **{setting: True}) == (mended, (rule,))
 
 
 def test_masking_can_be_switched_off():
     text = "电话１３８００１３８０００，QQ：12345678，微信号 zhangsan，a@b.cn，11010519491231002X"
-    assert tidied(text, mask_personal_data=False) == (text, ())
+    assert cleaned(text, mask_personal_data=False) == (text, ())
 
 
 def test_rules_make_no_work_for_the_next_run():
     text = "&amp;lt;br&amp;gt;头\u200b痛<<b>b>&nb\u200bsp;e\u200b\u0301 &#8203;\n\n \n\n咳… "
-    once = tidied(text)[0]
-    assert tidied(once) == (once, ())
+    once = cleaned(text)[0]
+    assert cleaned(once) == (once, ())
 
 
-def test_every_text_of_a_record_is_tidied_and_nothing_else():
+def test_every_text_of_a_record_is_cleaned_and_nothing_else():
     messy, clean = "头\u200b痛 ", "头痛"
     records = {
         chat(messy, messy, system="\ufeff"): chat(clean, clean),
@@ -151,12 +151,12 @@ def test_every_text_of_a_record_is_tidied_and_nothing_else():
         ),
     }
     for record, expected in records.items():
-        assert cleaner().tidy(record) == (expected, ("invisible characters", "white space"))
+        assert cleaner().clean(record) == (expected, ("invisible characters", "white space"))
     # The dots that end an answer may be meant.
-    assert cleaner().tidy(chat("续写：从前……", "有座山...")) == (chat("续写：从前……", "有座山..."), ())
+    assert cleaner().clean(chat("续写：从前……", "有座山...")) == (chat("续写：从前……", "有座山..."), ())
 
 
-# ----------------------------------------------------------------------------------------------------- objections
+# ----------------------------------------------------------------------------------------------------- rejections
 
 STRICT = {"max_characters": 100, "min_answer_characters": 2}
 
@@ -189,8 +189,8 @@ STRICT = {"max_characters": 100, "min_answer_characters": 2}
         (question("能补", "能泄", answer="AC"), "answer is not among the options"),
     ],
 )
-def test_every_objection(record, reason):
-    assert cleaner(**STRICT).objection(record) == reason
+def test_every_reason(record, reason):
+    assert cleaner(**STRICT).reject_reason(record) == reason
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_every_objection(record, reason):
         question("能补", "能泄", answer="AB"),
     ],
 )
-def test_good_records_meet_no_objection(record):
-    assert cleaner(**STRICT).objection(record) is None
+def test_good_records_stay(record):
+    assert cleaner(**STRICT).reject_reason(record) is None
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_good_records_meet_no_objection(record):
 )
 def test_languages_are_chosen(languages, reasons):
     texts = LONG, "Please rest at home and drink water, 发热."
-    assert tuple(cleaner(languages=languages).objection(Document("1", text)) for text in texts) == reasons
+    assert tuple(cleaner(languages=languages).reject_reason(Document("1", text)) for text in texts) == reasons
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_languages_are_chosen(languages, reasons):
     ],
 )
 def test_limits_are_settings(loose, record):
-    assert cleaner(**STRICT).objection(record) and cleaner(**{**STRICT, **loose}).objection(record) is None
+    assert cleaner(**STRICT).reject_reason(record) and cleaner(**{**STRICT, **loose}).reject_reason(record) is None
 
 
 # --------------------------------------------------------------------------------------------------------- corpora
@@ -241,7 +241,7 @@ def test_limits_are_settings(loose, record):
 
 def test_a_cleaner_travels_to_workers():
     copy = pickle.loads(pickle.dumps(cleaner()))
-    assert copy.tidy(Document("1", "电话13800138000 "))[0].text == "电话〔电话〕"
+    assert copy.clean(Document("1", "电话13800138000 "))[0].text == "电话〔电话〕"
 
 
 @pytest.mark.parametrize("size", [20_000])
@@ -250,12 +250,12 @@ def test_a_cleaner_travels_to_workers():
 )
 def test_no_text_takes_long(unit, size):
     start = time.process_time()
-    record, _ = cleaner().tidy(Document("1", f"好{unit * size}好"))
-    cleaner().objection(record)
+    record, _ = cleaner().clean(Document("1", f"好{unit * size}好"))
+    cleaner().reject_reason(record)
     assert time.process_time() - start < 2
 
 
-def test_tidying_real_texts_twice_changes_nothing_more(shared):
+def test_cleaning_real_texts_twice_changes_nothing_more(shared):
     data = shared / "data"
     chats = [data / "huatuo26m/huatuo26M_test.json", *sorted((data / "sft_general").glob("*1*"))]
     readers = ((read_chats, chats), (read_preferences, [data / "preference/dpo_zh_500.jsonl"]))
@@ -269,5 +269,5 @@ def test_tidying_real_texts_twice_changes_nothing_more(shared):
     records += [Document("1", line) for line in lines if line.strip()]
     clean = cleaner(full_width_to_half=True)
     for record in random.Random(0).sample(records, 4000):
-        once, _ = clean.tidy(record)
-        assert clean.tidy(once) == (once, ()), text_of(once)[:200]
+        once, _ = clean.clean(record)
+        assert clean.clean(once) == (once, ()), text_of(once)[:200]

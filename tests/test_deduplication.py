@@ -9,8 +9,8 @@ import pytest
 from qilin_med.config.corpus import DeduplicationSettings
 from qilin_med.data import deduplicate as dedup
 from qilin_med.data import matching
-from qilin_med.data.intake import rank_of
-from qilin_med.data.shards import Shards
+from qilin_med.data.curate import rank_of
+from qilin_med.data.shards import Workspace, save
 
 CHARACTERS = [chr(0x4E00 + index) for index in range(2000)]
 SETTINGS = DeduplicationSettings()
@@ -44,13 +44,13 @@ def planted() -> list[str]:
     return texts
 
 
-def run(tmp_path, texts: list[str], shards: int, parts: int) -> dedup.Workspace:
+def run(tmp_path, texts: list[str], shards: int, parts: int) -> Workspace:
     """All steps but the repeats, over documents dealt out to shards."""
-    work = dedup.Workspace(tmp_path, ("pretraining",) * shards, parts)
+    work = Workspace(tmp_path, ("pretraining",) * shards, parts)
     for shard in range(shards):
         mine = texts[shard::shards]
         rows = ({"id": f"x-{matching.normalise(t)}", "text": t} for t in mine)
-        work.shards.write(shard, rows, [rank_of(0, f"x-{matching.normalise(t)}") for t in mine])
+        work.write(shard, rows, [rank_of(0, f"x-{matching.normalise(t)}") for t in mine])
         dedup.save_exact_keys(work, shard, [dedup.exact_key("pretraining", t) for t in mine])
     for part in range(parts):
         dedup.find_exact(work, part)
@@ -64,11 +64,11 @@ def run(tmp_path, texts: list[str], shards: int, parts: int) -> dedup.Workspace:
     return work
 
 
-def kept_texts(work: dedup.Workspace) -> list[str]:
+def kept_texts(work: Workspace) -> list[str]:
     kept = []
     for shard in range(len(work.stages)):
         gone = dedup.duplicates_of_shard(work, SETTINGS, shard)
-        kept += [matching.normalise(r["text"]) for i, r in enumerate(work.shards.rows(shard)) if i not in gone]
+        kept += [matching.normalise(r["text"]) for i, r in enumerate(work.rows(shard)) if i not in gone]
     return sorted(kept)
 
 
@@ -105,11 +105,11 @@ def test_neither_order_nor_shards_nor_parts_change_what_is_kept(tmp_path, plante
 
 
 def test_the_earlier_source_keeps_a_text(tmp_path):
-    work = dedup.Workspace(tmp_path, ("sft", "sft", "dpo"), 1)
+    work = Workspace(tmp_path, ("sft", "sft", "dpo"), 1)
     same = {"conversations": [{"from": "input", "value": "问" * 30}, {"from": "output", "value": "答" * 30}]}
     pair = {"question": "问" * 30, "response_chosen": "答" * 30, "response_rejected": "不" * 30}
     for shard, (source, row) in enumerate([(1, same), (0, same), (0, pair)]):
-        work.shards.write(shard, [{"id": "x", **row}], [rank_of(source, "x")])
+        work.write(shard, [{"id": "x", **row}], [rank_of(source, "x")])
         dedup.save_exact_keys(work, shard, [dedup.exact_key(work.stages[shard], "同一段文字")])
     dedup.find_exact(work, 0)
     gone = [set(dedup.duplicates_of_shard(work, DeduplicationSettings(near=False), shard)) for shard in range(3)]
@@ -129,11 +129,12 @@ def test_window_hashes_are_equal_exactly_where_windows_are(width):
     assert len(set(zip(windows, hashes, strict=True))) == len(set(windows)) == len(set(hashes))
 
 
-def test_similarity_worked_by_hand():
-    # Six and six shingles, five in common: 5 / 7.
-    assert matching.similarity("一二三四五六七八九十", "一二三四五六七八九百", 5) == pytest.approx(5 / 7)
-    assert matching.similarity("短", "短", 5) == 1
-    assert matching.similarity("短", "长", 5) == 0
+@pytest.mark.parametrize(
+    ("left", "right", "shared"),
+    [("一二三四五六七八九十", "一二三四五六七八九百", 5 / 7), ("短", "短", 1), ("短", "长", 0)],
+)
+def test_similarity_worked_by_hand(left, right, shared):
+    assert matching.jaccard(matching.shingle_set(left, 5), matching.shingle_set(right, 5)) == pytest.approx(shared)
 
 
 def test_normalising_hides_width_case_and_blanks_alone():
@@ -162,19 +163,19 @@ def test_repeats_are_those_of_the_definition(tmp_path):
     rng = np.random.default_rng(3)
     documents = [rng.integers(0, 3, rng.integers(1, 60)).tolist() for _ in range(40)]
     ranks = rng.permutation(40).tolist()
-    work = dedup.Workspace(tmp_path, ("pretraining", "pretraining"), 3)
+    work = Workspace(tmp_path, ("pretraining", "pretraining"), 3)
     numbers = [(d % 2, d // 2) for d in range(40)]
     for shard in (0, 1):
         mine = range(shard, 40, 2)
-        work.shards.write(shard, [{"id": str(d)} for d in mine], [ranks[d] for d in mine])
+        work.write(shard, [{"id": str(d)} for d in mine], [ranks[d] for d in mine])
         tokens = np.concatenate([documents[d] for d in mine]).astype(np.uint32)
         arrays = {"ids": tokens, "rows": np.arange(20, dtype=np.uint64)}
         arrays["lengths"] = np.array([len(documents[d]) for d in mine])
         for name, array in arrays.items():
-            dedup.save(work.path(f"tokens/{name}", shard), array)
+            save(work.path(f"tokens/{name}", shard), array)
     for part in range(3):
         dedup.find_repeats(work, 6, part)
-    found = work.load_all("repeats", 3, dedup.REPEAT)
+    found = work.load_all("repeats", 3)
     places = {(r >> 32, r & 0xFFFFFFFF, t) for r, t in found[["record", "token"]].tolist()}
     expected = {(*numbers[d], i) for d, i in repeated_windows(documents, ranks, 6)}
     assert places == expected and len(expected) > 100
@@ -186,8 +187,8 @@ def test_cutting_leaves_what_lies_around():
 
 
 def test_shards_give_any_record_back(tmp_path):
-    shards = Shards(tmp_path)
+    work = Workspace(tmp_path, ("sft", "sft"), 1)
     rows = [{"id": str(i), "text": "字" * i} for i in range(5)]
-    shards.write(1, rows, list(range(5)))
-    assert [shards.row((1 << 32) | i) for i in (4, 0, 2)] == [rows[4], rows[0], rows[2]]
-    shards.close()
+    work.write(1, rows, list(range(5)))
+    with work.random_access() as record:
+        assert [record((1 << 32) | i) for i in (4, 0, 2)] == [rows[4], rows[0], rows[2]]

@@ -114,7 +114,7 @@ def test_the_builder_finds_every_planted_fault_and_nothing_else(clone, demo):
     found = {}
     for source in built(clone)["sources"]:
         counts = {"passages cut": source["cut"]} if source["cut"] else {}
-        for kind in ("rows_skipped", "dropped", "duplicates", "changed"):
+        for kind in ("rows_skipped", "rejected", "duplicates", "changed"):
             counts |= source[kind]
         found[f"{source['stage']}/{source['name']}"] = counts
     assert found == planted

@@ -184,7 +184,7 @@ def test_paper_settings_are_those_of_the_papers_experiment_file():
 
 def test_a_corpus_is_set_beside_the_papers_tables(run):
     source = {
-        "stage": "pretraining", "name": "CMExam", "rows": 70000, "rows_skipped": {"x": 3}, "dropped": {},
+        "stage": "pretraining", "name": "CMExam", "rows": 70000, "rows_skipped": {"x": 3}, "rejected": {},
         "duplicates": {}, "train": 60000, "dev": 1000, "tokens": 5, "bytes": 2_500_000,
     }  # fmt: skip
     rows = rows_of(write_report(replace(run, corpus={"name": "ChiMed", "sources": [source]}), "c.json", []))

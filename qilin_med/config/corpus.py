@@ -33,17 +33,17 @@ class RawSource(RawFiles):
 
 class CleaningSettings(Section):
     min_characters: Annotated[int, Field(ge=0)] = 10
-    """Shorter documents are dropped (pretraining)."""
+    """Shorter documents are rejected (pretraining)."""
     min_answer_characters: Annotated[int, Field(ge=0)] = 1
-    """Records with a shorter answer are dropped (sft, dpo)."""
+    """Records with a shorter answer are rejected (sft, dpo)."""
     max_characters: PositiveInt = 200_000
-    """Longer records are dropped."""
+    """Longer records are rejected."""
     max_symbol_share: Share = 0.5
-    """Records in which more of the visible characters than this are neither letters nor digits are dropped."""
+    """Records in which more of the visible characters than this are neither letters nor digits are rejected."""
     languages: list[Literal["zh", "en"]] = ["zh", "en"]
-    """Records mostly written in the letters of another language are dropped."""
+    """Records mostly written in the letters of another language are rejected."""
     max_repeated_share: Share = 0.5
-    """Records in which repeated lines or sentences make up more than this are dropped."""
+    """Records in which repeated lines or sentences make up more than this are rejected."""
     mask_personal_data: bool = True
     """Replace phone numbers, identity numbers, e-mail addresses and QQ numbers by marks."""
     full_width_to_half: bool = False
@@ -54,7 +54,7 @@ class CleaningSettings(Section):
 
 class DeduplicationSettings(Section):
     near: bool = True
-    """Drop near-duplicates: MinHash candidates whose verified Jaccard similarity reaches `threshold`."""
+    """Reject near-duplicates: MinHash candidates whose verified Jaccard similarity reaches `threshold`."""
     shingle: PositiveInt = 5
     """Characters of a shingle."""
     threshold: Share = 0.8
@@ -102,13 +102,11 @@ class CorpusSettings(Section):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "CorpusSettings":
-        seen = set()
-        for source in self.sources:
-            if (source.stage, source.name) in seen:
-                raise ValueError(
-                    f"two sources of {source.stage} are named '{source.name}': rename one, or join their paths"
-                )
-            seen.add((source.stage, source.name))
+        entries = [(f"sources of {source.stage}", source.name) for source in self.sources]
+        entries += [("files of decontamination", file.name) for file in self.decontamination.files]
+        for kind, name in entries:
+            if entries.count((kind, name)) > 1:
+                raise ValueError(f"two {kind} are named '{name}': rename one, or join their paths")
         return self
 
 

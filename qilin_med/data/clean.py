@@ -1,7 +1,7 @@
-"""Cleaning: what is mended in a record's texts, and why a record is dropped.
+"""Cleaning: what is mended in a record's texts, and why a record is rejected.
 
 A rule is a function text -> text with a name for the report. In doubt a rule leaves the text as it is: a dosage taken
-for a telephone number costs more than a number left in. `Cleaner.tidy` is idempotent.
+for a telephone number costs more than a number left in. `Cleaner.clean` is idempotent.
 """
 
 import html
@@ -19,7 +19,7 @@ from qilin_med.records import Chat, Document, Message, Preference, Question
 
 Record = TypeVar("Record", Document, Chat, Preference, Question)
 Rule = Callable[[str], str]
-Rules = tuple[tuple[str, Rule], ...]
+Substitution = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
 # Rules may make work for each other (an entity decodes to a tag): they run until nothing changes, at most so often.
 MAX_PASSES = 5
@@ -43,15 +43,11 @@ EMPTY_LINES = re.compile("\n{3,}")
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code) not in "！（），：；？～"}
 
 
-def compose(text: str) -> str:
-    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
-
-
 def drop_invisible(text: str) -> str:
     return text if text.isprintable() else STRAY_JOINER.sub("", INVISIBLE.sub("", text))
 
 
-def tidy_space(text: str) -> str:
+def clean_space(text: str) -> str:
     """Blanks and line ends of one kind each; no paragraph indents, trailing blanks or runs of empty lines."""
     if not text.isprintable():
         text = LINE_ENDS.sub("\n", text)
@@ -65,18 +61,18 @@ def narrow(text: str) -> str:
     return text.translate(HALF_WIDTH)
 
 
-def simplify(text: str) -> str:
-    return text if text.isascii() else _opencc().convert(text)
-
-
 @cache
-def _opencc():
+def opencc():
     from opencc import OpenCC  # only corpora that ask for it need the package
 
     return OpenCC("t2s")
 
 
-# --------------------------------------------------------------------------------------------------- web remains
+def simplify(text: str) -> str:
+    return text if text.isascii() else opencc().convert(text)
+
+
+# ------------------------------------------------------------------------------------------------ remains of pages
 
 BLOCK_TAGS = "br p div li ol ul tr table tbody thead tfoot h1 h2 h3 h4 h5 h6 hr dl dt dd blockquote center"
 INLINE_TAGS = "a b i u s q strong em font span small big strike del ins sub sup img td th nobr noscript iframe"
@@ -103,29 +99,24 @@ def drop_html(text: str) -> str:
     """Tags and entities of HTML. "<5mm", "a<b" and "<user>" are none; "10<sup>9</sup>" becomes "10^9"."""
     if not MARKUP.search(text) or MEANS_TAGS.search(text):
         return text
-    text = ENTITY.sub(_decoded, text)
+
+    def decoded(match: re.Match[str]) -> str:
+        name = match[1]
+        if name.isdecimal():
+            name = f"#{name}"  # "&65533;" is a "&#65533;" that lost its sign
+        return html.unescape(f"&{name};") if name[0] == "#" else html5.get(f"{name};", match[0])
+
+    def instead_of(tag: re.Match[str]) -> str:
+        name, before = tag[1].lower(), tag.string[tag.start() - 1 : tag.start()]
+        formula = len(name) == 1 and tag[0][1] != "/" and before.isascii() and before.isalnum()
+        if formula and f"</{name}>" not in tag.string.lower():
+            return tag[0]  # "a<b>c"
+        return "\n" if name in BLOCK_TAGS.split() else " " if name in ("td", "th") else ""
+
+    text = ENTITY.sub(decoded, text)
     if "<" in text:
-        text = POWER.sub(r"^\1", HIDDEN.sub("", text))
-        text = TAG.sub(_without_tag, text)
+        text = TAG.sub(instead_of, POWER.sub(r"^\1", HIDDEN.sub("", text)))
     return text
-
-
-def _decoded(match: re.Match[str]) -> str:
-    name = match[1]
-    if name.isdecimal():
-        name = f"#{name}"  # "&65533;" is a "&#65533;" that lost its sign
-    return html.unescape(f"&{name};") if name[0] == "#" else html5.get(f"{name};", match[0])
-
-
-def _without_tag(match: re.Match[str]) -> str:
-    name, text = match[1].lower(), match.string
-    before = text[match.start() - 1 : match.start()]
-    formula = len(name) == 1 and match[0][1] != "/" and before.isascii() and before.isalnum()
-    if formula and f"</{name}>" not in text.lower():
-        return match[0]  # "a<b>c"
-    if name in BLOCK_TAGS.split():
-        return "\n"
-    return " " if name in ("td", "th") else ""
 
 
 def drop_more_links(text: str) -> str:
@@ -192,127 +183,38 @@ WECHAT_NAME = re.compile(
 
 def narrow_numbers(text: str) -> str:
     """Long full-width numbers in ASCII digits, which the rules below look for."""
-    return LONG_FULL_WIDTH.sub(lambda match: match[0].translate(HALF_WIDTH), text)
+    return LONG_FULL_WIDTH.sub(lambda match: narrow(match[0]), text)
 
 
-def mask_emails(text: str) -> str:
-    return EMAIL.sub("〔邮箱〕", text)
+def mask_identity(match: re.Match[str]) -> str:
+    """The mark, if the last character is the check digit of GB 11643 (ISO 7064 MOD 11-2)."""
+    total = sum(int(digit) * weight for digit, weight in zip(match[0], IDENTITY_WEIGHTS, strict=False))
+    return "〔证件号〕" if "10X98765432"[total % 11] == match[0][-1].upper() else match[0]
 
 
-def mask_identity(text: str) -> str:
-    text = IDENTITY.sub(lambda match: "〔证件号〕" if _is_identity(match[0]) else match[0], text)
-    return OLD_IDENTITY.sub(r"\1〔证件号〕", text)
-
-
-def _is_identity(number: str) -> bool:
-    """Whether the last character is the check digit of GB 11643 (ISO 7064 MOD 11-2)."""
-    total = sum(int(digit) * weight for digit, weight in zip(number, IDENTITY_WEIGHTS, strict=False))
-    return "10X98765432"[total % 11] == number[-1].upper()
-
-
-def mask_phones(text: str) -> str:
-    text = LANDLINE.sub("〔电话〕", MOBILE.sub("〔电话〕", text))
-    return NAMED_PHONE.sub(r"\1〔电话〕", text)
-
-
-def mask_qq(text: str) -> str:
-    return QQ.sub(r"\1〔QQ〕", text)
-
-
-def mask_wechat(text: str) -> str:
-    return WECHAT_NAME.sub(r"\1〔微信〕", WECHAT_NUMBER.sub(r"\1〔微信〕", text))
-
-
-def on_lines(suspect: re.Pattern[str], rule: Rule, text: str) -> str:
-    """`rule` applied to the lines in which `suspect` is found."""
+def on_lines(suspect: re.Pattern[str], substitutions: tuple[Substitution, ...], text: str) -> str:
+    """Substitutions in the lines in which `suspect` is found."""
     if not suspect.search(text):
         return text
-    return "\n".join(rule(line) if suspect.search(line) else line for line in text.split("\n"))
+    lines = text.split("\n")
+    for index, line in enumerate(lines):
+        if suspect.search(line):
+            for pattern, mark in substitutions:
+                line = pattern.sub(mark, line)
+            lines[index] = line
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- tidy
-
-WEB_RULES: Rules = (("HTML", drop_html), ("link to more", drop_more_links))
-SPACE_RULES: Rules = (
-    ("Unicode NFC", compose),
-    ("invisible characters", drop_invisible),
-    ("white space", tidy_space),
-)
-MASK_RULES: Rules = (
-    ("full-width numbers", narrow_numbers),
-    ("e-mail address", partial(on_lines, AT, mask_emails)),
-    ("identity number", partial(on_lines, LONG_NUMBER, mask_identity)),
-    ("phone number", partial(on_lines, LONG_NUMBER, mask_phones)),
-    ("QQ number", partial(on_lines, LONG_NUMBER, mask_qq)),
-    ("WeChat number", partial(on_lines, WECHAT, mask_wechat)),
-)
-END_RULES: Rules = (("cut off by dots", drop_cut_off),)
+MASKS = {
+    "e-mail address": (AT, ((EMAIL, "〔邮箱〕"),)),
+    "identity number": (LONG_NUMBER, ((IDENTITY, mask_identity), (OLD_IDENTITY, r"\1〔证件号〕"))),
+    "phone number": (LONG_NUMBER, ((MOBILE, "〔电话〕"), (LANDLINE, "〔电话〕"), (NAMED_PHONE, r"\1〔电话〕"))),
+    "QQ number": (LONG_NUMBER, ((QQ, r"\1〔QQ〕"),)),
+    "WeChat number": (WECHAT, ((WECHAT_NUMBER, r"\1〔微信〕"), (WECHAT_NAME, r"\1〔微信〕"))),
+}
 
 
-class Cleaner:
-    """The cleaning of one corpus. Holds only settings and functions of this module, so it pickles to workers."""
-
-    def __init__(self, settings: CleaningSettings):
-        self.settings = settings
-        self.rules = _chosen_rules(settings)
-        self.skims = not (settings.full_width_to_half or settings.traditional_to_simplified)
-
-    def tidy(self, record: Record) -> tuple[Record, tuple[str, ...]]:
-        """The record with its texts mended, and the names of the rules that changed something, in their order."""
-        rules = self.rules + END_RULES if isinstance(record, Document) else self.rules
-        changed: set[str] = set()
-
-        def mend(text: str) -> str:
-            return text if self.skims and not _is_suspect(text) else _mended(text, rules, changed)
-
-        return _with_texts(record, mend), tuple(name for name, _ in rules if name in changed)
-
-    def objection(self, record: AnyRecord) -> str | None:
-        """Why the record is dropped, in fixed words without numbers or contents; None if it stays."""
-        return next(self._objections(record, text_of(record)), None)
-
-    def _objections(self, record: AnyRecord, text: str) -> Iterator[str]:
-        settings = self.settings
-        yield from _misses(record)
-        if isinstance(record, Document) and len(text) < settings.min_characters:
-            yield "too short"
-        if len(text) > settings.max_characters:
-            yield "too long"
-        if "\ufffd" in text:
-            yield "replacement characters (U+FFFD)"
-        yield from self._answer_objections(record)
-        yield from self._letter_objections(text)
-        if any(_repeated_share(part) > settings.max_repeated_share for part in _taught(record)):
-            yield "repeated lines"
-
-    def _answer_objections(self, record: AnyRecord) -> Iterator[str]:
-        answers = _answers(record)
-        # A turn of a long conversation may be a mere "好"; one of two answers to compare may not.
-        measured = min if isinstance(record, Preference) else max
-        if answers and measured(map(len, answers)) < self.settings.min_answer_characters:
-            yield "answer too short"
-        if any(ONLY_LINK.fullmatch(answer) for answer in answers):
-            yield "answer is only a link"
-
-    def _letter_objections(self, text: str) -> Iterator[str]:
-        counts = _letter_counts(text)
-        visible = counts.total() - counts["blank"]
-        if counts["symbol"] > self.settings.max_symbol_share * visible:
-            yield "mostly symbols"
-        letters = counts["zh"] + counts["en"] + counts["other"]
-        if 2 * sum(counts[language] for language in self.settings.languages) < letters:
-            yield "wrong language"
-
-
-def _chosen_rules(settings: CleaningSettings) -> Rules:
-    rules = WEB_RULES
-    if settings.full_width_to_half:
-        rules += (("full-width characters", narrow),)
-    if settings.traditional_to_simplified:
-        rules += (("traditional characters", simplify),)
-    rules += SPACE_RULES
-    return rules + MASK_RULES if settings.mask_personal_data else rules
-
+# ---------------------------------------------------------------------------------------------------------- clean
 
 # Every text that a rule changes is one of these, or not in NFC, or has blanks or dots at its ends: most texts need no
 # closer look. U+3000 and the like are not printable, and neither are line ends.
@@ -323,7 +225,7 @@ ODD_CHARACTER = re.compile(
 SUSPECTS = (ODD_CHARACTER, LOOSE_SPACE, LONG_NUMBER, WECHAT)
 
 
-def _is_suspect(text: str) -> bool:
+def is_suspect(text: str) -> bool:
     return (
         any(pattern.search(text) for pattern in SUSPECTS)
         or text.endswith(("...", "…"))
@@ -332,39 +234,108 @@ def _is_suspect(text: str) -> bool:
     )
 
 
-def _mended(text: str, rules: Rules, changed: set[str]) -> str:
-    for _ in range(MAX_PASSES):
-        before = text
-        for name, rule in rules:
-            mended = rule(text)
-            if mended != text:
-                changed.add(name)
-                text = mended
-        if text == before:
-            break
-    return text
+class Cleaner:
+    """The cleaning of one corpus. Holds only settings and functions of this module, so it pickles to workers."""
+
+    def __init__(self, settings: CleaningSettings):
+        rules: dict[str, Rule] = {"HTML": drop_html, "link to more": drop_more_links}
+        if settings.full_width_to_half:
+            rules["full-width characters"] = narrow
+        if settings.traditional_to_simplified:
+            rules["traditional characters"] = simplify
+        rules["Unicode NFC"] = partial(unicodedata.normalize, "NFC")
+        rules |= {"invisible characters": drop_invisible, "white space": clean_space}
+        if settings.mask_personal_data:
+            rules["full-width numbers"] = narrow_numbers
+            rules |= {name: partial(on_lines, *mask) for name, mask in MASKS.items()}
+        self.settings, self.rules = settings, rules
+        self.skims = not (settings.full_width_to_half or settings.traditional_to_simplified)
+
+    def clean(self, record: Record) -> tuple[Record, tuple[str, ...]]:
+        """The record with its texts mended, and the names of the rules that changed something, in their order."""
+        is_document = isinstance(record, Document)
+        rules = {**self.rules, "cut off by dots": drop_cut_off} if is_document else self.rules
+        changed: set[str] = set()
+
+        def mend(text: str) -> str:
+            if self.skims and not is_suspect(text):
+                return text
+            for _ in range(MAX_PASSES):
+                before = text
+                for name, rule in rules.items():
+                    mended = rule(text)
+                    if mended != text:
+                        changed.add(name)
+                        text = mended
+                if text == before:
+                    break
+            return text
+
+        def mend_messages(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+            mended = (Message(message.role, mend(message.content)) for message in messages)
+            return tuple(message for message in mended if message.content or message.role != "system")
+
+        match record:
+            case Document(id_, text):
+                record = Document(id_, mend(text))
+            case Chat(id_, messages):
+                record = Chat(id_, mend_messages(messages))
+            case Preference(id_, prompt, chosen, rejected):
+                record = Preference(id_, mend_messages(prompt), mend(chosen), mend(rejected))
+            case Question(id_, stem, options, answer, explanation, facets):
+                options = tuple((letter, mend(text)) for letter, text in options)
+                record = Question(id_, mend(stem), options, answer, mend(explanation), facets)
+        return record, tuple(name for name in rules if name in changed)
+
+    def reject_reason(self, record: AnyRecord) -> str | None:
+        """Why the record is rejected, in fixed words without numbers or contents; None if it stays."""
+        return next(self._reject_reasons(record), None)
+
+    def _reject_reasons(self, record: AnyRecord) -> Iterator[str]:
+        settings, text = self.settings, text_of(record)
+        messages: tuple[Message, ...] = ()
+        answers: tuple[str, ...] = ()
+        learnt: tuple[str, ...] = ()  # what a model shall learn to write; a rejected answer may be poor
+        match record:
+            case Document():
+                learnt = (text,)
+                if not text.strip() or len(text) < settings.min_characters:
+                    yield "too short"
+            case Chat(_, messages):
+                answers = learnt = tuple(message.content for message in messages if message.role == "assistant")
+            case Preference(_, messages, chosen, rejected):
+                answers, learnt = (chosen, rejected), (chosen,)
+            case Question(_, _, _, _, explanation):
+                learnt = (explanation,)
+                yield from question_faults(record)
+        for message in messages:
+            if not message.content:
+                yield "empty question" if message.role == "user" else "empty answer"
+        if not all(answers):
+            yield "empty answer"
+        if isinstance(record, Preference) and record.chosen == record.rejected:
+            yield "chosen and rejected are the same"
+        if len(text) > settings.max_characters:
+            yield "too long"
+        if "\ufffd" in text:
+            yield "replacement characters (U+FFFD)"
+        # A turn of a long conversation may be a mere "好"; one of two answers to compare may not.
+        measured = min if isinstance(record, Preference) else max
+        if answers and measured(map(len, answers)) < settings.min_answer_characters:
+            yield "answer too short"
+        if any(ONLY_LINK.fullmatch(answer) for answer in answers):
+            yield "answer is only a link"
+        counts = count_characters(text)
+        if counts["symbol"] > settings.max_symbol_share * (counts.total() - counts["blank"]):
+            yield "mostly symbols"
+        letters = counts["zh"] + counts["en"] + counts["other"]
+        if 2 * sum(counts[language] for language in settings.languages) < letters:
+            yield "wrong language"
+        if any(repeated_share(part) > settings.max_repeated_share for part in learnt):
+            yield "repeated lines"
 
 
-def _with_texts(record: Record, mend: Rule) -> Record:
-    match record:
-        case Document(id_, text):
-            return Document(id_, mend(text))
-        case Chat(id_, messages):
-            return Chat(id_, _mended_messages(messages, mend))
-        case Preference(id_, prompt, chosen, rejected):
-            return Preference(id_, _mended_messages(prompt, mend), mend(chosen), mend(rejected))
-        case Question(id_, stem, options, answer, explanation, facets):
-            options = tuple((letter, mend(text)) for letter, text in options)
-            return Question(id_, mend(stem), options, answer, mend(explanation), facets)
-    raise TypeError(f"{type(record).__name__} is no record")
-
-
-def _mended_messages(messages: tuple[Message, ...], mend: Rule) -> tuple[Message, ...]:
-    mended = (Message(message.role, mend(message.content)) for message in messages)
-    return tuple(message for message in mended if message.content or message.role != "system")
-
-
-# ----------------------------------------------------------------------------------------------------- objections
+# ----------------------------------------------------------------------------------------------------- measures
 
 ONLY_LINK = re.compile(r"[^\s/]{0,12}?[:：]?\s*<?(?:https?://|www\.)[^\s\u4e00-\u9fff]+\s*", re.IGNORECASE)
 COMMON_HAN = re.compile("[\u4e00-\u9fff]+")
@@ -373,32 +344,9 @@ SENTENCE_ENDS = re.compile("[\n。！？!?]")
 HAN = re.compile("[々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
-def _misses(record: AnyRecord) -> Iterator[str]:
-    """What the record lacks to be one of its kind."""
-    match record:
-        case Document(_, text) if not text.strip():
-            yield "too short"
-        case Chat(_, messages):
-            yield from _empty_messages(messages)
-        case Preference(_, prompt, chosen, rejected):
-            yield from _empty_messages(prompt)
-            if not chosen or not rejected:
-                yield "empty answer"
-            if chosen == rejected:
-                yield "chosen and rejected are the same"
-        case Question():
-            yield from _exam_misses(record)
-
-
-def _empty_messages(messages: tuple[Message, ...]) -> Iterator[str]:
-    for message in messages:
-        if not message.content:
-            yield "empty question" if message.role == "user" else "empty answer"
-
-
-def _exam_misses(question: Question) -> Iterator[str]:
-    texts = [text for _, text in question.options]
-    letters = {letter for letter, _ in question.options}
+def question_faults(question: Question) -> Iterator[str]:
+    """What an exam question lacks to be one."""
+    letters, texts = {letter for letter, _ in question.options}, [text for _, text in question.options]
     if not question.stem:
         yield "empty question"
     if not texts:
@@ -411,39 +359,18 @@ def _exam_misses(question: Question) -> Iterator[str]:
         yield "answer is not among the options"
 
 
-def _answers(record: AnyRecord) -> tuple[str, ...]:
-    match record:
-        case Chat(_, messages):
-            return tuple(message.content for message in messages if message.role == "assistant")
-        case Preference(_, _, chosen, rejected):
-            return (chosen, rejected)
-    return ()
-
-
-def _taught(record: AnyRecord) -> tuple[str, ...]:
-    """The texts that a model shall learn to write; a rejected answer may be poor."""
-    match record:
-        case Document(_, text):
-            return (text,)
-        case Question():
-            return (record.explanation,)
-        case Preference():
-            return (record.chosen,)
-    return _answers(record)
-
-
-def _letter_counts(text: str) -> Counter[str]:
+def count_characters(text: str) -> Counter[str]:
     """Characters by class: the languages "zh" and "en", "other" letters, "digit", "symbol", "blank"."""
     without_han = COMMON_HAN.sub("", text)  # most of the text is counted by length, the rest one by one
     rest = ASCII_LETTERS.sub("", without_han)
-    counts = Counter(map(_class_of, rest))
+    counts = Counter(map(class_of, rest))
     counts["zh"] += len(text) - len(without_han)
     counts["en"] += len(without_han) - len(rest)
     return counts
 
 
 @cache
-def _class_of(character: str) -> str:
+def class_of(character: str) -> str:
     if character.isspace():
         return "blank"
     if HAN.match(character):
@@ -453,7 +380,7 @@ def _class_of(character: str) -> str:
     return "digit" if character.isnumeric() else "symbol"
 
 
-def _repeated_share(text: str) -> float:
+def repeated_share(text: str) -> float:
     """Share of the characters that lie in lines or sentences that stood before."""
     parts = [part for piece in SENTENCE_ENDS.split(text.replace(". ", "\n")) if (part := piece.strip())]
     if len(set(parts)) == len(parts):

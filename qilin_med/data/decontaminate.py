@@ -1,12 +1,11 @@
 """Keep evaluation questions out of training data: by the question itself, and by the share of its n-grams in a record.
 
-The index of all evaluation files is built once and lies in one folder; every task of the build maps it.
+The index of all evaluation files is built once and lies in one folder, from which every task of the build loads it.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -39,72 +38,63 @@ def bare(text: str) -> str:
     return matching.normalise(NOT_WORDS.sub("", text))
 
 
-def whole_questions(record: AnyRecord) -> list[str]:
-    """Everything of an evaluation item, in the ways in which it is written down: stem and options with and without
-    letters (which break every n-gram that reaches over a short option), or question and answer."""
-    if isinstance(record, Question):
-        texts = [text for _, text in record.options]
-        lettered = [letter + text for letter, text in record.options]
-        return [bare(record.stem + "".join(options)) for options in (texts, lettered)]
-    if isinstance(record, Chat):
-        return [bare("".join(message.content for message in record.messages if message.role != "system"))]
-    return [bare(record.text if isinstance(record, Document) else record.prompt[-1].content)]
-
-
-def stem_of(record: AnyRecord) -> str:
-    """The question alone."""
-    return bare(record.stem) if isinstance(record, Question) else next(iter(question_keys(record)), "")
-
-
 def question_keys(record: AnyRecord) -> list[str]:
-    """What makes two questions the same: stem with options in any order, or the words of a turn."""
-    if isinstance(record, Question):
-        return [bare(record.stem) + "|" + "|".join(sorted(bare(text) for _, text in record.options))]
-    messages = record.messages if isinstance(record, Chat) else record.prompt if isinstance(record, Preference) else ()
-    return [bare(message.content) for message in messages if message.role == "user"]
+    """What makes two questions the same: the stem with its options in any order, or the words of a turn."""
+    match record:
+        case Question(_, stem, options):
+            return [bare(stem) + "|" + "|".join(sorted(bare(text) for _, text in options))]
+        case Chat(_, messages) | Preference(_, messages):
+            return [bare(message.content) for message in messages if message.role == "user"]
+    return []
 
 
-# --------------------------------------------------------------------------------------------------------- index
+def index_entry(record: AnyRecord) -> tuple[str, list[str], list[str]]:
+    """(stem, key, everything in the ways in which it is written down) of an evaluation item: stem and options with and
+    without letters (which break every n-gram that reaches over a short option), or question and answer."""
+    keys = question_keys(record)[:1]
+    match record:
+        case Question(_, stem, options):
+            plain, lettered = "".join(text for _, text in options), "".join(letter + text for letter, text in options)
+            return bare(stem), keys, [bare(stem + plain), bare(stem + lettered)]
+        case Chat(_, messages):
+            whole = "".join(message.content for message in messages if message.role != "system")
+        case Preference(_, prompt):
+            whole = prompt[-1].content
+        case Document(_, text):
+            whole = text
+    return "".join(keys), keys, [bare(whole)]
 
 
 def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str, list[Path]]) -> None:
     """Write the index of all evaluation questions. `files`: the files of each entry, by its name."""
     items, texts, items_of_texts = [], [], []
     for source in settings.files:
-        for file in files[source.name]:
-            for _, record in read_raw(source, file):
-                if not isinstance(record, Skipped):
-                    about = {"item": record.id, "file": source.name, "stem": stem_of(record)}
-                    written = whole_questions(record)
-                    items_of_texts += [len(items)] * len(written)
-                    texts += written
-                    items.append({**about, "keys": question_keys(record)[:1]})
+        records = (record for file in files[source.name] for _, record in read_raw(source, file))
+        for record in records:
+            if isinstance(record, Skipped):
+                continue
+            stem, keys, wholes = index_entry(record)
+            long_enough = [text for text in wholes if len(text) >= settings.ngram]
+            texts += long_enough
+            items_of_texts += [len(items)] * len(long_enough)
+            items.append({"item": record.id, "file": source.name, "stem": stem, "keys": keys})
     hashes, starts = matching.shingle(texts, settings.ngram)
-    owners = np.repeat(np.arange(len(texts)), np.diff(starts))
-    distinct = np.unique(np.stack([hashes, owners.astype(np.uint64)], axis=1), axis=0)
-    long_enough = np.array([len(text) >= settings.ngram for text in texts], bool)
-    distinct = distinct[long_enough[distinct[:, 1].astype(np.int64)]] if len(texts) else distinct
-    save(folder / "hashes.npy", distinct[:, 0].copy())
-    save(folder / "owners.npy", distinct[:, 1].astype(np.int64))
-    save(folder / "totals.npy", np.bincount(distinct[:, 1].astype(np.int64), minlength=len(texts)))
+    owners = np.repeat(np.arange(len(texts)), np.diff(starts)).astype(np.uint64)
+    hashes, owners = np.unique(np.stack([hashes, owners], axis=1), axis=0).T.copy()
+    save(folder / "hashes.npy", hashes)
+    save(folder / "owners.npy", owners.astype(np.int64))
+    save(folder / "totals.npy", np.bincount(owners.astype(np.int64), minlength=len(texts)))
     save(folder / "items.npy", np.array(items_of_texts, np.int64))
     write_lines(folder / ITEMS, items)
 
 
-@lru_cache(maxsize=1)  # a worker has many tasks
-def load_index(folder: Path, ngram: int, near_miss: float) -> "Index":
-    return Index(folder, ngram, near_miss)
-
-
 class Index:
-    """Evaluation questions, ready to be looked for. `near_miss`: the least coverage that is told."""
+    """Evaluation questions, ready to be looked for. `near_miss`: the least coverage that is reported."""
 
     def __init__(self, folder: Path, ngram: int, near_miss: float):
         self._ngram, self._near_miss = ngram, near_miss
-        self._hashes = np.load(folder / "hashes.npy")
-        self._owners = np.load(folder / "owners.npy")
-        self._totals = np.load(folder / "totals.npy")
-        self._items_of_texts = np.load(folder / "items.npy")
+        names = ("hashes", "owners", "totals", "items")
+        self._hashes, self._owners, self._totals, self._items_of_texts = (np.load(folder / f"{n}.npy") for n in names)
         # Most n-grams of a corpus are in no question: a look into this table spares the search for them.
         self._known = np.zeros(1 << KNOWN_BITS, bool)
         self._known[self._hashes >> np.uint64(64 - KNOWN_BITS)] = True
@@ -114,33 +104,27 @@ class Index:
 
     def find(self, records: Sequence[AnyRecord], texts: Iterable[str]) -> Iterator[Hit | None]:
         """The evaluation question that each record repeats most, if at all. `texts`: all words of each record."""
-        hits = self._find_by_ngrams([bare(text) for text in texts])
+        hits: list[Hit | None] = [None] * len(records)
+        if len(self._hashes):
+            hashes, starts = matching.shingle([bare(text) for text in texts], self._ngram)
+            known = np.flatnonzero(self._known[hashes >> np.uint64(64 - KNOWN_BITS)])
+            first = np.searchsorted(self._hashes, hashes[known])
+            known = known[self._hashes[np.minimum(first, len(self._hashes) - 1)] == hashes[known]]
+            owners = np.searchsorted(starts, known, side="right") - 1
+            for index, count in zip(*np.unique(owners, return_counts=True), strict=True):
+                if count >= FEWEST_NGRAMS * self._near_miss:
+                    hits[index] = self._most_covered(np.unique(hashes[known[owners == index]]))
         for record, hit in zip(records, hits, strict=True):
             same = next((self._by_key[key] for key in question_keys(record) if key in self._by_key), None)
             yield Hit(same["item"], same["file"], 1.0) if same else hit
 
-    def _find_by_ngrams(self, texts: list[str]) -> list[Hit | None]:
-        found: list[Hit | None] = [None] * len(texts)
-        if not len(self._hashes):
-            return found
-        hashes, starts = matching.shingle(texts, self._ngram)
-        known = np.flatnonzero(self._known[hashes >> np.uint64(64 - KNOWN_BITS)])
-        first = np.searchsorted(self._hashes, hashes[known], side="left")
-        known = known[self._hashes[np.minimum(first, len(self._hashes) - 1)] == hashes[known]]
-        owners = np.searchsorted(starts, known, side="right") - 1
-        for index, count in zip(*np.unique(owners, return_counts=True), strict=True):
-            if count >= FEWEST_NGRAMS * self._near_miss:
-                found[index] = self._most_covered(np.unique(hashes[known[owners == index]]))
-        return found
-
     def _most_covered(self, hashes: np.ndarray) -> Hit | None:
-        first = np.searchsorted(self._hashes, hashes, side="left")
-        last = np.searchsorted(self._hashes, hashes, side="right")
+        """Of the questions that have some of these n-grams, the one with the largest share of its own among them."""
+        first, last = (np.searchsorted(self._hashes, hashes, side=side) for side in ("left", "right"))
         owners = np.concatenate([self._owners[a:b] for a, b in zip(first, last, strict=True)])
-        owners = owners[self._totals[owners] >= FEWEST_NGRAMS]
-        if not len(owners):
+        texts, counts = np.unique(owners[self._totals[owners] >= FEWEST_NGRAMS], return_counts=True)
+        if not len(texts):
             return None
-        texts, counts = np.unique(owners, return_counts=True)
         coverage = counts / self._totals[texts]
         best = int(np.argmax(coverage))
         if coverage[best] < self._near_miss:

@@ -3,14 +3,13 @@
 import json
 from dataclasses import fields
 from hashlib import blake2b
-from typing import Any
 
 from qilin_med.config.experiment import StageName
 from qilin_med.data.read.records import ROLES, UnusableRow
+from qilin_med.data.shards import Row
 from qilin_med.prompt.wording import exam_answer, exam_prompt, option_lines
 from qilin_med.records import Chat, Document, Message, Preference, Question, Role
 
-Row = dict[str, Any]
 AnyRecord = Document | Chat | Preference | Question
 TrainingRecord = Document | Chat | Preference
 
@@ -18,74 +17,41 @@ SPEAKERS: dict[Role, str] = {"user": "患者", "assistant": "医生"}
 CHIMED_NAMES: dict[Role, str] = {"system": "system", "user": "input", "assistant": "output"}
 
 
-# -------------------------------------------------------------------------------------------------------- stages
-
-
 def render(record: AnyRecord, stage: StageName) -> TrainingRecord:
     """The record as `stage` trains on it, under the same id: a Document, a Chat or a Preference.
 
     UnusableRow, with a reason that holds nothing of the record, if the record cannot serve the stage.
     """
-    return {"pretraining": _as_document, "sft": _as_chat, "dpo": _as_preference}[stage](record)
-
-
-def _as_document(record: AnyRecord) -> Document:
-    match record:
-        case Document():
+    match stage, record:
+        case ("pretraining", Document()) | ("sft", Chat()) | ("dpo", Preference()):
             return record
-        case Chat():
-            return Document(record.id, _transcript(record.messages))
-        case Question():
-            return Document(record.id, _exam_text(record))
-    raise UnusableRow("a pair of answers is no text for pretraining")
+        case ("pretraining" | "sft", Question(answer="")):
+            raise UnusableRow("no answer")
+        case "pretraining", Chat(id_, messages):
+            return Document(id_, transcript(messages))
+        case "pretraining", Question(id_, stem, options, answer, explanation):
+            parts = [stem, option_lines(options), f"答案：{answer}", f"解释：{explanation}" if explanation else ""]
+            return Document(id_, "\n".join(part for part in parts if part))
+        case "sft", Question(explanation=""):
+            raise UnusableRow("no explanation")
+        case "sft", Question(id_, stem, options, answer, explanation):
+            prompt = Message("user", exam_prompt(stem, options))
+            return Chat(id_, (prompt, Message("assistant", exam_answer(answer, explanation))))
+        case "pretraining", _:
+            raise UnusableRow("a pair of answers is no text for pretraining")
+        case "sft", Document():
+            raise UnusableRow("running text is no conversation for sft")
+        case "sft", _:
+            raise UnusableRow("a pair of answers is no conversation for sft")
+    raise UnusableRow("no pair of answers for dpo")
 
 
-def _transcript(messages: tuple[Message, ...]) -> str:
+def transcript(messages: tuple[Message, ...]) -> str:
+    """A conversation as running text: question and answer, or what patient and doctor say in turn."""
     system = [message.content for message in messages if message.role == "system"]
     turns = [message for message in messages if message.role != "system"]
-    if len(turns) == 2:
-        question, answer = (turn.content for turn in turns)
-        return "\n".join([*system, f"问：{question}", f"答：{answer}"])
-    return "\n".join(system + [f"{SPEAKERS[turn.role]}：{turn.content}" for turn in turns])
-
-
-def _exam_text(question: Question) -> str:
-    parts = [question.stem, option_lines(question.options), f"答案：{_told_answer(question)}"]
-    parts += [f"解释：{question.explanation}"] if question.explanation else []
-    return "\n".join(part for part in parts if part)
-
-
-def _told_answer(question: Question) -> str:
-    if not question.answer:
-        raise UnusableRow("no answer")
-    return question.answer
-
-
-def _as_chat(record: AnyRecord) -> Chat:
-    match record:
-        case Chat():
-            return record
-        case Question():
-            return Chat(record.id, _exam_messages(record))
-        case Document():
-            raise UnusableRow("running text is no conversation for sft")
-    raise UnusableRow("a pair of answers is no conversation for sft")
-
-
-def _exam_messages(question: Question) -> tuple[Message, Message]:
-    letters = _told_answer(question)
-    if not question.explanation:
-        raise UnusableRow("no explanation")
-    return (
-        Message("user", exam_prompt(question.stem, question.options)),
-        Message("assistant", exam_answer(letters, question.explanation)),
-    )
-
-
-def _as_preference(record: AnyRecord) -> Preference:
-    if not isinstance(record, Preference):
-        raise UnusableRow("no pair of answers for dpo")
-    return record
+    names = ("问", "答") if len(turns) == 2 else [SPEAKERS[turn.role] for turn in turns]
+    return "\n".join([*system, *(f"{name}：{turn.content}" for name, turn in zip(names, turns, strict=True))])
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -93,39 +59,33 @@ def _as_preference(record: AnyRecord) -> Preference:
 
 def to_row(record: TrainingRecord) -> Row:
     """The record in ChiMed's layout, which `qilin_med.data.read.records` reads."""
+
+    def turns(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+        return [{"from": CHIMED_NAMES[message.role], "value": message.content} for message in messages]
+
     match record:
-        case Document():
-            return {"id": record.id, "text": record.text}
-        case Chat():
-            return {"id": record.id, "conversations": _turns(record.messages)}
-        case Preference(prompt=(Message(role="user", content=question),)):
-            answers = {"response_chosen": record.chosen, "response_rejected": record.rejected}
-            return {"id": record.id, "question": question, **answers}
-        case Preference():
-            answers = {"chosen": record.chosen, "rejected": record.rejected}
-            return {"id": record.id, "conversations": _turns(record.prompt), **answers}
+        case Document(id_, text):
+            return {"id": id_, "text": text}
+        case Chat(id_, messages):
+            return {"id": id_, "conversations": turns(messages)}
+        case Preference(id_, (Message("user", question),), chosen, rejected):
+            return {"id": id_, "question": question, "response_chosen": chosen, "response_rejected": rejected}
+        case Preference(id_, prompt, chosen, rejected):
+            return {"id": id_, "conversations": turns(prompt), "chosen": chosen, "rejected": rejected}
     raise TypeError(f"{type(record).__name__} is no training record: render it first")
-
-
-def _turns(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    return [{"from": CHIMED_NAMES[message.role], "value": message.content} for message in messages]
 
 
 def from_row(stage: StageName, row: Row) -> TrainingRecord:
     """The record that `to_row` wrote. For rows of our own making: any other may raise KeyError."""
     if stage == "pretraining":
         return Document(row["id"], row["text"])
-    if stage == "sft":
-        return Chat(row["id"], _messages(row["conversations"]))
     if "question" in row:
-        return Preference(
-            row["id"], (Message("user", row["question"]),), row["response_chosen"], row["response_rejected"]
-        )
-    return Preference(row["id"], _messages(row["conversations"]), row["chosen"], row["rejected"])
-
-
-def _messages(turns: list[dict[str, str]]) -> tuple[Message, ...]:
-    return tuple(Message(ROLES[turn["from"]], turn["value"]) for turn in turns)
+        prompt = (Message("user", row["question"]),)
+        return Preference(row["id"], prompt, row["response_chosen"], row["response_rejected"])
+    messages = tuple(Message(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"])
+    if stage == "sft":
+        return Chat(row["id"], messages)
+    return Preference(row["id"], messages, row["chosen"], row["rejected"])
 
 
 # ------------------------------------------------------------------------------------------------------ contents
@@ -134,24 +94,19 @@ def _messages(turns: list[dict[str, str]]) -> tuple[Message, ...]:
 def text_of(record: AnyRecord) -> str:
     """All text of a record, part by part joined by newlines; deduplication compares it."""
     match record:
-        case Document():
-            return record.text
-        case Chat():
-            return "\n".join(message.content for message in record.messages)
-        case Preference():
-            return "\n".join([*(message.content for message in record.prompt), record.chosen, record.rejected])
-        case Question():
-            parts = (record.stem, option_lines(record.options), record.explanation)
-            return "\n".join(part for part in parts if part)
+        case Document(_, text):
+            return text
+        case Chat(_, messages):
+            return "\n".join(message.content for message in messages)
+        case Preference(_, prompt, chosen, rejected):
+            return "\n".join([*(message.content for message in prompt), chosen, rejected])
+        case Question(_, stem, options, _, explanation):
+            return "\n".join(part for part in (stem, option_lines(options), explanation) if part)
     raise TypeError(f"{type(record).__name__} is no record")
 
 
 def stable_id(source_name: str, record: AnyRecord) -> str:
     """ "source-16 hex digits" from the contents alone, so that moving, splitting or reordering files changes no id."""
     contents = [getattr(record, field.name) for field in fields(record) if field.name != "id"]
-    digest = blake2b(json.dumps(contents, default=_role_and_content).encode(), digest_size=8)
-    return f"{source_name}-{digest.hexdigest()}"
-
-
-def _role_and_content(message: Message) -> tuple[str, str]:
-    return message.role, message.content
+    in_json = json.dumps(contents, default=lambda message: (message.role, message.content))
+    return f"{source_name}-{blake2b(in_json.encode(), digest_size=8).hexdigest()}"

@@ -1,11 +1,13 @@
-"""Records on disk while a corpus is built: numbered shards of JSON lines with random access, and arrays beside them.
+"""A build in progress on disk: numbered shards of records as JSON lines, and arrays beside them.
 
-A record's number is shard << 32 | row, a uint64 that names it in every array of a build. Files appear under their
-names only when whole, so that a killed task leaves nothing that a later run would take for done.
+A record's number is shard << 32 | row, a uint64 that names it in every array of a build. Files get their names only when
+whole, so that a killed task leaves nothing that a later run would take for done.
 """
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import numpy as np
 import orjson
 
 from qilin_med.artifact import written_whole
+from qilin_med.config.experiment import StageName
 
 ROW_BITS = 32
-NUMBERS = np.dtype(np.uint64)
+Row = dict[str, Any]
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -24,7 +27,7 @@ def save(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def save_json(path: Path, value: dict[str, Any]) -> None:
+def save_json(path: Path, value: Any) -> None:
     with written_whole(path) as file:
         file.write(orjson.dumps(value))
 
@@ -37,7 +40,7 @@ def load(path: Path) -> np.ndarray:
         return np.load(path)
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> list[int]:
+def write_lines(path: Path, rows: Iterable[Row]) -> list[int]:
     """Write rows as JSON lines; returns where each begins, and the end."""
     offsets = [0]
     with written_whole(path) as file:
@@ -46,10 +49,9 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> list[int]:
     return offsets
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
-        for line in file:
-            yield orjson.loads(line)
+        yield from map(orjson.loads, file)
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -58,8 +60,8 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def number_of(shard: int, rows: np.ndarray | int) -> Any:
-    return np.uint64(shard << ROW_BITS) | np.asarray(rows, NUMBERS)
+def number_of(shard: int, rows: np.ndarray) -> np.ndarray:
+    return np.uint64(shard << ROW_BITS) | np.asarray(rows, np.uint64)
 
 
 def shard_of(numbers: np.ndarray) -> np.ndarray:
@@ -70,54 +72,58 @@ def row_of(numbers: np.ndarray) -> np.ndarray:
     return numbers & np.uint64((1 << ROW_BITS) - 1)
 
 
-class Shards:
-    """The cleaned records of a build: `<shard>.jsonl`, `<shard>.offsets.npy`, `<shard>.ranks.npy` in one folder.
+@dataclass(frozen=True)
+class Workspace:
+    """The work folder of a build. `clean/` has the records that passed cleaning, with their ranks."""
 
-    Ranks (uint64) order records by who keeps a text that several have: the earlier source, then the smaller content
-    hash. They do not depend on the names or the order of files.
-    """
+    root: Path
+    stages: tuple[StageName, ...]
+    """The training set of each shard."""
+    parts: int
+    """Parts that hash values are dealt out to."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._open: dict[int, tuple[int, np.ndarray]] = {}
+    def path(self, step: str, task: int, suffix: str = "npy") -> Path:
+        return self.root / step / f"{task:05d}.{suffix}"
 
-    def write(self, shard: int, rows: Iterable[dict[str, Any]], ranks: list[int]) -> None:
-        """`ranks` may be filled while `rows` is consumed."""
-        offsets = write_lines(self._path(shard, "jsonl"), rows)
-        save(self._path(shard, "offsets.npy"), np.array(offsets, NUMBERS))
-        save(self._path(shard, "ranks.npy"), np.array(ranks, NUMBERS))
+    def index_in_stage(self, shard: int) -> int:
+        return self.stages[:shard].count(self.stages[shard])
 
-    def rows(self, shard: int) -> Iterator[dict[str, Any]]:
-        return read_lines(self._path(shard, "jsonl"))
+    def write(self, shard: int, rows: Iterable[Row], ranks: list[int]) -> None:
+        """Write a shard of clean records. `ranks` may be filled while `rows` is consumed.
+
+        Ranks (uint64) decide which of several records with the same text is kept: that of the earlier source, then that
+        with the smaller content hash. They do not depend on the names or the order of files.
+        """
+        save(self.path("clean", shard, "offsets.npy"), np.array(write_lines(self._records(shard), rows), np.uint64))
+        save(self.path("clean", shard, "ranks.npy"), np.array(ranks, np.uint64))
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        return read_lines(self._records(shard))
 
     def ranks(self, shard: int) -> np.ndarray:
-        return load(self._path(shard, "ranks.npy"))
+        return load(self.path("clean", shard, "ranks.npy"))
 
-    def size(self, shard: int) -> int:
-        return len(self.ranks(shard))
+    @contextmanager
+    def random_access(self) -> Iterator[Callable[[int], Row]]:
+        """A function that gives any record by its number."""
+        with ExitStack() as files:
 
-    def ranks_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Ranks of records anywhere."""
-        ranks = np.empty(len(numbers), NUMBERS)
-        for shard in np.unique(shard_of(numbers)):
-            mine = shard_of(numbers) == shard
-            ranks[mine] = self.ranks(int(shard))[row_of(numbers[mine])]
-        return ranks
+            @cache
+            def opened(shard: int) -> tuple[Any, np.ndarray]:
+                file = files.enter_context(self._records(shard).open("rb", buffering=0))
+                return file, load(self.path("clean", shard, "offsets.npy"))
 
-    def row(self, number: int) -> dict[str, Any]:
-        """One record, wherever it stands."""
-        shard, row = number >> ROW_BITS, number & ((1 << ROW_BITS) - 1)
-        if shard not in self._open:
-            descriptor = os.open(self._path(shard, "jsonl"), os.O_RDONLY)
-            self._open[shard] = descriptor, load(self._path(shard, "offsets.npy"))
-        descriptor, offsets = self._open[shard]
-        start, end = int(offsets[row]), int(offsets[row + 1])
-        return orjson.loads(os.pread(descriptor, end - start, start))
+            def record(number: int) -> Row:
+                file, offsets = opened(number >> ROW_BITS)
+                row = number & ((1 << ROW_BITS) - 1)
+                start, end = offsets[row : row + 2].tolist()
+                file.seek(start)
+                return orjson.loads(file.read(end - start))
 
-    def close(self) -> None:
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+            yield record
 
-    def _path(self, shard: int, suffix: str) -> Path:
-        return self.folder / f"{shard:05d}.{suffix}"
+    def load_all(self, step: str, tasks: int) -> np.ndarray:
+        return np.concatenate([load(self.path(step, task)) for task in range(tasks)])
+
+    def _records(self, shard: int) -> Path:
+        return self.path("clean", shard, "jsonl")

@@ -25,7 +25,7 @@ class Step:
 
     name: str
     tasks: int
-    function: Callable[[int], None]
+    function: Callable[[int], Any]
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         self.function(rank)
@@ -37,7 +37,7 @@ def run_steps(steps: list[Step], settings: ExecutorSettings, log: Path) -> None:
     On Slurm this submits a chain of jobs and returns. UserError: options that the executor does not take.
     """
     try:
-        executors = [EXECUTORS[settings.kind](step, settings, str(log / step.name)) for step in steps]
+        executors = [executor_of(step, settings, str(log / step.name)) for step in steps]
     except TypeError as error:
         raise UserError(f"executor.options do not fit datatrove's {settings.kind} executor: {error}") from None
     if settings.kind == "slurm":
@@ -46,82 +46,66 @@ def run_steps(steps: list[Step], settings: ExecutorSettings, log: Path) -> None:
         executors[-1].run()
         return
     for step, executor in zip(steps, executors, strict=True):
-        with _progress(log / step.name, step):
+        with tasks_counted(log / step.name / "completions", step):
             executor.run()
 
 
-def _local(step: Step, settings: ExecutorSettings, log: str) -> Any:
-    from datatrove.executor.local import LocalPipelineExecutor
-    from loguru import logger
+def executor_of(step: Step, settings: ExecutorSettings, log: str) -> Any:
+    """datatrove's executor for one step. A cluster runs all tasks at once unless `workers` says how many."""
+    shared = {"pipeline": [step], "tasks": step.tasks, "logging_dir": log}
+    if settings.kind == "local":
+        from datatrove.executor.local import LocalPipelineExecutor
+        from loguru import logger
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
-    logger.disable("datatrove")  # its banners; errors come back as exceptions
-    _leave_ctrl_c_to_this_process()
-    workers = min(_workers(settings, auto=len(os.sched_getaffinity(0))), step.tasks)
-    # Forked workers inherit everything: nothing is imported again for each of the steps.
-    shared = {"start_method": "fork", **settings.options}
-    return LocalPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **shared)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
+        logger.disable("datatrove")  # its banners; errors come back as exceptions
+        leave_ctrl_c_to_this_process()
+        workers = len(os.sched_getaffinity(0)) if settings.workers == "auto" else settings.workers
+        # Forked workers inherit everything: nothing is imported again for each of the steps.
+        shared |= {"workers": min(workers, step.tasks), "start_method": "fork"}
+        return LocalPipelineExecutor(**{**shared, **settings.options})
+    shared["workers"] = -1 if settings.workers == "auto" else settings.workers
+    if settings.kind == "slurm":
+        from datatrove.executor.slurm import SlurmPipelineExecutor
 
-
-@cache
-def _leave_ctrl_c_to_this_process() -> None:
-    """It reaches forked workers too; this process ends them, and speaks for all."""
-    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
-
-
-def _slurm(step: Step, settings: ExecutorSettings, log: str) -> Any:
-    from datatrove.executor.slurm import SlurmPipelineExecutor
-
-    # The jobs see what this process sees: its environment's commands, and this package.
-    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).resolve().parents[2]}
-    environment = " && ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items())
-    shared = {
-        "job_name": step.name,
-        "slurm_logs_folder": f"{log}/slurm",
-        "env_command": environment,
-        **settings.options,
-    }
-    workers = _workers(settings, auto=-1)
-    return SlurmPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **shared)
-
-
-def _ray(step: Step, settings: ExecutorSettings, log: str) -> Any:
+        # The jobs see what this process sees: its environment's commands, and this package.
+        paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).resolve().parents[2]}
+        environment = " && ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items())
+        shared |= {"job_name": step.name, "slurm_logs_folder": f"{log}/slurm", "env_command": environment}
+        return SlurmPipelineExecutor(**{**shared, **settings.options})
     try:
         from datatrove.executor.ray import RayPipelineExecutor
     except ImportError:
         raise UserError("executor.kind is ray, but ray is not installed: .venv/bin/pip install ray") from None
-
-    workers = _workers(settings, auto=-1)
-    return RayPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=workers, logging_dir=log, **settings.options)
+    return RayPipelineExecutor(**{**shared, **settings.options})
 
 
-EXECUTORS = {"local": _local, "slurm": _slurm, "ray": _ray}
-
-
-def _workers(settings: ExecutorSettings, auto: int) -> int:
-    """`auto`: what "auto" means to an executor; -1 lets a cluster run all tasks at once."""
-    return auto if settings.workers == "auto" else settings.workers
+@cache
+def leave_ctrl_c_to_this_process() -> None:
+    """It reaches forked workers too; this process ends them, and speaks for all."""
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
 
 
 @contextmanager
-def _progress(log: Path, step: Step) -> Iterator[None]:
-    """A line at the end of each step, and its tasks counted by datatrove's marks until then."""
-    ended, start, marks = threading.Event(), time.monotonic(), log / "completions"
+def tasks_counted(marks: Path, step: Step) -> Iterator[None]:
+    """A line at the end of each step, and until then its tasks counted by datatrove's marks."""
+    ended, start = threading.Event(), time.monotonic()
 
-    def count() -> None:
+    def done() -> int:
+        return sum(1 for _ in marks.glob("*"))
+
+    def watch() -> None:
         counted = 0
         while not ended.wait(0.5):
-            done = sum(1 for _ in marks.glob("*"))
-            advance(done - counted)
-            counted = done
+            advance((now := done()) - counted)
+            counted = now
 
     with progress(step.name, step.tasks, "tasks") as advance:
-        thread = threading.Thread(target=count, daemon=True)
+        thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try:
             yield
         finally:
             ended.set()
             thread.join()
-    done = sum(1 for _ in marks.glob("*"))
-    print(f"{step.name:<12}{done:>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s", flush=True)
+    print(f"{step.name:<12}{done():>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s", flush=True)

@@ -12,11 +12,10 @@ from qilin_med.train.metrics import read_metrics
 
 LABELS = {"base": "base", "pretraining": "CPT", "sft": "SFT", "dpo": "DPO"}
 HEADLINES = ("average", "accuracy", "rougeL_char")  # only C-Eval has an average, over subjects
+# Words of earlier versions that manifests may have.
 _RENAMED = {
-    "set_aside": "skipped",
-    "rows_set_aside": "rows_skipped",
-    "updates": "optimizer_steps",
-}  # since the first runs
+    "set_aside": "skipped", "rows_set_aside": "rows_skipped", "dropped": "rejected", "updates": "optimizer_steps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,231 @@
+"""The two ends of a build: raw files -> clean shards, and what deduplication left of these -> the files of the sets.
+
+What a task counts adds up over tasks (see `qilin_med.data.card`). No row vanishes: one that gives no record is skipped; a
+record that a rule, an evaluation question or a better copy keeps out is rejected; both are written apart with the reason.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cache, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qilin_med.artifact import written_whole
+from qilin_med.config.corpus import CorpusSettings
+from qilin_med.config.experiment import StageName
+from qilin_med.data import deduplicate as deduplication
+from qilin_med.data.clean import Cleaner
+from qilin_med.data.decontaminate import Index
+from qilin_med.data.read.readers import read_raw
+from qilin_med.data.read.records import UnusableRow
+from qilin_med.data.render import AnyRecord, TrainingRecord, from_row, render, stable_id, text_of, to_row
+from qilin_med.data.shards import Row, Workspace, chunks, read_lines, save_json, write_lines
+from qilin_med.records import Chat, Document, Skipped
+
+SEARCHED_AT_ONCE = 500  # records looked up in the index of evaluation questions
+COUNTED_AT_ONCE = 1000  # records tokenised together
+HASH_BITS = 56  # of a rank; the source's place in the corpus file takes the others
+EVALUATION_REASON = "repeats a question of "
+REPEATS = "nothing left without the passages that other documents have"
+CUT = "passages that other documents have"
+APART = ("skipped", "rejected", "changed")
+"""Folders of a build beside the sets."""
+
+TEXT, TURNS = pa.string(), pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
+ANSWERS = [(name, TEXT) for name in ("question", "response_chosen", "response_rejected")]
+SCHEMAS: dict[StageName, pa.Schema] = {
+    stage: pa.schema([("id", TEXT), *columns, ("source", TEXT), ("place", TEXT)])
+    for stage, columns in {
+        "pretraining": [("text", TEXT)],
+        "sft": [("conversations", TURNS)],
+        "dpo": [*ANSWERS, ("conversations", TURNS), ("chosen", TEXT), ("rejected", TEXT)],
+    }.items()
+}
+"""Columns of parquet files; a preference pair fills the first three of its own or the last three."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A file of a source, or one of several stripes of it: every `stripes`-th record from number `stripe` on."""
+
+    source: int
+    file: Path
+    stripe: int = 0
+    stripes: int = 1
+
+
+@dataclass
+class Account:
+    """What a task counted, by kind and reason, and the rows that it keeps apart."""
+
+    counts: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    apart: defaultdict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
+
+    def reject(self, reason: str, row: Row, kind: str = "rejected", **about: Any) -> None:
+        self.counts[kind][reason] += 1
+        self.apart["rejected"].append({"reason": reason, **about, **row})
+
+
+def hash_of(id_: str) -> int:
+    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=HASH_BITS // 8).digest())
+
+
+def draw(id_: str) -> float:
+    """A number in [0, 1) that belongs to a record for ever: the one by which shares and splits are drawn."""
+    return hash_of(id_) / 2**HASH_BITS
+
+
+def rank_of(source: int, id_: str) -> int:
+    return source << HASH_BITS | hash_of(id_)
+
+
+# --------------------------------------------------------------------------------------------- raw files -> shards
+
+load_index = lru_cache(maxsize=1)(Index)  # a worker has many tasks
+
+
+def clean_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ...], shard: int) -> None:
+    """Task: the shard of a task's clean records, without evaluation questions, and beside it what it kept apart."""
+    task, account = tasks[shard], Account()
+    stage, kept_out = settings.sources[task.source].stage, settings.decontamination
+    index = load_index(work.root / "evaluation", kept_out.ngram, kept_out.near_miss)
+    keys: list[bytes] = []
+    ranks: list[int] = []
+
+    def rows() -> Iterator[Row]:
+        for some in chunks(read_clean(settings, task, account), SEARCHED_AT_ONCE):
+            texts = [text_of(rendered) for _, _, rendered in some]
+            hits = index.find([cleaned for _, cleaned, _ in some], texts)
+            for (about, _, rendered), text, hit in zip(some, texts, hits, strict=True):
+                row = {**to_row(rendered), **about}
+                if hit and hit.coverage >= kept_out.coverage:
+                    account.reject(f"{EVALUATION_REASON}{hit.file}", row, **asdict(hit))
+                    continue
+                if hit:
+                    account.apart["near_misses"].append({**row, **asdict(hit)})
+                account.counts["records"]["kept"] += 1
+                keys.append(deduplication.exact_key(stage, text))
+                ranks.append(rank_of(task.source, about["id"]))
+                yield row
+
+    work.write(shard, rows(), ranks)
+    deduplication.save_exact_keys(work, shard, keys)
+    for name in (*APART, "near_misses"):
+        write_lines(work.path(name, shard, "jsonl"), account.apart[name])
+    save_json(work.path("clean", shard, "counts.json"), account.counts)
+
+
+def read_clean(
+    settings: CorpusSettings, task: Task, account: Account
+) -> Iterator[tuple[Row, AnyRecord, TrainingRecord]]:
+    """(id, source and place; the record cleaned; as its stage trains on it) of every record that no rule rejects."""
+    source, cleaner = settings.sources[task.source], Cleaner(settings.cleaning)
+    for number, (rows, record) in enumerate(islice(read_raw(source, task.file), source.limit)):
+        if number % task.stripes != task.stripe:
+            continue
+        account.counts["rows"]["read"] += rows
+        if isinstance(record, Skipped):
+            account.counts["skipped"][record.reason] += rows
+            skipped = {"source": source.name, "place": record.id, "reason": record.reason, "raw": record.raw}
+            account.apart["skipped"].append(skipped)
+            continue
+        account.counts["rows"]["used"] += rows
+        account.counts["records"]["read"] += 1
+        about = {"id": stable_id(source.name, record), "source": source.name, "place": record.id}
+        cleaned, rules = cleaner.clean(record)
+        if rules:
+            account.counts["changed"].update(rules)
+            texts = {"before": _contents(record), "after": _contents(cleaned)}
+            account.apart["changed"].append({**about, "rules": rules, **texts})
+        reason = "not drawn" if draw(about["id"]) >= source.share else cleaner.reject_reason(cleaned)
+        try:
+            rendered = render(cleaned, source.stage)
+            if rendered is not cleaned:  # else it has been judged
+                reason = reason or cleaner.reject_reason(rendered)
+        except UnusableRow as error:
+            reason = reason or str(error)
+        if reason:
+            account.reject(reason, {**about, **_contents(record)})
+        else:
+            yield about, cleaned, rendered
+
+
+def _contents(record: AnyRecord) -> Row:
+    return {key: value for key, value in asdict(record).items() if key != "id"}
+
+
+# ------------------------------------------------------------------------------------------------- shards -> sets
+
+
+def write_shard(work: Workspace, settings: CorpusSettings, tokenizer_file: Path, shard: int) -> None:
+    """Task: train and dev files of one shard; what duplicates others is appended to what was rejected."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    stage, number, out = work.stages[shard], work.index_in_stage(shard), work.root / "out"
+    account = Account()
+    with ExitStack() as files:
+
+        @cache
+        def writer(split: str) -> Callable[[list[Row]], Any]:
+            """Opened at a split's first row: one that gets none has no file."""
+            file = files.enter_context(written_whole(out / stage / f"{split}-{number:05d}.{settings.format}"))
+            if settings.format == "jsonl":
+                return lambda rows: file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+            table = files.enter_context(pq.ParquetWriter(file, SCHEMAS[stage]))
+            return lambda rows: table.write_table(pa.Table.from_pylist(rows, SCHEMAS[stage]))
+
+        for rows in chunks(rows_left(work, settings, shard, account), COUNTED_AT_ONCE):
+            records = [from_row(stage, row) for row in rows]
+            texts = [text_of(record) for record in records]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            account.counts["written"] += Counter(
+                tokens=sum(len(encoding.ids) for encoding in encodings),
+                bytes=sum(len(text.encode()) for text in texts),
+                several_turns=sum(
+                    isinstance(record, Chat) and sum(message.role == "user" for message in record.messages) > 1
+                    for record in records
+                ),
+            )
+            # The contents put a record on its side, whatever else is in the corpus.
+            splits = ["dev" if draw(row["id"]) < settings.dev_share else "train" for row in rows]
+            account.counts["written"].update(splits)
+            for split in sorted(set(splits)):
+                writer(split)([row for row, side in zip(rows, splits, strict=True) if side == split])
+    for name in APART:
+        rows = [*read_lines(work.path(name, shard, "jsonl")), *account.apart[name]]
+        write_lines(out / name / f"{stage}-{number:05d}.jsonl", rows)
+    save_json(work.path("written", shard, "counts.json"), account.counts)
+
+
+def rows_left(work: Workspace, settings: CorpusSettings, shard: int, account: Account) -> Iterator[Row]:
+    """The rows of a shard that no other record stands for, without passages that other documents have."""
+    duplicates = deduplication.duplicates_of_shard(work, settings.deduplication, shard)
+    width = settings.deduplication.substring_tokens
+    cuts = deduplication.cuts_of_shard(work, width, shard) if width and work.stages[shard] == "pretraining" else {}
+    cleaner = Cleaner(settings.cleaning)
+    with work.random_access() as record:
+        for index, row in enumerate(work.rows(shard)):
+            if index in duplicates:
+                reason, kept, similarity = duplicates[index]
+                account.reject(reason, row, "duplicates", kept=record(kept)["id"], similarity=round(similarity, 4))
+                continue
+            if index in cuts:
+                text = deduplication.cut_out(row["text"], cuts[index])
+                if cleaner.reject_reason(Document(row["id"], text)):
+                    account.reject(REPEATS, row, "duplicates")
+                    continue
+                account.counts["written"]["cut"] += 1
+                about = {name: row[name] for name in ("id", "source", "place")}
+                texts = {"before": {"text": row["text"]}, "after": {"text": text}}
+                account.apart["changed"].append({**about, "rules": [CUT], **texts})
+                row = {**row, "text": text}
+            yield row
