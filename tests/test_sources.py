@@ -44,12 +44,12 @@ def test_folders_are_read_in_name_order_and_the_files_of_a_split_stand_alone(wri
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("missing.jsonl", "no such data file"), ("empty.jsonl", "is empty"), ("bare", "no usable file"), ("x.csv", "csv")],
+    [("missing.jsonl", "no such data file"), ("empty.jsonl", "is empty"), ("bare", "no usable file"), ("x.pdf", "pdf")],
 )
 def test_useless_paths_are_refused_by_name(tmp_path, name, message):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "bare").mkdir()
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.pdf").write_text("a,b")
     with pytest.raises(UserError, match=message) as error:
         find_files(sources(tmp_path / name))
     assert str(tmp_path / name) in str(error.value)
@@ -103,7 +103,7 @@ def test_a_json_file_may_hold_an_array_or_one_object(tmp_path):
         ({"text": " \n"}, "empty text"),
         ({"text": 7}, "wrong type: 'text' is a number, expected text"),
         ('{"text": "\\ud83d"}', "not Unicode: half a surrogate pair"),
-        ('"text"', "wrong type: the row is text, expected an object"),
+        ('"text"', "unknown layout: the row is text, expected an object"),
         ("[" * 100_000, "broken JSON: a number or nesting beyond all bounds"),
     ],
 )
@@ -158,7 +158,8 @@ def test_every_chat_layout(write_lines, row, messages):
         ({"instruction": "a", "output": 1}, "wrong type: 'output' is a number, expected text"),
         ({"instruction": "a", "output": "b", "history": [["x"]]},
          "wrong type: 'history', expected a list of [question, answer]"),
-        ({"ask": "a"}, "unknown layout: fields ask; expected conversations, messages or instruction/input/output"),
+        ({"ask": "a"}, "unknown layout: fields ask; expected conversations, messages, instruction/input/output, "
+         "question/answer, input/target, conversation or a list of turns"),
     ],
 )  # fmt: skip
 def test_chats_that_cannot_be_used(write_lines, row, reason):

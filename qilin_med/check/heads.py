@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from qilin_med.check.findings import Findings
 from qilin_med.config.experiment import DataSource, DpoConfig, PretrainingConfig, StageConfig, StageName
+from qilin_med.data.read.files import content_suffix, share_of_lines
 from qilin_med.data.read.records import find_files
 from qilin_med.data.rows import READERS
 from qilin_med.plan.data import Amount
@@ -25,6 +26,7 @@ from qilin_med.records import Document, Skipped
 FILE_RECORDS, FEWEST_RECORDS = 1_000, 20  # of one file; fewer of each where there are many, never fewer than the second
 STAGE_RECORDS = 20_000
 FILE_CHARACTERS = 4_000_000  # where records are whole books
+LINE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 MOST_UNUSABLE = 0.1  # share of a file's looked-at records above which its format is taken for wrong
 
 
@@ -82,11 +84,12 @@ def _share(file: Path, head: list[Any], rest: Iterator[Any]) -> float:
         return 1.0
     if file.suffix.lower() == ".parquet":
         return len(head) / pyarrow.parquet.ParquetFile(file).metadata.num_rows
-    if head[-1].id.startswith(f"{file}:"):
-        lines = int(head[-1].id.removeprefix(f"{file}:"))
-        with file.open("rb") as stream:
-            return sum(map(len, islice(stream, lines))) / file.stat().st_size
-    return len(head) / (len(head) + 1 + sum(1 for _ in rest))  # one JSON array, in memory as a whole
+    place, _, line = head[-1].id.rpartition(":")
+    if place == str(file) and content_suffix(file.name) in LINE_SUFFIXES:
+        share = share_of_lines(file, int(line))
+        if share < 1:
+            return share
+    return len(head) / (len(head) + 1 + sum(1 for _ in rest))  # arrays, books of tables, archives, small packed files
 
 
 # ------------------------------------------------------------------------------------------------------ measuring

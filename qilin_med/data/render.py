@@ -5,7 +5,8 @@ from dataclasses import fields
 from hashlib import blake2b
 
 from qilin_med.config.experiment import StageName
-from qilin_med.data.read.records import ROLES, UnusableRow
+from qilin_med.data.read.formats.chats import ROLES
+from qilin_med.data.read.formats.reading import UnusableRow
 from qilin_med.data.shards import Row
 from qilin_med.prompt.wording import exam_answer, exam_prompt, option_lines
 from qilin_med.records import Chat, Document, Message, Preference, Question, Role

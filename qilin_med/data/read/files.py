@@ -1,42 +1,24 @@
-"""Raw files as published: found in folders, opened in place (.gz, .zst, .zip), decoded (UTF-8 or GB18030)."""
+"""Files of raw sources and of training data: found in folders, opened in place (.gz, .zst, .zip), and decoded."""
 
+import codecs
 import gzip
 import io
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
-
-import zstandard
+from typing import BinaryIO, TextIO
 
 from qilin_med.errors import UserError
-from qilin_med.records import RAW_CHARACTERS, Skipped
 
 COMPRESSIONS = (".gz", ".zst")
 # Of the head of a file we judge its encoding and whether a .json holds lines.
 HEAD_BYTES = 1 << 20
+HIDDEN = (".", "__MACOSX")
 PASSED_OVER = re.compile(r"\.md$|^(readme|licen[cs]e|copying|notice)\b|^manifest\.json$", re.IGNORECASE)
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class UnusableRow(ValueError):
-    """Carries the reason for which a row is skipped."""
-
-
-def skipped(id_: str, reason: str, raw: Any) -> Skipped:
-    """`raw` is the row's text, or the row as parsed."""
-    try:
-        text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
-    except RecursionError:
-        text = "nested too deep to be shown"
-    return Skipped(id_, reason, LONE_SURROGATE.sub("\ufffd", text[:RAW_CHARACTERS]))
-
-
-# ------------------------------------------------------------------------------------------------------- finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,47 +30,50 @@ class Part:
     suffix: str
     """Of the content, in lower case: ".csv" for rows.csv.gz."""
     open_bytes: Callable[[], BinaryIO]
+    strict: bool
+    """Bytes that are no text raise UnicodeDecodeError; else they become U+FFFD, by which cleaning finds them."""
 
 
-def existing(path: Path, expected: str) -> Path:
-    """The path itself. UserError: there is nothing."""
-    if not path.exists():
-        raise UserError(f"{path}: no such data file or folder; {expected}")
-    return path
+# ------------------------------------------------------------------------------------------------------- finding
 
 
-def with_content(file: Path) -> Path:
-    """The file itself. UserError: it is empty."""
-    if file.stat().st_size == 0:
-        raise UserError(f"{file}: the file is empty; fill it or take it out of the data")
-    return file
-
-
-def list_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def list_files(path: Path, suffixes: tuple[str, ...], split: str = "") -> list[Path]:
     """The file, or a folder's files of these kinds, read recursively in name order.
 
-    Hidden names, licences and read-me files are passed over. UserError: the path is missing, a file is empty or of an
-    unknown kind, a folder holds nothing usable.
+    A folder with files of the `split`, such as `train-*`, gives only those (neither its other files nor its sub-folders,
+    where held-out parts lie). Hidden names, manifests, licences and read-me files are passed over. UserError: the path
+    is missing, a file is empty or of an unknown kind, a folder holds nothing usable.
     """
     expected = f"expected {', '.join(suffixes)}, also as .gz, .zst or in a .zip"
-    if not existing(path, expected).is_dir():
-        if not _is_readable(path.name, suffixes):
-            raise UserError(f"{path}: unknown kind of file '{path.suffix}'; {expected}")
-        return [with_content(path)]
-    wanted = (file for file in sorted(path.rglob("*")) if _is_wanted(file.relative_to(path), suffixes))
-    files = [with_content(file) for file in wanted if file.is_file()]
+    if not path.exists():
+        raise UserError(f"{path}: no such data file or folder; {expected}")
+    if path.is_dir():
+        files = _walk(path, suffixes, split)
+    elif content_suffix(path.name) in (*suffixes, ".zip"):
+        files = [path]
+    else:
+        raise UserError(f"{path}: unknown kind of file '{path.suffix}'; {expected}")
     if not files:
         raise UserError(f"{path}: no usable file in this folder; {expected}")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"{file}: the file is empty; fill it or take it out of the data")
     return files
 
 
-def _is_wanted(name: Path, suffixes: tuple[str, ...]) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
-    return not hidden and not PASSED_OVER.search(name.name) and _is_readable(name.name, suffixes)
+def _walk(folder: Path, suffixes: tuple[str, ...], split: str) -> list[Path]:
+    entries = sorted(folder.iterdir())
+    files = [entry for entry in entries if _is_data(entry.name, (*suffixes, ".zip")) and entry.is_file()]
+    if split and (chosen := [file for file in files if file.name.startswith(f"{split}-")]):
+        return chosen
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(HIDDEN)]
+    return sorted(files + [file for inner in folders for file in _walk(inner, suffixes, split)])
 
 
-def _is_readable(name: str, suffixes: tuple[str, ...]) -> bool:
-    return content_suffix(name) in (*suffixes, ".zip")
+def _is_data(name: str, suffixes: tuple[str, ...]) -> bool:
+    *_, last = parts = Path(name).parts
+    hidden = any(part.startswith(HIDDEN) for part in parts)
+    return content_suffix(name) in suffixes and not hidden and not PASSED_OVER.search(last)
 
 
 def content_suffix(name: str) -> str:
@@ -102,110 +87,66 @@ def content_suffix(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------- opening
 
 
-def open_parts(file: Path, suffixes: tuple[str, ...]) -> Iterator[Part]:
+def open_parts(file: Path, suffixes: tuple[str, ...], strict: bool = False) -> Iterator[Part]:
     """The file itself, or the members of a .zip that have one of the suffixes, in name order.
 
     UserError: the archive is broken, locked, or holds no such member.
     """
     if content_suffix(file.name) != ".zip":
-        yield Part(str(file), content_suffix(file.name), partial(_unpacked, file.name, partial(file.open, "rb")))
+        opened = partial(_unpack, file.name, partial(file.open, "rb"))
+        yield Part(str(file), content_suffix(file.name), opened, strict)
         return
-    with _archive(file) as archive:
-        members = sorted(archive.infolist(), key=lambda member: member.filename)
-        wanted = [m for m in members if not m.is_dir() and _is_member(m.filename, suffixes)]
-        if not wanted:
-            raise UserError(f"{file}: no usable file in this archive; expected {', '.join(suffixes)}")
-        for member in wanted:
-            if member.flag_bits & 1:
-                raise UserError(f"{file}: '{member.filename}' is locked with a password; unpack the archive")
-            name = member.filename
-            opened = partial(_unpacked, name, partial(archive.open, member))
-            yield Part(f"{file}!{name}", content_suffix(name), opened)
-
-
-def _archive(file: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise UserError(f"{file}: no readable .zip ({error}); download it again") from None
+    with archive:
+        members = [m for m in archive.infolist() if not m.is_dir() and _is_data(m.filename, suffixes)]
+        if not members:
+            raise UserError(f"{file}: no usable file in this archive; expected {', '.join(suffixes)}")
+        for member in sorted(members, key=lambda member: member.filename):
+            if member.flag_bits & 1:
+                raise UserError(f"{file}: '{member.filename}' is locked with a password; unpack the archive")
+            opened = partial(_unpack, member.filename, partial(archive.open, member))
+            yield Part(f"{file}!{member.filename}", content_suffix(member.filename), opened, strict)
 
 
-def _is_member(name: str, suffixes: tuple[str, ...]) -> bool:
-    return _is_wanted(Path(name), suffixes) and content_suffix(name) != ".zip"
+def _unpack(name: str, open_packed: Callable[[], BinaryIO]) -> BinaryIO:
+    import pyarrow  # here, because it takes long to import
 
-
-def _unpacked(name: str, open_packed: Callable[[], BinaryIO]) -> BinaryIO:
     stream = open_packed()
     while (suffix := Path(name.lower()).suffix) in COMPRESSIONS:
-        stream = gzip.GzipFile(fileobj=stream) if suffix == ".gz" else io.BufferedReader(_ZstandardStream(stream))
+        if suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=stream)
+        else:
+            # Unlike zstandard's own reader, it does not take a file that was cut off for a whole one.
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd"))
         name = name[: -len(suffix)]
     return stream
-
-
-class _ZstandardStream(io.RawIOBase):
-    """Frames one after the other. zstandard's own reader takes a cut-off file for a whole one; this one does not."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._fresh = True
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            chunk = self._next_chunk()
-            if not chunk:
-                return 0
-            self._ready = memoryview(self._frame.decompress(chunk))
-            self._fresh = False
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def _next_chunk(self) -> bytes:
-        rest = b""
-        if self._frame.eof:
-            rest, self._frame, self._fresh = self._frame.unused_data, zstandard.ZstdDecompressor().decompressobj(), True
-        chunk = rest or self._stream.read(1 << 16)
-        if not chunk and not self._fresh:
-            raise EOFError("the file ends within a frame")
-        return chunk
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
 
 
-def open_text(part: Part, newline: str = "\n") -> TextIO:
-    """The part decoded as UTF-8 (with or without a byte order mark) or GB18030, whichever its first megabyte is.
+def read_head(part: Part) -> tuple[str, str, bool]:
+    """(encoding, the first megabyte decoded, whether that is all).
 
-    A later byte that does not belong becomes U+FFFD, by which cleaning finds it.
+    The encoding is UTF-8 (with or without a byte order mark) or GB18030, whichever has fewer wrong bytes: one bad byte
+    does not make UTF-8 a Chinese code page. Where the part is read strictly, a GB18030 with wrong bytes is none.
     """
-    encoding = _encoding(read_head(part))
-    return io.TextIOWrapper(part.open_bytes(), encoding=encoding, errors="replace", newline=newline)
-
-
-def read_head(part: Part) -> bytes:
-    """The first megabyte."""
     with part.open_bytes() as stream:
-        return stream.read(HEAD_BYTES)
+        start = stream.read(HEAD_BYTES)
+    decoded = {name: codecs.getincrementaldecoder(name)("replace").decode(start) for name in ("utf-8-sig", "gb18030")}
+    encoding = min(decoded, key=lambda name: decoded[name].count("\ufffd"))
+    if part.strict and "\ufffd" in decoded[encoding]:
+        encoding = "utf-8-sig"
+    return encoding, decoded[encoding], len(start) < HEAD_BYTES
 
 
-def decode_head(head: bytes) -> str:
-    return head.decode(_encoding(head), errors="replace")
-
-
-def _encoding(head: bytes) -> str:
-    """The encoding in which the fewest bytes are wrong: one bad byte does not make UTF-8 a Chinese code page."""
-    wrong = {name: head.decode(name, errors="replace").count("\ufffd") for name in ("utf-8-sig", "gb18030")}
-    return min(wrong, key=lambda name: wrong[name])
+def open_text(part: Part, newline: str = "\n") -> TextIO:
+    """The part decoded as `read_head` says."""
+    errors = "strict" if part.strict else "replace"
+    return io.TextIOWrapper(part.open_bytes(), encoding=read_head(part)[0], errors=errors, newline=newline)
 
 
 def read_lines(part: Part) -> Iterator[tuple[int, str]]:
@@ -214,3 +155,29 @@ def read_lines(part: Part) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield number, line.rstrip("\r\n")
+
+
+def share_of_lines(file: Path, lines: int) -> float:
+    """Share of a file's bytes that its first lines take; of a packed file a block is read ahead."""
+    with file.open("rb") as stream:
+        for _ in islice(_unpack(file.name, lambda: stream), lines):
+            pass
+        return stream.tell() / file.stat().st_size
+
+
+def not_text(part: Part) -> UserError:
+    """Says where a part that is read strictly holds a byte that is no text."""
+    encoding, _, _ = read_head(part)
+    before = 0
+    with part.open_bytes() as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError as error:
+                return UserError(
+                    f"{part.place}: line {number}, byte {before + error.start + 1} of the file: not"
+                    f" {encoding.upper().removesuffix('-SIG')}; expected UTF-8 or GB18030 throughout: mend the line, or"
+                    f" convert the file: iconv -f gb18030 -t utf-8 '{part.place}' > converted{part.suffix}"
+                )
+            before += len(line)
+    raise AssertionError(f"{part.place} is text throughout")

@@ -1,21 +1,23 @@
-"""Rows of JSON lines, JSON arrays and objects, .csv, .tsv, .xlsx and .parquet, streamed."""
+"""Rows of text lines, JSON lines, JSON arrays and objects, .csv, .tsv, .xlsx and .parquet, streamed."""
 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TextIO
 
-import ijson
 import orjson
-from ijson.common import ObjectBuilder
 
-from qilin_med.data.read.files import HEAD_BYTES, Part, decode_head, open_text, read_head, read_lines
+from qilin_med.data.read.files import Part, open_text, read_head, read_lines
 from qilin_med.errors import UserError
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
 # A cell that long comes from a quotation mark that is never closed.
 csv.field_size_limit(1 << 22)
+READ_CHARACTERS = 1 << 20
+# What ends an element of a JSON array. A string is taken whole, for the signs in it say nothing; `cut` if it goes on.
+JSON_SIGN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|(?P<cut>\\?\Z))|[\[\]{},]', re.DOTALL)
 
 Cells = list[str]
 
@@ -26,7 +28,7 @@ class Row(NamedTuple):
     id: str
     """Its place: "place:line" of lines and tables, "place#index" of arrays and .parquet."""
     value: Any
-    """JSON: any value; tables: {column: text}."""
+    """JSON: any value; tables: {column: text}; a line of a .txt: {"text": line}."""
     text: str | None = None
     """The original line, where the row is one."""
     fault: str | None = None
@@ -39,108 +41,127 @@ def read_rows(part: Part, nested: bool = False) -> Iterator[Row]:
     A JSON object is one row; with `nested` its values are rows, and of values that are lists the elements.
     UserError: a .json that is neither lines nor a whole value; a broken .xlsx or .parquet.
     """
-    if part.suffix in (".csv", ".tsv"):
-        return _csv_rows(part, "\t" if part.suffix == ".tsv" else ",")
-    if part.suffix == ".xlsx":
-        return _xlsx_rows(part)
-    if part.suffix == ".parquet":
-        return (Row(f"{part.place}#{index}", value) for index, value in parquet_rows(part))
-    start = read_head(part)
-    head = decode_head(start).lstrip()
-    if part.suffix == ".jsonl" or _holds_lines(head, len(start) < HEAD_BYTES, nested):
+    match part.suffix:
+        case ".txt":
+            return (Row(f"{part.place}:{number}", {"text": line}, line) for number, line in read_lines(part))
+        case ".csv" | ".tsv":
+            return _csv_rows(part, "\t" if part.suffix == ".tsv" else ",")
+        case ".xlsx":
+            return _xlsx_rows(part)
+        case ".parquet":
+            return _parquet_rows(part)
+    _, head, whole = read_head(part)
+    head = head.lstrip()
+    if part.suffix == ".jsonl" or _holds_lines(head, whole, nested):
         return _json_lines(part)
-    return _json_elements(part, _elements if nested and head.startswith("{") else _items(head))
+    return _json_elements(part, head, keyed=nested and head.startswith("{"))
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON
 
 
-def _holds_lines(head: str, complete: bool, nested: bool) -> bool:
+def _holds_lines(head: str, whole: bool, nested: bool) -> bool:
     """Whether a .json file holds JSON lines, as many published ones do: a first line that is whole, or, where the
     file is no single value, a later line that is an object (then the first line is broken)."""
     first, *rest = head.split("\n")
     if first.startswith("["):
-        return is_json(first, list) and rest != [] and rest[0].lstrip().startswith("[")
-    if is_json(first, dict):
+        return _is_json(first, list) and rest != [] and rest[0].lstrip().startswith("[")
+    if _is_json(first, dict):
         return not (nested and any(isinstance(value, list) for value in json.loads(first).values()))
-    if nested or (complete and is_json(head, dict)):
+    if nested or (whole and _is_json(head, dict)):
         return False
-    return any(line.startswith("{") and is_json(line, dict) for line in rest)
+    # The first line may be a whole book.
+    return (not rest and first.startswith("{")) or any(line[:1] == "{" and _is_json(line, dict) for line in rest)
 
 
-def is_json(text: str, kind: type) -> bool:
+def _is_json(text: str, kind: type) -> bool:
     try:
-        return isinstance(json.loads(text), kind)
-    except (ValueError, RecursionError):
+        return isinstance(_parse(text)[0], kind)
+    except json.JSONDecodeError:
         return False
 
 
-def _json_lines(part: Part) -> Iterator[Row]:
-    for number, line in read_lines(part):
-        value, fault = _parse(line)
-        yield Row(f"{part.place}:{number}", value, line, fault)
-
-
-def _parse(line: str) -> tuple[Any, str | None]:
+def _parse(text: str) -> tuple[Any, str | None]:
+    """(value, fault). Raises JSONDecodeError where the text is no JSON."""
     try:
-        return orjson.loads(line), None
+        return orjson.loads(text), None
     except orjson.JSONDecodeError:
         pass
     # orjson refuses half surrogate pairs, NaN and long numbers, which one of a row's other fields may hold.
     try:
-        return json.loads(line), None
+        return json.loads(text), None
+    except json.JSONDecodeError:
+        raise
     except (ValueError, RecursionError):
-        return None, "broken JSON"
+        return None, "broken JSON: a number or nesting beyond all bounds"
 
 
-def _json_elements(part: Part, elements: Any) -> Iterator[Row]:
+def _json_lines(part: Part) -> Iterator[Row]:
+    for number, line in read_lines(part):
+        try:
+            value, fault = _parse(line)
+        except json.JSONDecodeError as error:
+            value, fault = None, f"broken JSON: {error.msg}"
+        yield Row(f"{part.place}:{number}", value, line, fault)
+
+
+def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[Row]:
+    """Elements of an array, each parsed by itself, or one value. `keyed`: those of an object's values."""
     index = 0
     with open_text(part) as stream:
-        try:
-            for value in elements(_Utf8(stream)):
-                yield Row(f"{part.place}#{index}", value)
+        pieces = _split_json(stream) if keyed or head.startswith("[") else [(0, stream.read())]
+        for start, text in pieces:
+            try:
+                value, fault = _parse(f"{{{text}}}" if keyed and text.strip() else text)
+            except json.JSONDecodeError as error:
+                line, column = _line_and_column(part, start + error.pos - keyed)
+                raise UserError(
+                    f"{part.place}: line {line}, column {column}: not valid JSON after {index} whole rows ({error.msg});"
+                    " expected one array of objects, one object, or an object a line"
+                ) from None
+            if keyed and not fault:
+                [value] = value.values()
+            for element in value if keyed and isinstance(value, list) else [value]:
+                yield Row(f"{part.place}#{index}", element, text if fault else None, fault)
                 index += 1
-        except ijson.JSONError as error:
-            message = " ".join(str(error).split())[:80]
-            raise UserError(
-                f"{part.place}: not valid JSON after {index} whole rows ({message}); expected one array of objects, one "
-                "object, or an object a line"
-            ) from None
 
 
-class _Utf8:
-    """What ijson reads: bytes that are UTF-8 whatever the file is."""
+def _split_json(stream: TextIO) -> Iterator[tuple[int, str]]:
+    """(offset, text) of what the commas of a JSON array or object divide. Last comes text that is no JSON if the value
+    does not end, or goes on."""
+    text, offset, start, scanned, depth, pieces = "", 0, 0, 0, 0, 0
+    while chunk := stream.read(READ_CHARACTERS):
+        text, offset, scanned, start = text[start:] + chunk, offset + start, scanned - start, 0
+        for sign in JSON_SIGN.finditer(text, scanned):
+            scanned = sign.end() if sign["cut"] is None else sign.start()
+            if sign[0] in ("[", "{"):
+                depth += 1
+                start = scanned if depth == 1 else start
+            elif sign[0] in ("]", "}", ","):
+                piece = text[start : sign.start()]
+                # Between brackets there may be nothing at all.
+                if depth == 1 and (sign[0] == "," or pieces or piece.strip()):
+                    yield offset + start, piece
+                    pieces += 1
+                start = scanned if depth == 1 else start
+                depth -= sign[0] != ","
+            if depth == 0:
+                if (rest := text[scanned:] + stream.read()).strip():
+                    yield offset + scanned - 1, f"0{rest}"
+                return
+    if text[start:].strip():
+        yield offset + start, text[start:]
+    yield offset + len(text), ""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
-    def read(self, size: int) -> bytes:
-        return self._stream.read(size).encode("utf-8")
-
-
-def _items(head: str) -> Any:
-    prefix = "item" if head.startswith("[") else ""
-    return lambda stream: ijson.items(stream, prefix, use_float=True)
-
-
-def _elements(stream: _Utf8) -> Iterator[Any]:
-    """Elements of the lists in an object, and its values that are no lists."""
-    depth, builder, level = 0, None, 0
-    for event, value in ijson.basic_parse(stream, use_float=True):
-        if builder is None and _starts_element(event, depth):
-            builder, level = ObjectBuilder(), depth
-        if builder is not None:
-            builder.event(event, value)
-        depth += event.startswith("start_") - event.startswith("end_")
-        if builder is not None and depth == level:
-            yield builder.value
-            builder = None
-
-
-def _starts_element(event: str, depth: int) -> bool:
-    if depth == 0 or event == "map_key" or event.startswith("end_"):
-        return False
-    return depth == 2 or event != "start_array"
+def _line_and_column(part: Part, offset: int) -> tuple[int, int]:
+    number, line = 0, ""
+    with open_text(part) as stream:
+        for number, line in enumerate(stream, 1):  # noqa: B007
+            if offset < len(line):
+                break
+            offset -= len(line)
+    return number, offset + 1
 
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -165,74 +186,63 @@ def _csv_cells(stream: TextIO, delimiter: str) -> Iterator[tuple[int, Cells | No
 
 
 def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: str) -> Iterator[Row]:
-    header: Cells | None = None
+    """Rows of cells as {column: text}; the first that is not blank names the columns."""
+    header: Cells = []
     for number, cells in numbered:
+        id_ = f"{place}:{number}"
         if cells is None:
-            yield Row(f"{place}:{number}", None, "", "a quotation mark is not closed")
-        elif not any(cell.strip() for cell in cells):
+            yield Row(id_, None, "", "a quotation mark is not closed")
             continue
-        elif header is None:
-            header = _without_blank_end([name.strip() for name in cells])
-        else:
-            fault = _spill(header, cells)
-            value = None if fault else dict(zip(header, cells, strict=False))
-            yield Row(f"{place}:{number}", value, delimiter.join(cells), fault)
-
-
-def _spill(header: Cells, cells: Cells) -> str | None:
-    if len(_without_blank_end(cells)) > len(header):
-        return "more cells than columns"
-    return "fewer cells than columns" if len(cells) < len(header) else None
-
-
-def _without_blank_end(cells: Cells) -> Cells:
-    width = max((index for index, cell in enumerate(cells, 1) if cell.strip()), default=0)
-    return cells[:width]
+        width = max((index for index, cell in enumerate(cells, 1) if cell.strip()), default=0)
+        if width and not header:
+            header = [name.strip() for name in cells[:width]]
+        elif width > len(header):
+            yield Row(id_, None, delimiter.join(cells), "more cells than columns")
+        elif width and len(cells) < len(header):
+            yield Row(id_, None, delimiter.join(cells), "fewer cells than columns")
+        elif width:
+            yield Row(id_, dict(zip(header, cells, strict=False)), delimiter.join(cells))
 
 
 def _xlsx_rows(part: Part) -> Iterator[Row]:
-    # Here, because it takes long to import and few files need it.
-    import openpyxl
+    import openpyxl  # here, because it takes long to import and few files need it
 
     with part.open_bytes() as stream:
         content = io.BytesIO(stream.read())
     try:
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
+        for sheet in book.worksheets:
+            # Some programs write a wrong size into the file.
+            sheet.reset_dimensions()
+            place = part.place if len(book.worksheets) == 1 else f"{part.place}!{sheet.title}"
+            yield from _table(place, _sheet_cells(sheet), "\t")
     except Exception as error:  # openpyxl lets whatever it meets through
         raise UserError(f"{part.place}: no readable .xlsx ({error}); save it again, or as .csv") from None
-    for sheet in book.worksheets:
-        place = part.place if len(book.worksheets) == 1 else f"{part.place}!{sheet.title}"
-        # Some programs write a wrong size into the file.
-        sheet.reset_dimensions()
-        yield from _table(place, _sheet_cells(sheet), "\t")
 
 
 def _sheet_cells(sheet: Any) -> Iterator[tuple[int, Cells]]:
     width = 0
     for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
-        width = max(width, len(values))
-        # Blank cells at the end may be left out.
-        yield number, [_cell_text(value) for value in values] + [""] * (width - len(values))
+        # Whole numbers come as 3.0, and blank cells at the end may be left out.
+        values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+        cells = ["" if value is None else str(value) for value in values]
+        width = max(width, len(cells))
+        yield number, cells + [""] * (width - len(cells))
 
 
-def _cell_text(value: Any) -> str:
-    if value is None:
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _parquet_rows(part: Part) -> Iterator[Row]:
+    """Read by record batches; nulls are left out."""
+    import pyarrow.parquet  # here, because it takes long to import
 
-
-def parquet_rows(part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, {column: value}), read by record batches; nulls are left out. UserError: the file is broken."""
-    # Here, because it takes long to import.
-    import pyarrow
-    import pyarrow.parquet
-
+    index = 0
     with part.open_bytes() as stream:
         try:
-            batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for index, row in enumerate(rows):
-                yield index, {name: value for name, value in row.items() if value is not None}
+            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield Row(
+                        f"{part.place}#{index}", {name: value for name, value in row.items() if value is not None}
+                    )
+                    index += 1
         except (pyarrow.ArrowException, OSError) as error:
             message = str(error).splitlines()[0]
             raise UserError(f"{part.place}: no readable .parquet ({message}); write or download it again") from None

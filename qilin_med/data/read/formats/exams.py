@@ -8,57 +8,55 @@ from string import ascii_uppercase
 from typing import Any
 
 from qilin_med.config.corpus import RawFiles
-from qilin_med.data.read.files import Part, UnusableRow
-from qilin_med.data.read.formats.reading import Counted, Reader, convert_row, rename, unknown_layout
-from qilin_med.data.read.records import plain_text
+from qilin_med.data.read.files import Part
+from qilin_med.data.read.formats.reading import Counted, Fields, Reader, UnusableRow, convert_row, plain_text, rename
 from qilin_med.data.read.tables import read_rows
 from qilin_med.records import Question
 
 LETTERS = "ABCDEFGHIJ"
 FACETS = ("Disease Group", "Area of Competency", "Clinical Department", "Medical Discipline", "Difficulty level")
-# Names of published copies, beside the kind's own.
-ALIASES = {"question": ("question", "problem_text"), "options": ("options", "choices"), "answer": ("answer",)}
 OPTION = re.compile(r"\s*([A-JＡ-Ｊ])(?:[.．、:：)）]\s*|\s+|$)(.*)")
 SEPARATORS = re.compile(r"[\s,，、;；.．。/|]+")
-
-Options = list[tuple[str, str]]
 
 
 def _read(part: Part, source: RawFiles) -> Iterator[Counted]:
     objects = (row.value for row in read_rows(part) if isinstance(row.value, dict))
+    # A file that tells answers has none of its questions without one, unless broken; test sets tell none.
     answered = any(_answer_of(rename(row, source.columns)) for row in objects)
     for row in read_rows(part):
         yield from convert_row(row, source.columns, partial(_question, answered))
 
 
-def _question(answered: bool, id_: str, row: dict[str, Any]) -> Question:
-    """`answered`: the file tells answers, so a row without one is broken (test sets tell none)."""
+def _question(answered: bool, id_: str, row: Fields) -> Question:
+    given = _value(row, "options", "choices")
     # Where line breaks of the options are written as two characters, so are the others.
-    given = _field(row, "options")
     escaped = isinstance(given, str) and "\\n" in given
-    stem = _text(_field(row, "question"), escaped)
+
+    def told(*names: str) -> str:
+        text = _cell(_value(row, *names))
+        return text.replace("\\n", "\n").strip() if escaped else text
+
+    stem = told("question", "problem_text")
     if not stem:
         raise UnusableRow("no stem")
-    options = _options(row)
+    options = _options(given, row)
     answer = _letters(_answer_of(row))
     if answered and not answer:
         raise UnusableRow("no answer")
     if not set(answer) <= {letter for letter, _ in options}:
         raise UnusableRow("answer is not among the options")
-    explanation = _text(_named(row, "explanation"), escaped)
-    facets = tuple((name, value) for name in FACETS if (value := _cell(_named(row, name))))
+    explanation = told("explanation")
+    facets = tuple((name, value) for name in FACETS if (value := _cell(_value(row, name))))
     return Question(id_, stem, tuple(options), answer, explanation, facets)
 
 
-def _field(row: dict[str, Any], field: str) -> Any:
-    return next((value for alias in ALIASES[field] if (value := _named(row, alias)) is not None), None)
-
-
-def _named(row: dict[str, Any], name: str) -> Any:
-    """The value under a name, however it is capitalised."""
-    if name in row:
-        return row[name]
-    return next((value for key, value in row.items() if key.lower() == name.lower()), None)
+def _value(row: Fields, *names: str) -> Any:
+    """The first value under one of the names, however they are capitalised."""
+    for name in names:
+        key = name if name in row else next((key for key in row if key.lower() == name.lower()), name)
+        if row.get(key) is not None:
+            return row[key]
+    return None
 
 
 def _cell(value: Any) -> str:
@@ -67,49 +65,26 @@ def _cell(value: Any) -> str:
     return "" if text.lower() == "nan" else text
 
 
-def _text(value: Any, escaped: bool) -> str:
-    return _cell(value).replace("\\n", "\n").strip() if escaped else _cell(value)
-
-
-# ------------------------------------------------------------------------------------------------------- options
-
-
-def _options(row: dict[str, Any]) -> Options:
-    given = _field(row, "options")
+def _options(given: Any, row: Fields) -> list[tuple[str, str]]:
+    """(letter, text) of one text, a list, an object by letters, or the columns A, B, ..."""
+    options: list[tuple[str, str]] = []
     if isinstance(given, str):
-        options = _options_of_text(given)
+        for line in _cell(given).replace("\\n", "\n").split("\n"):
+            if match := OPTION.fullmatch(line):
+                options.append((_upper(match[1]), match[2].strip()))
+            elif options:
+                letter, before = options[-1]
+                options[-1] = (letter, f"{before}\n{line.strip()}".strip())
+            elif line.strip():
+                raise UnusableRow("options without letters")
     elif isinstance(given, list) and len(given) <= len(LETTERS):
         options = [(letter, _cell(text)) for letter, text in zip(LETTERS, given, strict=False)]
-    elif isinstance(given, dict):
-        options = _filled_options({_upper(str(key)): text for key, text in given.items()})
     else:
-        options = _filled_options(row)
-    return _checked_options(options)
-
-
-def _options_of_text(text: str) -> Options:
-    """Options one a line; some files write a line break as the two characters \\n."""
-    options: Options = []
-    for line in _cell(text).replace("\\n", "\n").split("\n"):
-        if match := OPTION.fullmatch(line):
-            options.append((_upper(match[1]), match[2].strip()))
-        elif options:
-            letter, before = options[-1]
-            options[-1] = (letter, f"{before}\n{line.strip()}".strip())
-        elif line.strip():
-            raise UnusableRow("options without letters")
-    return options
-
-
-def _filled_options(cells: dict[str, Any]) -> Options:
-    """Options of columns A, B, ...; the last columns are blank where a question has fewer options."""
-    options = [(letter, _cell(cells[letter])) for letter in LETTERS if letter in cells]
-    while options and not options[-1][1]:
-        options.pop()
-    return options
-
-
-def _checked_options(options: Options) -> Options:
+        cells = {_upper(str(key)): text for key, text in given.items()} if isinstance(given, dict) else row
+        options = [(letter, _cell(cells[letter])) for letter in LETTERS if letter in cells]
+        # The last are blank where a question has fewer options.
+        while options and not options[-1][1]:
+            options.pop()
     if not options:
         raise UnusableRow("no options")
     if len({letter for letter, _ in options}) < len(options):
@@ -119,12 +94,9 @@ def _checked_options(options: Options) -> Options:
     return options
 
 
-# ------------------------------------------------------------------------------------------------------- answers
-
-
-def _answer_of(row: dict[str, Any]) -> Any:
+def _answer_of(row: Fields) -> Any:
     """The cell or list, or what stands for no answer: "" or []."""
-    value = _field(row, "answer")
+    value = _value(row, "answer")
     if isinstance(value, list):
         return [part for part in value if part not in (None, "")]
     return "" if value is None or str(value).strip().lower() in ("", "nan") else value
@@ -133,7 +105,7 @@ def _answer_of(row: dict[str, Any]) -> Any:
 def _letters(answer: Any) -> str:
     parts = answer if isinstance(answer, list) else [answer]
     if not all(isinstance(part, str) for part in parts):
-        raise unknown_layout()
+        raise UnusableRow("unknown layout")
     letters = SEPARATORS.sub("", _upper("".join(parts)))
     if not set(letters) <= set(ascii_uppercase):
         raise UnusableRow("answer is no letter")

@@ -6,16 +6,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import orjson
 
 from qilin_med.config.corpus import RawFiles
-from qilin_med.data.read.files import Part, UnusableRow, read_lines, skipped
-from qilin_med.data.read.formats.reading import Counted, Reader, row_reader, short_reason, texts_of
+from qilin_med.data.read.files import Part, read_lines
+from qilin_med.data.read.formats.reading import Counted, Fields, Reader, UnusableRow, row_reader, skipped, texts_of
 from qilin_med.records import Document
 
-Row = dict[str, Any]
 Wordings = tuple[str, ...]
 
 
@@ -47,38 +45,31 @@ ONE_TAIL_WORDINGS = (
 )
 
 
-class Triple(NamedTuple):
-    line: int
-    head: str
-    head_type: str
-    relation: str
-    tail: str
-
-
 def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
     """Triples are dealt out to temporary files by a hash of their head, and each of these is grouped in memory, so a
     graph may be larger than memory and the triples of a head lie anywhere."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(number) for number in range(FILES_AT_A_TIME)]
-        yield from _deal_out(part, source.columns, files)
+        with ExitStack() as stack:
+            streams = [stack.enter_context(file.open("wb")) for file in files]
+            header: list[str] | None = None
+            for count, (number, line) in enumerate(read_lines(part)):
+                if count == 0 and (header := _header(line, source.columns)):
+                    continue
+                try:
+                    head, *others = _triple(line.split("\t"), header)
+                except UnusableRow as error:
+                    yield 1, skipped(f"{part.place}:{number}", str(error), line)
+                else:
+                    stream = streams[zlib.crc32(head.encode()) % len(streams)]
+                    stream.write(orjson.dumps([head, number, *others]) + b"\n")
         for file in files:
-            yield from _grouped(part, file)
-
-
-def _deal_out(part: Part, columns: dict[str, str], files: list[Path]) -> Iterator[Counted]:
-    """Write the triples; what cannot be read is yielded."""
-    with ExitStack() as stack:
-        streams = [stack.enter_context(file.open("wb")) for file in files]
-        header: list[str] | None = None
-        for count, (number, line) in enumerate(read_lines(part)):
-            if count == 0 and (header := _header(line, columns)):
-                continue
-            try:
-                triple = _triple(number, line.split("\t"), header)
-            except UnusableRow as error:
-                yield 1, skipped(f"{part.place}:{number}", short_reason(error), line)
-            else:
-                streams[zlib.crc32(triple.head.encode()) % len(streams)].write(orjson.dumps([*triple]) + b"\n")
+            triples: dict[str, list[tuple[int, str, str, str]]] = {}
+            with file.open("rb") as stream:
+                for head, *others in map(orjson.loads, stream):
+                    triples.setdefault(head, []).append(others)
+            for head, found in triples.items():
+                yield len(found), Document(f"{part.place}:{found[0][0]}", _passage_of(head, found))
 
 
 def _header(line: str, columns: dict[str, str]) -> list[str] | None:
@@ -88,7 +79,8 @@ def _header(line: str, columns: dict[str, str]) -> list[str] | None:
     return names if {"head", "relation", "tail"} <= set(names) else None
 
 
-def _triple(number: int, cells: list[str], header: list[str] | None) -> Triple:
+def _triple(cells: list[str], header: list[str] | None) -> tuple[str, str, str, str]:
+    """(head, its type, relation, tail)."""
     if header is None:
         header = list(TRIPLE_FIELDS if len(cells) == len(TRIPLE_FIELDS) else ("head", "relation", "tail"))
     if len(cells) != len(header):
@@ -98,32 +90,20 @@ def _triple(number: int, cells: list[str], header: list[str] | None) -> Triple:
     tail = row["tail"].partition("@@")[0]
     if not (head and row["relation"] and tail):
         raise UnusableRow("empty head, relation or tail")
-    return Triple(number, head, head_type or row.get("head_type", ""), row["relation"], tail)
+    return head, head_type or row.get("head_type", ""), row["relation"], tail
 
 
-def _grouped(part: Part, file: Path) -> Iterator[Counted]:
-    heads: dict[str, list[Triple]] = {}
-    with file.open("rb") as stream:
-        for line in stream:
-            triple = Triple(*orjson.loads(line))
-            heads.setdefault(triple.head, []).append(triple)
-    for triples in heads.values():
-        yield len(triples), Document(f"{part.place}:{triples[0].line}", _triples_passage(triples))
-
-
-def _triples_passage(triples: list[Triple]) -> str:
-    name = triples[0].head
-    kind = next((triple.head_type for triple in triples if triple.head_type not in VAGUE_TYPES), "")
+def _passage_of(head: str, triples: list[tuple[int, str, str, str]]) -> str:
     relations: dict[str, dict[str, None]] = {}
-    for triple in triples:
-        relations.setdefault(triple.relation, {})[triple.tail] = None
-    sentences = [
-        word(name, relation, "、".join(tails), TRIPLE_WORDINGS if len(tails) > 1 else ONE_TAIL_WORDINGS)
+    for _, _, relation, tail in triples:
+        relations.setdefault(relation, {})[tail] = None
+    passage = "".join(
+        word(head, relation, "、".join(tails), TRIPLE_WORDINGS if len(tails) > 1 else ONE_TAIL_WORDINGS)
         for relation, tails in relations.items()
-    ]
+    )
     # The first mention tells what the head is.
-    passage = "".join(sentences)
-    return passage.replace(name, f"{name}（{kind}）", 1) if kind else passage
+    kind = next((type_ for _, type_, _, _ in triples if type_ not in VAGUE_TYPES), "")
+    return passage.replace(head, f"{head}（{kind}）", 1) if kind else passage
 
 
 CPUBMED_KG = Reader(_read_triples, TRIPLE_FIELDS, (".tsv", ".txt"))
@@ -162,9 +142,9 @@ XYWY_FIELDS = ("desc", *XYWY, *XYWY_PARAGRAPHS)
 NO_CATEGORY = "疾病百科"
 
 
-def _xywy(id_: str, row: Row) -> Document:
+def _xywy(id_: str, row: Fields) -> Document:
     name = _name(row)
-    values = {field: list(map(_tidy, texts_of(row.get(field), field))) for field in XYWY_FIELDS}
+    values = {field: list(map(_without_blanks, texts_of(row.get(field), field))) for field in XYWY_FIELDS}
     values["category"] = [category for category in values["category"] if category != NO_CATEGORY]
     description = "\n".join(values["desc"])
     if description and name not in description:
@@ -201,31 +181,24 @@ CUT_MARKS = re.compile(r"\[详细\]?|^>>|\.{3,}|…+")
 NOTHING_KNOWN = re.compile(r"暂无.*|关资料|应该如何用药？用什么药？")
 
 
-def _health39(id_: str, row: Row) -> Document:
-    name = _clean_cell(_name(row))
+def _health39(id_: str, row: Fields) -> Document:
+    name = CUT_MARKS.sub("", _name(row)).strip()
     # A price in another column tells that cells have moved.
     if any("收费标准" in str(value) for field, value in row.items() if field != "money"):
         raise UnusableRow("shifted cells")
-    cells = {field: _health39_items(field, row.get(field)) for field in HEALTH39}
+    cells: dict[str, list[str]] = {}
+    for field in HEALTH39:
+        text = "\n".join(texts_of(row.get(field) or None, field))
+        cell = _without_blanks(CUT_MARKS.sub("", text).strip())
+        items = re.split(HEALTH39_LISTS[field], cell) if field in HEALTH39_LISTS else [cell]
+        cells[field] = list(dict.fromkeys(item for item in items if item and not NOTHING_KNOWN.fullmatch(item)))
     return _passage(id_, [_sentences(name, cells, HEALTH39)])
-
-
-def _health39_items(field: str, value: Any) -> list[str]:
-    if not value:
-        return []
-    cell = _tidy(_clean_cell("\n".join(texts_of(value, field))))
-    items = re.split(HEALTH39_LISTS[field], cell) if field in HEALTH39_LISTS else [cell]
-    return list(dict.fromkeys(item for item in items if item and not NOTHING_KNOWN.fullmatch(item)))
-
-
-def _clean_cell(cell: str) -> str:
-    return CUT_MARKS.sub("", cell.strip()).strip()
 
 
 HEALTH39_KG = row_reader(_health39, ("name", *HEALTH39))
 
 
-def _name(row: Row) -> str:
+def _name(row: Fields) -> str:
     name = " ".join(" ".join(texts_of(row.get("name"), "name")).split())
     if not name:
         raise UnusableRow("no name")
@@ -237,7 +210,7 @@ def _sentences(name: str, values: dict[str, list[str]], fields: dict[str, Wordin
     return "".join(word(name, field, value, fields[field]) for field, value in told.items())
 
 
-def _tidy(text: str) -> str:
+def _without_blanks(text: str) -> str:
     lines = (" ".join(line.split()) for line in text.split("\n"))
     return "\n".join(line for line in lines if line)
 

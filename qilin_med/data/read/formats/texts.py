@@ -1,24 +1,44 @@
 """Running text: books, web pages, guidelines."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from qilin_med.config.corpus import RawFiles
 from qilin_med.data.read.files import Part, read_lines
-from qilin_med.data.read.formats.reading import Counted, Reader, row_reader
-from qilin_med.data.read.records import document_text
+from qilin_med.data.read.formats.reading import (
+    LONE_SURROGATE,
+    Counted,
+    Fields,
+    Reader,
+    UnusableRow,
+    name_of,
+    row_reader,
+)
 from qilin_med.data.read.tables import ROW_SUFFIXES
 from qilin_med.records import Document
 
 
+def document_text(row: Fields) -> str:
+    """The field `text`, a string or a list of strings (joined by newlines), as it stands."""
+    value = row.get("text")
+    if value is None:
+        raise UnusableRow("no field 'text'")
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        raise UnusableRow(f"wrong type: 'text' is {name_of(value)}, expected text")
+    if not value.strip():
+        raise UnusableRow("empty text")
+    if LONE_SURROGATE.search(value):
+        raise UnusableRow("not Unicode: half a surrogate pair")
+    return value
+
+
 def _read(part: Part, source: RawFiles) -> Iterator[Counted]:
-    if part.suffix == ".txt":
-        return _read_lines(part, getattr(source, "join_lines", 0))
-    return _ROWS.read(part, source)
-
-
-def _read_lines(part: Part, characters: int) -> Iterator[Counted]:
-    """Documents of whole lines, each at least so many characters long (the last may be shorter)."""
+    """Lines of a .txt are joined to documents of at least `join_lines` characters (the last may be shorter)."""
+    characters = getattr(source, "join_lines", 0)
+    if not characters or part.suffix != ".txt":
+        yield from _ROWS.read(part, source)
+        return
     lines: list[str] = []
     place, length = "", 0
     for number, line in read_lines(part):
@@ -32,9 +52,5 @@ def _read_lines(part: Part, characters: int) -> Iterator[Counted]:
         yield len(lines), Document(place, "\n".join(lines))
 
 
-def _document(id_: str, row: dict[str, Any]) -> Document:
-    return Document(id_, document_text(row, "text"))
-
-
-_ROWS = row_reader(_document, ("text",))
-TEXT = Reader(_read, _ROWS.fields, (".txt", *ROW_SUFFIXES))
+_ROWS = row_reader(lambda id_, row: Document(id_, document_text(row)), ("text",), (".txt", *ROW_SUFFIXES))
+TEXT = Reader(_read, _ROWS.fields, _ROWS.suffixes)
