@@ -31,11 +31,12 @@ class Section(BaseModel):
 
 class DataSource(Section):
     path: str
-    """A file, or a folder, which is read recursively in name order. If a folder has files of the `split`, only they are read."""
+    """A file or folder: .txt, .jsonl, .json, .csv, .tsv, .xlsx, .parquet, also as .gz, .zst or in a .zip. Folders are read
+    recursively in name order; one that holds files of the `split` gives only those."""
     split: Literal["train", "dev"] = "train"
     """Which part of a built corpus: its `train-*` or its `dev-*` files."""
     text: str = "text"
-    """Field that holds a document's text in .json and .jsonl files (pretraining only)."""
+    """Field that holds a document's text, in files other than .txt (pretraining only)."""
 
 
 Source = Annotated[DataSource, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
