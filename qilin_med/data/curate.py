@@ -24,8 +24,8 @@ from qilin_med.config.experiment import StageName
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data.clean import Cleaner
 from qilin_med.data.decontaminate import Index
-from qilin_med.data.read.readers import read_raw
 from qilin_med.data.read.formats.reading import UnusableRow
+from qilin_med.data.read.readers import read_raw
 from qilin_med.data.render import AnyRecord, TrainingRecord, from_row, render, stable_id, text_of, to_row
 from qilin_med.data.shards import Row, Workspace, chunks, read_lines, save_json, write_lines
 from qilin_med.records import Chat, Document, Skipped
