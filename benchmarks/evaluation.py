@@ -93,8 +93,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
     from qilin_med.evaluate.results import read_samples
 
     class Plain(ModelUnderTest):
-        def _open_hf(self) -> Any:
-            ours = super()._open_hf()
+        def open_hf(self) -> Any:
+            ours = super().open_hf()
             return HFLM(pretrained=ours.model, tokenizer=self.tokenizer, batch_size=ours.batch_size)
 
     model, ours = time_tasks(ModelUnderTest, arguments, work / "ours")

@@ -9,11 +9,21 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import f1_score
 
-from qilin_med.evaluate.metrics.choice import accuracy, choice_scores, exact_match, mean_of_groups, weighted_f1
-from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval, mcnemar, mean_score, paired_bootstrap
+from qilin_med.evaluate.metrics.statistics import (
+    Score,
+    accuracy,
+    bootstrap_interval,
+    choice_scores,
+    exact_match,
+    mcnemar,
+    mean_of_groups,
+    mean_score,
+    paired_bootstrap,
+    weighted_f1,
+)
 from qilin_med.evaluate.metrics.text import corpus_bleu, score_text, split_text, text_scores
 
-METRICS = Path(__file__).resolve().parents[1] / "qilin_med/evaluate/metrics"
+MODULE = str(Path(__file__).resolve().parents[1] / "qilin_med/evaluate/metrics/chinese_text")
 PREDICTION, REFERENCE = "我头痛", "我头很痛"
 
 
@@ -78,10 +88,10 @@ def test_texts_longer_than_pythons_recursion_limit():
     assert scores_of(("甲乙丙丁" * 200, "甲乙丙丁" * 150))["rougeL_char"] > 50
 
 
-@pytest.mark.parametrize(("name", "metrics"), [("chinese_bleu", 4), ("chinese_rouge", 6)])
-def test_evaluate_loads_the_modules_by_their_path(name, metrics, monkeypatch):
+@pytest.mark.parametrize(("name", "metrics"), [("bleu", 4), ("rouge", 6), (None, 10)])
+def test_evaluate_loads_the_module_by_its_path(name, metrics, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = evaluate.load(str(METRICS / name)).compute(predictions=[PREDICTION, ""], references=[REFERENCE, "头"])
+    found = evaluate.load(MODULE, name).compute(predictions=[PREDICTION, ""], references=[REFERENCE, "头"])
     expected = scores_of((PREDICTION, REFERENCE), ("", "头"))
     assert found == {metric: pytest.approx(expected[metric]) for metric in found}
     assert len(found) == metrics

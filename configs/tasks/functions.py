@@ -3,4 +3,3 @@
 from qilin_med.evaluate.metrics.text import corpus_bleu  # noqa: F401
 from qilin_med.evaluate.tasks.questions import *  # noqa: F403
 from qilin_med.evaluate.tasks.scoring import *  # noqa: F403
-from qilin_med.evaluate.tasks.wording import *  # noqa: F403

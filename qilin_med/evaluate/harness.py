@@ -12,22 +12,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qilin_med.artifact import (
-    Artifact,
-    digest,
-    fingerprint_model,
-    list_files,
-    sha256_of,
-    versions,
-    write_json,
-)
+from qilin_med.artifact import Artifact, digest, fingerprint_model, list_files, sha256_of, versions, write_json
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.errors import UserError
 from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval
-from qilin_med.evaluate.results import read_result, read_samples, result_folder, write_result
-from qilin_med.evaluate.tasks.questions import Retrieve
-from qilin_med.evaluate.tasks.scoring import TASKS, Sample, Scoring, accuracy_by_facet, submission
-from qilin_med.evaluate.tasks.wording import lettered
+from qilin_med.evaluate.results import (
+    RETRIEVAL,
+    WITHOUT_EXAMS,
+    read_result,
+    read_samples,
+    result_folder,
+    write_result,
+)
+from qilin_med.evaluate.tasks.questions import Retrieve, lettered
+from qilin_med.evaluate.tasks.scoring import TASKS, Sample, accuracy_by_facet, submission
 from qilin_med.model.folder import check_model_folder
 from qilin_med.model.load import load_for_inference, load_tokenizer
 from qilin_med.prompt.wording import option_lines
@@ -35,10 +33,10 @@ from qilin_med.prompt.wording import option_lines
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-PACKAGE = Path(__file__).parent
-TASK_FILES = PACKAGE.parents[1] / "configs/tasks"
+PACKAGE = Path(__file__).parents[1]
+TASK_FILES = PACKAGE.parent / "configs/tasks"
 # Code that decides a score; results of other code are computed again, from the cached answers.
-CODE = ("tasks", "metrics", "extraction.py", "../prompt/wording.py")
+CODE = ("evaluate/tasks/*.py", "evaluate/metrics/**/*.py", "evaluate/extraction.py", "prompt/wording.py")
 LIBRARIES = ("lm_eval", "sacrebleu", "rouge-chinese", "jieba", "scikit-learn")
 
 
@@ -50,6 +48,25 @@ class Retrieval:
     fingerprint: str
 
 
+def open_retrievals(experiment: Experiment) -> dict[str, Retrieval]:
+    """By the ending of their results' names: from all sources, and from all but those that stem from exams."""
+    from qilin_med.retrieve.retriever import open_retriever
+
+    settings, opened = experiment.retrieval, {}
+    excluded = {RETRIEVAL: settings.exclude_sources}
+    if settings.exam_sources:
+        excluded[WITHOUT_EXAMS] = [*settings.exclude_sources, *settings.exam_sources]
+    for ending, sources in excluded.items():
+        chosen = settings.model_copy(update={"exclude_sources": sources})
+        retriever = open_retriever(experiment.model_copy(update={"retrieval": chosen}))
+        made_with = chosen.model_dump(mode="json", exclude={"exam_sources"})
+        opened[ending] = Retrieval(
+            lambda questions, retriever=retriever: retriever.contexts([retriever.query(*each) for each in questions]),
+            digest([retriever.fingerprint, made_with]),
+        )
+    return opened
+
+
 class ModelUnderTest:
     """A model of an experiment; it is loaded when the first question is asked."""
 
@@ -58,6 +75,7 @@ class ModelUnderTest:
         check_model_folder(folder)
         self.tokenizer = load_tokenizer(folder, experiment.model.template)
         self.chat = name in experiment.evaluation.chat
+        self.results = result_folder(experiment, name, "")
         self.facts = {
             "model": {"name": name, "folder": str(folder), "fingerprint": fingerprint_model(folder)},
             "chat": self.chat,
@@ -66,28 +84,26 @@ class ModelUnderTest:
             "backend": experiment.evaluation.backend,
         }
 
-    @property
-    def results(self) -> Path:
-        return result_folder(self.experiment, self.name, "")
-
     @cached_property
     def lm(self) -> Any:
         """The model for lm-evaluation-harness, with the cache of its answers."""
-        from qilin_med.evaluate.answers import AnsweringLM
+        from qilin_med.evaluate.lm import AnsweringLM
 
-        lm = self._open_vllm() if self.experiment.evaluation.backend == "vllm" else self._open_hf()
+        lm = self.open_vllm() if self.experiment.evaluation.backend == "vllm" else self.open_hf()
         # One file a rank; the folder's name holds whatever else changes an answer.
         cached = {key: self.facts[key] for key in ("template", "dtype", "backend")}
         key = digest([self.facts["model"]["fingerprint"], cached])[:16]
         return AnsweringLM(lm, self.results / "answers" / f"{key}-rank{lm.rank}.db")
 
-    def _open_hf(self) -> Any:
+    def open_hf(self) -> Any:
         from qilin_med.evaluate.lm import SharedPrefixLM
 
-        model = load_for_inference(self.folder, self.experiment.model, _device(self.experiment))
+        on_cpu = self.experiment.launch.device == "cpu"
+        device = "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        model = load_for_inference(self.folder, self.experiment.model, device)
         return SharedPrefixLM(model, self.tokenizer, self.experiment.evaluation.batch_size)
 
-    def _open_vllm(self) -> Any:
+    def open_vllm(self) -> Any:
         from lm_eval.api.registry import get_model
 
         check_backend(self.experiment)
@@ -101,12 +117,6 @@ def check_backend(experiment: Experiment) -> None:
         raise UserError("evaluation.backend is 'vllm', which is not installed: pip install vllm, or set 'hf'")
 
 
-def _device(experiment: Experiment) -> str:
-    if experiment.launch.device == "cpu":
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-
-
 # -------------------------------------------------------------------------------------------------------- running
 
 
@@ -118,22 +128,32 @@ def run_task(
     A result of the same inputs is not computed again. Under `accelerate launch` every rank must call this; only the
     first writes, and the others return {}. UserError: the task or a file is unknown, or prompts cannot fit.
     """
+    from lm_eval.evaluator import evaluate
+
     quiet_harness()
-    is_first = int(os.environ.get("RANK", "0")) == 0
     inputs = {**describe_task(name, settings), **model.facts, "retrieval": retrieval.fingerprint if retrieval else None}
     # Plain text after worked examples goes on with a further question; in a chat the template ends the answer.
     inputs["until"] = ["\n\n"] if inputs["shots"] and not model.chat and inputs["max_new_tokens"] else []
     artifact = Artifact(model.results / f"{name}{suffix}", inputs)
     if artifact.state().name == "done":
-        return read_result(artifact.folder) if is_first else {}
-    task, scoring = load_task(name, inputs, retrieval), TASKS[inputs["task"]]
+        return read_result(artifact.folder) if os.environ.get("RANK", "0") == "0" else {}
+    task = load_task(name, inputs, retrieval)
     check_room(name, inputs, model.lm.max_length, model.folder)
-    asked = _ask(model, task, settings)
-    if asked is None:
+    model.lm.lm.batch_size_per_gpu = settings.batch_size or model.experiment.evaluation.batch_size
+    answered = evaluate(
+        model.lm,
+        {"tasks": {inputs["task"]: task}},
+        limit=settings.limit,
+        bootstrap_iters=0,
+        apply_chat_template=model.chat,
+        fewshot_as_multiturn=True,
+    )
+    if answered is None:  # on all ranks but the first
         return {}
-    samples = [_sample(scoring, raw) for raw in sorted(asked, key=lambda raw: raw["doc_id"])]
+    asked = sorted(answered["samples"][inputs["task"]], key=lambda raw: raw["doc_id"])
+    samples = [_sample(inputs["task"], raw) for raw in asked]
     artifact.facts = {"versions": versions(*LIBRARIES), "experiment": model.experiment.model_dump(mode="json")}
-    return write_result(artifact, _report(model, task, scoring, samples), samples)
+    return write_result(artifact, _scores(model, inputs, samples, task.dataset["skipped"]), samples)
 
 
 def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
@@ -144,22 +164,18 @@ def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
             f"evaluation.tasks: unknown task '{task}'; expected one of {', '.join(TASKS)} as the key, or as its 'task'"
         )
     index = _manager({}).task_index[task].cfg
-    own = index["metadata"]
-    files = {
-        "test": settings.test or [own["test"]],
-        "fewshot": (settings.fewshot or [own["fewshot"]]) if "fewshot" in own else [],
-    }
+    own, generation = index["metadata"], index.get("generation_kwargs")
     shots = index.get("num_fewshot", 0) if settings.shots is None else settings.shots
     if shots and "fewshot_split" not in index:
         raise UserError(f"evaluation.tasks.{name}.shots is {shots}, but this task has no worked examples; set it to 0")
-    if not shots:
-        files["fewshot"] = []
-    generation = index.get("generation_kwargs")
+    examples = (settings.fewshot or [own["fewshot"]]) if shots and "fewshot" in own else []
+    files = {"test": settings.test or [own["test"]], "fewshot": examples}
+    code = [TASK_FILES / f"{task}.yaml", *(path for pattern in CODE for path in PACKAGE.glob(pattern))]
     return {
         "task": task,
         "version": own["version"],
-        "code": _code_digest(task),
-        "files": {kind: {path: _file_digest(path) for path in paths} for kind, paths in files.items()},
+        "code": digest({f"{path.parent.name}/{path.name}": sha256_of(path) for path in code}),
+        "files": {kind: {path: _fingerprint(Path(path)) for path in paths} for kind, paths in files.items()},
         "columns": settings.columns,
         "split": settings.split if "split" in own else None,
         "shots": shots,
@@ -168,19 +184,22 @@ def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
     }
 
 
+def _fingerprint(path: Path) -> str:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; get it (data/README.md), or name yours in evaluation.tasks")
+    return digest(list_files(path)) if path.is_dir() else sha256_of(path)
+
+
 def load_task(name: str, inputs: dict[str, Any], retrieval: Retrieval | None = None) -> "Task":
     """The harness's task with its questions read. `inputs`: from `describe_task`, and "until" where an answer ends.
 
     UserError: no usable question, or too few worked examples."""
-    metadata = {
-        "test": list(inputs["files"]["test"]),
-        "fewshot": list(inputs["files"]["fewshot"]),
-        "columns": inputs["columns"],
-        "split": inputs["split"],
-        "retrieve": (lambda questions: retrieval.retrieve(questions)) if retrieval else None,
-    }
-    manager = _manager({key: value for key, value in metadata.items() if value is not None})
-    task = manager.load([inputs["task"]])["tasks"][inputs["task"]]
+    metadata = {**{kind: list(paths) for kind, paths in inputs["files"].items()}, "columns": inputs["columns"]}
+    if inputs["split"]:
+        metadata["split"] = inputs["split"]
+    if retrieval:
+        metadata["retrieve"] = retrieval.retrieve
+    task = _manager(metadata).load([inputs["task"]])["tasks"][inputs["task"]]
     if inputs["shots"] > (found := len(task.sampler.df)):
         raise UserError(
             f"{name}: {inputs['shots']} worked examples asked for, {found} found; lower shots or add a file"
@@ -200,6 +219,7 @@ def _manager(metadata: dict[str, Any]) -> Any:
 
 
 def check_room(name: str, inputs: dict[str, Any], positions: int, folder: Path) -> None:
+    """UserError if an answer may be as long as the model."""
     if (generated := inputs["max_new_tokens"]) and positions <= generated:
         raise UserError(
             f"{name}: max_new_tokens is {generated}, which leaves no room for a question in the {positions} positions of"
@@ -207,79 +227,57 @@ def check_room(name: str, inputs: dict[str, Any], positions: int, folder: Path) 
         )
 
 
-def _ask(model: ModelUnderTest, task: "Task", settings: TaskSettings) -> list[dict[str, Any]] | None:
-    """The harness's samples of all ranks; None on ranks but the first."""
-    from lm_eval.evaluator import evaluate
-
-    model.lm.lm.batch_size_per_gpu = settings.batch_size or model.experiment.evaluation.batch_size
-    results = evaluate(
-        model.lm,
-        {"tasks": {task.config.task: task}},
-        limit=settings.limit,
-        bootstrap_iters=0,
-        apply_chat_template=model.chat,
-        fewshot_as_multiturn=True,
-    )
-    return results["samples"][task.config.task] if results else None
+# -------------------------------------------------------------------------------------------------------- results
 
 
-def _sample(scoring: Scoring, raw: dict[str, Any]) -> Sample:
-    row, results = raw["doc"], raw["filtered_resps"]
-    prompt = raw["arguments"][0][0]
-    is_generated = isinstance(results[0], str)
+def _sample(task: str, raw: dict[str, Any]) -> Sample:
+    """One question and its answer, from what the harness says of it."""
+    row, results, scoring = raw["doc"], raw["filtered_resps"], TASKS[task]
     choices = [arguments[1] for arguments in raw["arguments"]]
+    # As a person reads it: without instructions, examples and passages, with its options.
+    question = "\n".join([row["stem"], *([option_lines(lettered(row))] if "options" in row else [])])
     return {
         "id": row["id"],
         "number": row["number"],
-        "question": _question(row),
-        "prompt": prompt,
-        "output": results[0] if is_generated else [[c, r[0]] for c, r in zip(choices, results, strict=True)],
+        "question": question,
+        "prompt": raw["arguments"][0][0],
+        "output": results[0]
+        if isinstance(results[0], str)
+        else [[c, r[0]] for c, r in zip(choices, results, strict=True)],
         "answer": scoring.answer(row, results),
-        "gold": scoring.gold(row),
+        "gold": row[scoring.gold],
         "score": {metric: raw[metric] for metric in raw["metrics"]},
-        "facets": scoring.facets(row),
+        "facets": dict(row["facets"]),
         "sources": row["sources"],
     }
 
 
-def _question(row: dict[str, Any]) -> str:
-    """The question as a person reads it: without instructions, examples and passages, with its options."""
-    return "\n".join([row["stem"], *([option_lines(lettered(row))] if "options" in row else [])])
-
-
-def _report(model: ModelUnderTest, task: "Task", scoring: Scoring, samples: list[Sample]) -> dict[str, Any]:
+def _scores(
+    model: ModelUnderTest, inputs: dict[str, Any], samples: list[Sample], skipped: dict[str, int]
+) -> dict[str, Any]:
+    """Metrics with their intervals, whole and by facet, of the questions whose answers are known; and counts."""
     known = [sample for sample in samples if sample["gold"]]
-    metrics = {name: with_interval(score) for name, score in scoring.summarise(known).items()} if known else {}
-    by_facet = {
-        facet: {value: {**with_interval(score), "questions": len(score.rows)} for value, score in groups.items()}
-        for facet, groups in accuracy_by_facet(known).items()
-    }
-    return {
-        "metrics": metrics,
-        "by_facet": by_facet,
-        "counts": _count(model, task, samples),
-    }
-
-
-def _count(model: ModelUnderTest, task: "Task", samples: list[Sample]) -> dict[str, Any]:
-    generated = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
-    room = model.lm.max_length - generated
-    counts = {"questions": len(samples), "without_gold": sum(not sample["gold"] for sample in samples)}
+    scores = TASKS[inputs["task"]].summarise(known) if known else {}
+    room = model.lm.max_length - (inputs["max_new_tokens"] or 0)
+    counts = {"questions": len(samples), "without_gold": len(samples) - len(known)}
     counts["cut_prompts"] = sum(len(model.lm.tok_encode(sample["prompt"])) > room for sample in samples)
-    counts["skipped"] = task.dataset["skipped"]
+    counts["skipped"] = skipped
     for name in ("unparsed", "empty"):
         if name in samples[0]["score"]:
             counts[name] = sum(sample["score"][name] for sample in samples)
-    return counts
+    return {
+        "metrics": {name: _with_interval(score) for name, score in scores.items()},
+        "by_facet": {
+            facet: {value: {**_with_interval(score), "questions": len(score.rows)} for value, score in groups.items()}
+            for facet, groups in accuracy_by_facet(known).items()
+        },
+        "counts": counts,
+    }
 
 
-def with_interval(score: Score) -> dict[str, float]:
-    """Value and 95% interval."""
+def _with_interval(score: Score) -> dict[str, float]:
     low, high = bootstrap_interval(score)
     return {"value": score.value(), "low": low, "high": high}
-
-
-# ---------------------------------------------------------------------------------------------------------- files
 
 
 def write_submission(model: ModelUnderTest, name: str) -> Path:
@@ -287,18 +285,6 @@ def write_submission(model: ModelUnderTest, name: str) -> Path:
     path = model.results / f"{name}.submission.json"
     write_json(path, submission(list(read_samples(model.results / name))))
     return path
-
-
-def _file_digest(path: str) -> str:
-    place = Path(path)
-    if not place.exists():
-        raise UserError(f"{path}: no such file; get it (data/README.md), or name yours in evaluation.tasks")
-    return digest(list_files(place)) if place.is_dir() else sha256_of(place)
-
-
-def _code_digest(task: str) -> str:
-    sources = [path for part in CODE for path in ([PACKAGE / part] if "." in part else (PACKAGE / part).rglob("*.py"))]
-    return digest({path.name: sha256_of(path) for path in [*sorted(sources), TASK_FILES / f"{task}.yaml"]})
 
 
 def quiet_harness() -> None:

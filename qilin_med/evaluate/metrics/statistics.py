@@ -1,10 +1,10 @@
 """Scores with their uncertainty: seeded bootstrap intervals, and paired tests between two models on the same questions.
 
-A score is a function of the mean of its rows' statistics (accuracy: of one number a row; BLEU: of counts), so that one
+A score is a function of the mean of its rows' statistics (accuracy: of one number per row; BLEU: of counts), so that one
 bootstrap serves all of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,15 +28,14 @@ class Score:
 
 
 def mean_score(values: list[float]) -> Score:
-    """The plain mean of one number a question."""
+    """The plain mean of one number per question."""
     return Score(np.asarray(values, dtype=float)[:, None], lambda means: means[..., 0])
 
 
 def bootstrap_interval(score: Score, level: float = 0.95, seed: int = SEED) -> tuple[float, float]:
     """Percentile interval of a score over resampled questions (Efron and Tibshirani 1993, chapter 13)."""
-    values = np.concatenate([score.of_means(weights @ score.rows) for weights in _resamples(len(score.rows), seed)])
     tail = 50 * (1 - level)
-    low, high = np.percentile(values, [tail, 100 - tail])
+    low, high = np.percentile(_resample(score, seed), [tail, 100 - tail])
     return float(low), float(high)
 
 
@@ -48,11 +47,7 @@ def paired_bootstrap(first: Score, second: Score, level: float = 0.95, seed: int
     """
     if len(first.rows) != len(second.rows):
         raise ValueError(f"paired scores need the same questions: found {len(first.rows)} and {len(second.rows)}")
-    resampled = [
-        second.of_means(weights @ second.rows) - first.of_means(weights @ first.rows)
-        for weights in _resamples(len(first.rows), seed)
-    ]
-    differences, observed = np.concatenate(resampled), second.value() - first.value()
+    differences, observed = _resample(second, seed) - _resample(first, seed), second.value() - first.value()
     # Sums of the same values in another order differ in their last bits.
     as_far = int((np.abs(differences - differences.mean()) >= abs(observed) - 1e-12).sum())
     tail = 50 * (1 - level)
@@ -61,11 +56,22 @@ def paired_bootstrap(first: Score, second: Score, level: float = 0.95, seed: int
     return {"difference": observed, "low": float(low), "high": float(high), "p": p}
 
 
-def _resamples(questions: int, seed: int) -> Iterator[np.ndarray]:
-    """Weights [resamples, questions] that sum to 1: how often each question was drawn, with replacement."""
-    counts = _draw(questions, seed)
-    for start in range(0, RESAMPLES, _AT_ONCE):
-        yield counts[start : start + _AT_ONCE] / questions
+def mcnemar(first: list[int], second: list[int]) -> dict[str, float]:
+    """Exact McNemar test of two models' 0/1 scores on the same questions (McNemar 1947, with the binomial distribution).
+
+    `gained` questions only the second gets right, `lost` only the first; p is two-sided, 1 if they never differ.
+    """
+    pairs = list(zip(first, second, strict=True))
+    gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return {"difference": (gained - lost) / len(pairs), "gained": gained, "lost": lost, "p": float(p)}
+
+
+def _resample(score: Score, seed: int) -> np.ndarray:
+    """The score of every resample [RESAMPLES] of as many questions, drawn with replacement."""
+    questions = len(score.rows)
+    parts = np.split(_draw(questions, seed), RESAMPLES // _AT_ONCE)
+    return np.concatenate([score.of_means(counts / questions @ score.rows) for counts in parts])
 
 
 @lru_cache(maxsize=2)  # all scores of a test set are resampled alike
@@ -78,12 +84,52 @@ def _draw(questions: int, seed: int) -> np.ndarray:
     return np.concatenate(counts)
 
 
-def mcnemar(first: list[int], second: list[int]) -> dict[str, float]:
-    """Exact McNemar test of two models' 0/1 scores on the same questions (McNemar 1947, with the binomial distribution).
+# -------------------------------------------------------------------------------------------------- exam answers
 
-    `gained` questions only the second gets right, `lost` only the first; p is two-sided, 1 if they never differ.
-    """
-    pairs = list(zip(first, second, strict=True))
-    gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
-    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return {"difference": (gained - lost) / len(pairs), "gained": gained, "lost": lost, "p": float(p)}
+
+def exact_match(predicted: str, gold: str) -> int:
+    """Letters count as sets; "" is an answer that could not be parsed."""
+    return int(set(predicted) == set(gold))
+
+
+def accuracy(predicted: list[str], gold: list[str]) -> Score:
+    return mean_score([exact_match(p, g) for p, g in zip(predicted, gold, strict=True)])
+
+
+def weighted_f1(predicted: list[str], gold: list[str]) -> Score:
+    """F1 of each letter set as a class, weighted by how often it is the gold answer (as scikit-learn's "weighted")."""
+    classes = sorted({*predicted, *gold})
+    of_predicted, of_gold = _one_hot(predicted, classes), _one_hot(gold, classes)
+
+    def of_means(means: np.ndarray) -> np.ndarray:
+        both, given, wanted = np.split(means, 3, axis=-1)
+        f1 = 2 * both / np.maximum(given + wanted, 1e-12)
+        return (f1 * wanted).sum(-1) / wanted.sum(-1)
+
+    return Score(np.concatenate([of_predicted * of_gold, of_predicted, of_gold], axis=1), of_means)
+
+
+def mean_of_groups(values: list[float], groups: list[str]) -> Score:
+    """The mean over groups (C-Eval: subjects) of each group's mean."""
+    members = _one_hot(groups, sorted(set(groups)))
+
+    def of_means(means: np.ndarray) -> np.ndarray:
+        sums, shares = np.split(means, 2, axis=-1)
+        # A resample may hold no question of a small group; the mean is then over the others.
+        return (sums / np.maximum(shares, 1e-12)).sum(-1) / (shares > 0).sum(-1)
+
+    return Score(np.concatenate([members * np.asarray(values, dtype=float)[:, None], members], axis=1), of_means)
+
+
+def _one_hot(answers: list[str], classes: list[str]) -> np.ndarray:
+    return np.array([[answer == name for name in classes] for answer in answers], dtype=float)
+
+
+def choice_scores(predicted: list[str], gold: list[str]) -> dict[str, Score]:
+    """Accuracy and weighted F1 of all questions, accuracy of those with one and with several right letters."""
+    scores = {"accuracy": accuracy(predicted, gold), "weighted_f1": weighted_f1(predicted, gold)}
+    for kind in ("single", "multiple"):
+        pairs = [(p, g) for p, g in zip(predicted, gold, strict=True) if (len(g) > 1) == (kind == "multiple")]
+        if 0 < len(pairs) < len(gold):
+            scores[f"accuracy_{kind}"] = accuracy(*zip(*pairs, strict=True))
+    return scores

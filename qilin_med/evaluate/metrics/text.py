@@ -6,73 +6,55 @@ do not compare, so every name carries its unit: `bleu1_char`, `rougeL_word`.
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jieba
 import numpy as np
+from rouge_chinese import Rouge
+from sacrebleu.metrics import BLEU
 
 from qilin_med.evaluate.metrics.statistics import Score, mean_score
 
-if TYPE_CHECKING:
-    from rouge_chinese import Rouge
-    from sacrebleu.metrics import BLEU
+jieba.setLogLevel(logging.WARNING)
 
 UNITS = ("char", "word")
 ROUGE = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
 BLEU_ORDERS = (1, 4)
 ORDERS = max(BLEU_ORDERS)
+_BLEU, _ROUGE = BLEU(tokenize="none", force=True, smooth_method="none"), Rouge()
 
 Row = dict[str, Any]
 
 
 def split_text(text: str, unit: str) -> list[str]:
-    """Characters without white space, or jieba's words."""
-    if unit == "char":
-        return [character for character in text if not character.isspace()]
-    return [word for word in _jieba().lcut(text) if not word.isspace()]
+    """Characters or jieba's words, without white space."""
+    return [token for token in (text if unit == "char" else jieba.lcut(text)) if not token.isspace()]
 
 
 def score_text(prediction: str, reference: str) -> Row:
-    """One row by metric name: ROUGE F1, and the counts that corpus BLEU is made of (`bleu_counts`)."""
+    """One row by metric name: ROUGE F1, and the counts that corpus BLEU is made of (`bleu_of_counts`)."""
     row: Row = {}
     for unit in UNITS:
         tokens, expected = split_text(prediction, unit), split_text(reference, unit)
-        counts = bleu_counts(tokens, expected)
-        row |= {f"bleu{order}_{unit}": _up_to(order, counts) for order in BLEU_ORDERS}
-        row |= {f"{name}_{unit}": value for name, value in rouge(tokens, expected).items()}
+        length, reference_length, *counts = _bleu_counts(tokens, expected)
+        for order in BLEU_ORDERS:
+            row[f"bleu{order}_{unit}"] = [length, reference_length, *counts[:order], *counts[ORDERS : ORDERS + order]]
+        row |= {f"{name}_{unit}": value for name, value in _rouge(tokens, expected).items()}
     return row
 
 
 def text_scores(rows: list[Row]) -> dict[str, Score]:
-    """Scores of a test set from its rows (`score_text`), by name."""
-    scores = {}
-    for unit in UNITS:
-        for order in BLEU_ORDERS:
-            counts = np.array([row[f"bleu{order}_{unit}"] for row in rows], dtype=float)
-            scores[f"bleu{order}_{unit}"] = Score(counts, bleu_of_counts)
-        scores |= {f"{name}_{unit}": mean_score([row[f"{name}_{unit}"] for row in rows]) for name in ROUGE}
-    return scores
-
-
-# ---------------------------------------------------------------------------------------------------------- BLEU
-
-
-def bleu_counts(tokens: list[str], expected: list[str]) -> list[int]:
-    """[length, reference length, matching n-grams of order 1 to 4, n-grams of order 1 to 4] of one text."""
-    if not tokens or not expected:
-        return [len(tokens), len(expected)] + [0] * ORDERS + [max(len(tokens) - n, 0) for n in range(ORDERS)]
-    score = _sacrebleu().corpus_score([" ".join(tokens)], [[" ".join(expected)]])
-    return [score.sys_len, score.ref_len, *score.counts, *score.totals]
-
-
-def _up_to(order: int, counts: list[int]) -> list[int]:
-    return [*counts[: 2 + order], *counts[2 + ORDERS : 2 + ORDERS + order]]
+    """Scores of a test set from its rows (`score_text`, and whatever else has a mean), by name."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: Score(np.array(column, dtype=float), bleu_of_counts) if name.startswith("bleu") else mean_score(column)
+        for name, column in columns.items()
+    }
 
 
 def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
-    """Corpus BLEU [...] in points from sums or means of counts [..., 2 + 2 orders] (Papineni et al. 2002, unsmoothed)."""
+    """Corpus BLEU [...] in points, from sums or means of [length, reference length, matching n-grams and n-grams of every
+    order] [..., 2 + 2 orders] (Papineni et al. 2002, unsmoothed)."""
     length, reference = counts[..., 0], counts[..., 1]
     matches, totals = np.split(counts[..., 2:], 2, axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -82,50 +64,26 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
 
 
 def corpus_bleu(rows: list[list[int]]) -> float:
-    """Corpus BLEU in points of all rows' counts."""
+    """Corpus BLEU in points of all rows' counts, as lm-evaluation-harness aggregates."""
     return float(bleu_of_counts(np.sum(rows, axis=0, dtype=float)))
 
 
-@cache
-def _sacrebleu() -> "BLEU":
-    from sacrebleu.metrics import BLEU
-
-    return BLEU(tokenize="none", force=True, smooth_method="none")
-
-
-# --------------------------------------------------------------------------------------------------------- ROUGE
+def _bleu_counts(tokens: list[str], expected: list[str]) -> list[int]:
+    if not tokens or not expected:
+        return [len(tokens), len(expected)] + [0] * ORDERS + [max(len(tokens) - n, 0) for n in range(ORDERS)]
+    score = _BLEU.corpus_score([" ".join(tokens)], [[" ".join(expected)]])
+    return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
 
-def rouge(tokens: list[str], expected: list[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1 in points; 0 where either text is empty (rouge-chinese would raise)."""
+def _rouge(tokens: list[str], expected: list[str]) -> dict[str, float]:
+    """F1 in points; 0 where either text is empty (rouge-chinese would raise)."""
     if not tokens or not expected:
         return dict.fromkeys(ROUGE, 0.0)
-    with _deep_recursion(len(tokens) + len(expected)):
-        [scores] = _rouge().get_scores(" ".join(tokens), " ".join(expected))
-    return {name: 100 * scores[key]["f"] for name, key in ROUGE.items()}
-
-
-@contextmanager
-def _deep_recursion(depth: int) -> Iterator[None]:
-    """rouge-chinese walks back through a sentence pair by one call a token, more than Python allows for long ones."""
+    # rouge-chinese walks back through a pair of texts by one call per token, more than Python allows for long ones.
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + 2 * depth)
+    sys.setrecursionlimit(limit + 2 * (len(tokens) + len(expected)))
     try:
-        yield
+        [scores] = _ROUGE.get_scores(" ".join(tokens), " ".join(expected))
     finally:
         sys.setrecursionlimit(limit)
-
-
-@cache
-def _rouge() -> "Rouge":
-    from rouge_chinese import Rouge
-
-    return Rouge()
-
-
-@cache
-def _jieba() -> Any:
-    import jieba
-
-    jieba.setLogLevel(logging.WARNING)
-    return jieba
+    return {name: 100 * scores[key]["f"] for name, key in ROUGE.items()}

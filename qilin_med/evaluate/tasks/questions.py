@@ -1,20 +1,24 @@
-"""Raw files -> the rows that lm-evaluation-harness asks: exam questions, C-Eval's subjects, consultations."""
+"""What the task files of configs/tasks ask: raw files -> rows -> prompts and worked examples.
+
+A loader's arguments come from the metadata of its task file, or stand in for it. Every prompt ends its own line, so that
+an answer starts a new one; in a chat template the line end is stripped off again.
+"""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from lm_eval.api.samplers import ContextSampler
 
 from qilin_med.config.experiment import Kind, RawFiles
 from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.errors import UserError
 from qilin_med.evaluate.tasks.subjects import SUBJECTS
-from qilin_med.evaluate.tasks.wording import lettered
-from qilin_med.records import Chat, Question, Skipped
+from qilin_med.prompt.wording import exam_answer, exam_prompt
+from qilin_med.records import Question, Skipped
 
 Row = dict[str, Any]
 Options = list[tuple[str, str]]
@@ -25,29 +29,18 @@ ROW_NUMBER = re.compile(r"[:#][0-9]+(?:~[0-9]+)?$")
 SUBJECT_FILE = re.compile(r"(\w+)_(dev|val|test)\.csv")
 
 
-@dataclass(frozen=True)
-class Found:
-    place: str
-    """File, or member of an archive."""
-    number: int
-    """Row of the place, from 0."""
-    record: Any
-
-
 def load_exam(
     test: str | list[str], fewshot: str | list[str] = (), columns: dict[str, str] | None = None,
     retrieve: Retrieve | None = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Exam files as splits "test" and "fewshot", and the number of unusable rows by reason as "skipped".
 
-    Arguments come from the metadata of a task file, or stand in for it.
     UserError: a test file is missing or holds no usable question. Missing worked examples are left out: a task that
     asks for none runs without them.
     """
-    found, skipped = _read("exam", test, columns)
-    asked = _with_context([_question_row(each) for each in found], retrieve)
-    shots = [_question_row(each) for each in _read("exam", _existing(fewshot), columns)[0]]
-    return {"test": _dataset(asked, test), "fewshot": Dataset.from_list(shots), "skipped": skipped}
+    asked, skipped = _read("exam", test, columns)
+    shots, _ = _read("exam", [path for path in _listed(fewshot) if Path(path).exists()], columns)
+    return {"test": _dataset(asked, test, retrieve), "fewshot": Dataset.from_list(shots), "skipped": skipped}
 
 
 def load_explained_exam(test: str | list[str], **settings: Any) -> dict[str, Any]:
@@ -69,20 +62,73 @@ def load_ceval(
 
     `role` tells them apart; `number` is the official id, a question's place in its subject's file.
     """
-    rows = []
-    found, skipped = _read("exam", test, columns)
-    for each in found:
-        match = SUBJECT_FILE.search(each.place)
+    rows, skipped = _read("exam", test, columns)
+    asked, shots = [], []
+    for row in rows:
+        match = SUBJECT_FILE.search(row["place"])
         if match and match[1] in SUBJECTS and match[2] in ("dev", split):
             name, category = SUBJECTS[match[1]]
-            role = "shot" if match[2] == "dev" else "asked"
-            about = {"role": role, "subject": match[1], "subject_name": name, "category": category}
-            rows.append({**_question_row(each), **about})
-    if not any(row["role"] == "asked" for row in rows):
+            about = {"subject": match[1], "subject_name": name}
+            about["facets"] = [["subject", match[1]], ["category", category]]
+            if match[2] == "dev":
+                shots.append({**row, **about, "role": "shot"})
+            else:
+                asked.append({**row, **about, "role": "asked"})
+    if not asked:
         raise UserError(f"{_listed(test)}: no C-Eval questions; expected files such as {split}/physician_{split}.csv")
-    asked = _with_context([row for row in rows if row["role"] == "asked"], retrieve)
-    shots = [{**row, "context": "", "sources": []} for row in rows if row["role"] == "shot"]
-    return {"all": _dataset([*asked, *shots], test), "skipped": skipped}
+    return {"all": Dataset.from_list([*_with_context(asked, retrieve), *shots]), "skipped": skipped}
+
+
+def load_consultations(
+    test: str | list[str], columns: dict[str, str] | None = None, retrieve: Retrieve | None = None, **_: Any
+) -> dict[str, Any]:
+    """Huatuo-26M's questions with the first answer of each as split "test"."""
+    rows, skipped = _read("huatuo", test, columns)
+    return {"test": _dataset(rows, test, retrieve), "skipped": skipped}
+
+
+def _read(kind: Kind, paths: str | Iterable[str], columns: dict[str, str] | None) -> tuple[list[Row], dict[str, int]]:
+    """The usable rows of all files, and how many were skipped for which reason."""
+    if not (paths := _listed(paths)):
+        return [], {}
+    source = RawFiles(name=kind, kind=kind, paths=paths, columns=columns or {})
+    rows, skipped, size_of = [], Counter(), Counter()
+    for size, record in (counted for file in raw_files(source) for counted in read_raw(source, file)):
+        place = ROW_NUMBER.split(record.id)[0]  # a file, or member of an archive
+        size_of[place] += size
+        if isinstance(record, Skipped):
+            skipped[record.reason] += size
+        elif size:  # a further record of the same row has none
+            row = {"id": record.id, "place": place, "number": size_of[place] - 1, "context": "", "sources": []}
+            if isinstance(record, Question):
+                row |= {"stem": record.stem, "answer": record.answer, "explanation": record.explanation}
+                row |= {
+                    "letters": [letter for letter, _ in record.options],
+                    "options": [text for _, text in record.options],
+                }
+                row["facets"] = [list(facet) for facet in record.facets]
+            else:
+                question, answer = record.messages[-2:]
+                row |= {"stem": question.content, "answer": answer.content, "facets": []}
+            rows.append(row)
+    return rows, dict(skipped)
+
+
+def _listed(paths: str | Iterable[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _with_context(rows: list[Row], retrieve: Retrieve | None) -> list[Row]:
+    if retrieve is None:
+        return rows
+    found = retrieve([(row["stem"], lettered(row)) for row in rows])
+    return [{**row, "context": text, "sources": ids} for row, (text, ids) in zip(rows, found, strict=True)]
+
+
+def _dataset(rows: list[Row], paths: str | list[str], retrieve: Retrieve | None) -> Dataset:
+    if not rows:
+        raise UserError(f"{_listed(paths)}: no usable question; look at the files, or map their columns")
+    return Dataset.from_list(_with_context(rows, retrieve))
 
 
 def asked_questions(rows: Dataset) -> Dataset:
@@ -93,72 +139,41 @@ def worked_examples(rows: Dataset) -> Dataset:
     return rows.select([index for index, role in enumerate(rows["role"]) if role == "shot"])
 
 
-def load_consultations(
-    test: str | list[str], columns: dict[str, str] | None = None, retrieve: Retrieve | None = None, **_: Any
-) -> dict[str, Any]:
-    """Huatuo-26M's questions with the first answer of each as split "test"."""
-    found, skipped = _read("huatuo", test, columns)
-    rows = _with_context([_consultation_row(each) for each in found], retrieve)
-    return {"test": _dataset(rows, test), "skipped": skipped}
+class SameSubject(ContextSampler):
+    """The first worked examples of the question's own subject, as in C-Eval's own code."""
+
+    def sample(self, n: int, eval_doc: Row | None = None, df: Any = None, **_: Any) -> Sequence[Row]:
+        return [row for row in self.df if row["subject"] == eval_doc["subject"]][:n]
 
 
-# --------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- wording
 
 
-def _question_row(found: Found) -> Row:
-    question: Question = found.record
-    return {
-        "id": question.id, "number": found.number, "stem": question.stem,
-        "letters": "".join(letter for letter, _ in question.options),
-        "options": [text for _, text in question.options], "answer": question.answer,
-        "explanation": question.explanation, "facets": [list(facet) for facet in question.facets],
-        "context": "", "sources": [],
-    }  # fmt: skip
+def lettered(row: Row) -> Options:
+    """The options as (letter, text); none of a consultation."""
+    return list(zip(row.get("letters", ()), row.get("options", ()), strict=True))
 
 
-def _consultation_row(found: Found) -> Row:
-    chat: Chat = found.record
-    question, answer = chat.messages[-2:]
-    return {
-        "id": chat.id, "number": found.number, "stem": question.content, "answer": answer.content, "context": "", "sources": [],
-    }  # fmt: skip
+def exam_question(row: Row) -> str:
+    """The paper's prompt, after what was retrieved (`context`, "" without retrieval)."""
+    return f"{row['context']}{exam_prompt(row['stem'], lettered(row))}\n"
 
 
-def _with_context(rows: list[Row], retrieve: Retrieve | None) -> list[Row]:
-    if retrieve is None:
-        return rows
-    found = retrieve([(row["stem"], lettered(row) if "options" in row else []) for row in rows])
-    return [{**row, "context": text, "sources": ids} for row, (text, ids) in zip(rows, found, strict=True)]
+def exam_solution(row: Row) -> str:
+    """A worked example's answer in the form that the prompt demands."""
+    return exam_answer(row["answer"], row["explanation"])
 
 
-def _dataset(rows: list[Row], paths: str | list[str]) -> Dataset:
-    if not rows:
-        raise UserError(f"{_listed(paths)}: no usable question; look at the files, or map their columns")
-    return Dataset.from_list(rows)
+def bare_question(row: Row) -> str:
+    """The stem alone, for the likelihood of each option's text after it, and consultations."""
+    return f"{row['context']}{row['stem']}\n"
 
 
-# -------------------------------------------------------------------------------------------------------- files
+def right_texts(row: Row) -> str:
+    return "，".join(text for letter, text in lettered(row) if letter in row["answer"])
 
 
-def _read(kind: Kind, paths: str | Iterable[str], columns: dict[str, str] | None) -> tuple[list[Found], dict[str, int]]:
-    """The usable rows of all files, and how many were skipped for which reason."""
-    if not (paths := _listed(paths)):
-        return [], {}
-    source = RawFiles(name=kind, kind=kind, paths=paths, columns=columns or {})
-    found, reasons, rows_of = [], Counter(), Counter()
-    for rows, record in (counted for file in raw_files(source) for counted in read_raw(source, file)):
-        place = ROW_NUMBER.split(record.id)[0]
-        rows_of[place] += rows
-        if isinstance(record, Skipped):
-            reasons[record.reason] += rows
-        elif rows:  # a further record of the same row has none
-            found.append(Found(place, rows_of[place] - 1, record))
-    return found, dict(reasons)
-
-
-def _listed(paths: str | Iterable[str]) -> list[str]:
-    return [paths] if isinstance(paths, str) else list(paths)
-
-
-def _existing(paths: str | Iterable[str]) -> list[str]:
-    return [path for path in _listed(paths) if Path(path).exists()]
+def ceval_question(row: Row) -> str:
+    """A question as C-Eval's own code writes it (hkust-nlp/ceval)."""
+    options = "\n".join(f"{letter}. {text}" for letter, text in lettered(row))
+    return f"{row['context']}{row['stem']}\n{options}\n答案："
