@@ -17,12 +17,11 @@ from qilin_med.artifact import MANIFEST, read_manifest
 from qilin_med.config.experiment import DenseSettings, load_experiment
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import exam_prompt, with_passages
-from qilin_med.retrieve.bm25 import Bm25, build_bm25
 from qilin_med.retrieve.cutting import Cutter, find_middle, group_sentences, split_sentences
-from qilin_med.retrieve.dense import Dense, build_dense, check_encoder_folder, load_encoder
 from qilin_med.retrieve.index import build, plan_index
 from qilin_med.retrieve.recall import evaluate_retrieval, ranks_of_own
 from qilin_med.retrieve.retriever import Passage, Retriever, fill_prompt, fuse
+from qilin_med.retrieve.search import Bm25, Dense, build_bm25, build_dense, check_encoder_folder, load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 SYMPTOMS = ["发热", "咳嗽", "头痛", "腹泻", "胸闷", "乏力", "皮疹", "失眠"]
@@ -164,7 +163,7 @@ def test_many_questions_in_small_batches_give_the_same(tmp_path, monkeypatch):
     build_bm25([row(n)["text"] for n in range(50)], "bigram", tmp_path)
     index, questions = Bm25(tmp_path, "bigram"), [f"{s}多见于第{n}型" for n, s in enumerate(SYMPTOMS)]
     at_once = index.search(questions, 4)
-    monkeypatch.setattr("qilin_med.retrieve.bm25.POSTINGS_AT_ONCE", 1)
+    monkeypatch.setattr("qilin_med.retrieve.search.POSTINGS_AT_ONCE", 1)
     for whole, one in zip(at_once, index.search(questions, 4), strict=True):
         assert whole[0].tolist() == one[0].tolist() and whole[1].tolist() == one[1].tolist()
 
@@ -180,7 +179,7 @@ def test_fusion_adds_reciprocal_ranks():
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_faiss_finds_what_numpy_finds(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("qilin_med.retrieve.dense.ENCODED_TOGETHER", 100)
+    monkeypatch.setattr("qilin_med.retrieve.search.ENCODED_TOGETHER", 100)
     texts = [row(number)["text"] for number in range(400)]
     build_dense(texts, hashed, kind, tmp_path / "parts", tmp_path / "index")
     parts = sorted((tmp_path / "parts").iterdir())
@@ -199,7 +198,7 @@ def test_faiss_finds_what_numpy_finds(kind, tmp_path, monkeypatch):
 
 
 def test_finished_parts_are_not_encoded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("qilin_med.retrieve.dense.ENCODED_TOGETHER", 2)
+    monkeypatch.setattr("qilin_med.retrieve.search.ENCODED_TOGETHER", 2)
     build_dense(["一", "二"], hashed, "flat", tmp_path / "parts", tmp_path / "index")
     encoder = Mock(side_effect=hashed)
     build_dense(["一", "二", "三"], encoder, "flat", tmp_path / "parts", tmp_path / "index")

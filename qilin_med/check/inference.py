@@ -13,7 +13,7 @@ from qilin_med.errors import UserError
 from qilin_med.evaluate.harness import check_backend, check_room, describe_task, load_task, quiet_harness
 from qilin_med.evaluate.held_out import held_out_sets
 from qilin_med.records import Skipped
-from qilin_med.retrieve.dense import check_encoder_folder, check_encoder_package
+from qilin_med.retrieve.search import check_encoder_folder, check_encoder_package
 
 
 @dataclass(frozen=True)

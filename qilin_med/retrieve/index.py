@@ -1,22 +1,33 @@
-"""The index of an experiment: planned from its inputs, built in steps, opened only if it is the one that the experiment
-describes. An interrupted build continues after its last whole step (embeddings: after the last whole part)."""
+"""Corpus files -> the index of an experiment: planned from its inputs, cut into chunks without documents that repeat
+evaluation questions, built in steps, and opened only if it is the one that the experiment describes.
+
+An interrupted build continues after its last whole step (embeddings: after the last whole part).
+"""
 
 import json
+import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+import orjson
 
 from qilin_med.artifact import Artifact, fingerprint_model, hash_files, sha256_of, versions
 from qilin_med.config.experiment import Experiment
 from qilin_med.console.progress import counted, progress
+from qilin_med.data.decontaminate import Hit, Index, build_index
 from qilin_med.data.read.readers import raw_files
-from qilin_med.data.read.records import find_files
-from qilin_med.data.shards import save_json
+from qilin_med.data.read.records import find_files, read_named_documents
+from qilin_med.data.shards import chunks as in_chunks
+from qilin_med.data.shards import load, read_lines, save, save_json, write_lines
 from qilin_med.errors import UserError
-from qilin_med.retrieve.bm25 import build_bm25
-from qilin_med.retrieve.chunks import Chunks, cut_corpus
-from qilin_med.retrieve.cutting import load_tokenizer
-from qilin_med.retrieve.dense import Encoder, build_dense, check_encoder_folder, load_encoder
+from qilin_med.records import Document, Skipped
+from qilin_med.retrieve.cutting import Cutter, Span, load_tokenizer
+from qilin_med.retrieve.search import Encoder, build_bm25, build_dense, check_encoder_folder, load_encoder
 
 INDEX_FORMAT = 1  # raise it whenever the same inputs and settings give another index
 KINDS = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
@@ -26,6 +37,12 @@ PROGRESS = {"bm25": "indexing terms", "dense": "embedding"}
 ONLY_FOR_SEARCH = {"index", "exclude_sources", "exam_sources", "passages", "max_context_tokens", "query_with_options"}
 OF_ENCODER = {"batch_size": True, "query_prefix": True, "model": True}
 REMEDY = "build it anew with scripts/build_index.py --restart, which moves this one aside, or set retrieval.index"
+
+TOGETHER = 1000  # documents read, compared and cut at once: all texts that are in memory
+LINES, OFFSETS, SOURCES, NAMES = "chunks.jsonl", "offsets.npy", "sources.npy", "sources.json"
+LEFT_OUT, SKIPPED = "left_out.jsonl", "skipped.jsonl"
+# What stands between stem, options and answers in running text, and would break the n-grams of short ones.
+MARKS = re.compile(r"^\s*(?:[(（]?[A-Z][)）.．、:：\s]|(?:问|答|患者|医生)[:：])\s*", re.MULTILINE)
 
 
 def plan_index(experiment: Experiment) -> Artifact:
@@ -74,11 +91,9 @@ def build(experiment: Experiment, restart: bool = False, encoder: Encoder | None
         return False
 
     with index.building(resume=True) as out:
-        written = index.work / "counts.json"  # written last, so that it tells that the chunks are whole
+        written = index.work / "counts.json"  # after the chunks, so that it tells that they are whole
         if not written.exists():
-            with progress("cutting the corpus", unit="documents") as advance:
-                counts = cut_corpus(settings, tokenizer_file(experiment), index.work, out, advance)
-            save_json(written, counts)
+            save_json(written, cut_corpus(experiment, index.work, out))
         index.facts = json.loads(written.read_text(encoding="utf-8"))
         for kind in KINDS[settings.retriever]:
             if (out / kind).exists():
@@ -105,3 +120,121 @@ def verify_index(experiment: Experiment) -> dict[str, Any]:
         missing = f"{index.folder}: no index here; build it with scripts/build_index.py"
         raise UserError(f"{state.why}; {REMEDY}" if state.why else missing)
     return state.manifest
+
+
+# --------------------------------------------------------------------------------------------------------------- chunks
+
+
+class Chunks:
+    """The chunks of an index, by number from 0: JSON lines with random access, and the source of each as a number.
+
+    A chunk has `document` and `source` (names), `text`, and `start` and `end`: which characters of the document it is.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._offsets = load(folder / OFFSETS)
+        self._lines = np.asarray(np.memmap(folder / LINES, mode="r"))
+        self.sources: list[str] = orjson.loads((folder / NAMES).read_bytes())["sources"]
+        """Names of all sources, in the order of their first chunks."""
+
+    @staticmethod
+    def write(folder: Path, chunks: Iterable[dict[str, Any]]) -> Counter[str]:
+        """Write chunks as they come (in memory: some 50 bytes for each, none of their text); returns how many each source
+        has."""
+        numbers: dict[str, int] = {}
+        sources: list[int] = []
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for chunk in chunks:
+                sources.append(numbers.setdefault(chunk["source"], len(numbers)))
+                yield chunk
+
+        save(folder / OFFSETS, np.array(write_lines(folder / LINES, rows()), np.uint64))
+        save(folder / SOURCES, np.array(sources, np.uint32))
+        save_json(folder / NAMES, {"sources": list(numbers)})
+        names = list(numbers)
+        return Counter(names[number] for number in sources)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return orjson.loads(self._lines[int(self._offsets[number]) : int(self._offsets[number + 1])].tobytes())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All chunks in order, streamed."""
+        return read_lines(self._folder / LINES)
+
+    def allowed(self, excluded: list[str]) -> np.ndarray | None:
+        """Which chunks stem from none of these sources (bool for each chunk); None: all."""
+        if not excluded:
+            return None
+        numbers = [number for number, name in enumerate(self.sources) if name in excluded]
+        return ~np.isin(load(self._folder / SOURCES), numbers)
+
+
+Row: TypeAlias = Skipped | tuple[Document, str, list[Span], Hit | None]
+"""Of a corpus: skipped, or a document with the name of its source, its chunks, and the evaluation question that it repeats
+most."""
+
+
+def read_corpus(experiment: Experiment, work: Path) -> Iterator[Row]:
+    """`work`: a folder for the evaluation questions. UserError: an input cannot be read."""
+    settings, wanted = experiment.retrieval, experiment.retrieval.decontamination
+    build_index(wanted, work / "evaluation", {files.name: raw_files(files) for files in wanted.files})
+    questions = Index(work / "evaluation", wanted.ngram, wanted.near_miss)
+    cutter = Cutter(tokenizer_file(experiment), settings.chunk_tokens, settings.overlap_tokens)
+    for some in in_chunks(read_named_documents(settings.corpus), TOGETHER):
+        yield from (record for record in some if isinstance(record, Skipped))
+        named = [record for record in some if not isinstance(record, Skipped)]
+        documents, texts = [document for document, _ in named], [document.text for document, _ in named]
+        hits = questions.find(documents, [MARKS.sub("", text) for text in texts])
+        for (document, source), spans, hit in zip(named, cutter.cut(texts), hits, strict=True):
+            yield document, source, spans, hit
+
+
+def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
+    """Write the chunks of the corpus to `out`, with what is not indexed beside them. Returns the counts; documents
+    read = indexed + left out + skipped.
+
+    UserError: as `read_corpus`, or nothing is left to index.
+    """
+    documents, near_misses = Counter(read=0, indexed=0), Counter()
+    left_out, skipped = [], []
+
+    def chunks(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            documents["read"] += 1
+            if isinstance(row, Skipped):
+                skipped.append(asdict(row))
+                continue
+            document, source, spans, hit = row
+            names = {"document": document.id, "source": source}
+            if hit and hit.coverage >= experiment.retrieval.decontamination.coverage:
+                # All its chunks go: beside the chunk that asks, the one that explains would still give the answer away.
+                about = {"chunks": len(spans), "file": hit.file, "item": hit.item, "coverage": hit.coverage}
+                left_out.append(names | about)
+                continue
+            near_misses.update([hit.file] if hit else [])
+            documents["indexed"] += 1
+            yield from ({**names, "start": a, "end": b, "text": document.text[a:b]} for a, b in spans)
+
+    with progress("cutting the corpus", unit="documents") as advance:
+        by_source = Chunks.write(out, chunks(counted(read_corpus(experiment, work), advance)))
+    documents.update(left_out=len(left_out), skipped=len(skipped))
+    assert 2 * documents["read"] == documents.total(), documents
+    if not by_source:
+        raise UserError(
+            f"retrieval.corpus holds nothing to index: of {documents['read']} documents {documents['left_out']} repeat"
+            f" evaluation questions and {documents['skipped']} are unusable; name other files"
+        )
+    write_lines(out / LEFT_OUT, left_out)
+    write_lines(out / SKIPPED, skipped)
+    files = Counter(row["file"] for row in left_out)
+    return {
+        "chunks": by_source.total(),
+        "sources": by_source,
+        "documents": documents,
+        "skipped": Counter(row["reason"] for row in skipped),
+        "left_out_documents": files,
+        "left_out_chunks": {name: sum(row["chunks"] for row in left_out if row["file"] == name) for name in files},
+        "near_misses": near_misses,
+    }

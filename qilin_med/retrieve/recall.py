@@ -12,9 +12,9 @@ from qilin_med.config.experiment import DataSource, DecontaminationSettings, Exp
 from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.data.shards import write_lines
 from qilin_med.errors import UserError
-from qilin_med.retrieve.dense import Encoder
 from qilin_med.retrieve.index import build
 from qilin_med.retrieve.retriever import Retriever
+from qilin_med.retrieve.search import Encoder
 
 CUTS = (1, 5, 10)
 DEPTH = 50  # passages looked at: a question whose answer comes later counts 0 in the MRR

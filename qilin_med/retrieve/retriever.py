@@ -1,23 +1,17 @@
 """Questions -> passages of the experiment's index, and prompts with them."""
 
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import option_lines, with_passages
-from qilin_med.retrieve.bm25 import Bm25, Ranking
-from qilin_med.retrieve.chunks import Chunks
 from qilin_med.retrieve.cutting import load_tokenizer
-from qilin_med.retrieve.dense import Dense, Encoder, load_encoder
-from qilin_med.retrieve.index import KINDS, tokenizer_file, verify_index
+from qilin_med.retrieve.index import KINDS, Chunks, tokenizer_file, verify_index
+from qilin_med.retrieve.search import Bm25, Dense, Encoder, Ranking, fuse, load_encoder
 
 POOL = 100  # chunks of each ranking that are fused
-FUSION_CONSTANT = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +103,6 @@ class Retriever:
         `with_passages` ("" if nothing was found); and the ids of the passages in it."""
         prompts = [self.fill_prompt("", passages) for passages in self.search(questions)]
         return [(prompt.text, prompt.sources) for prompt in prompts]
-
-
-def fuse(rankings: Iterable[Ranking], k: int) -> Ranking:
-    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): score(d) = sum over rankings of 1 / (60 + rank of d).
-
-    Only ranks count, so scores of different kinds need no common scale. Ties go to the smaller number.
-    """
-    scores: dict[int, float] = defaultdict(float)
-    for numbers, _ in rankings:
-        for rank, number in enumerate(numbers.tolist(), 1):
-            scores[number] += 1 / (FUSION_CONSTANT + rank)
-    best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:k]
-    return np.array([number for number, _ in best], np.int64), np.array([score for _, score in best], np.float32)
 
 
 def fill_prompt(question: str, passages: Sequence[Passage], limit: int, count: Callable[[str], int]) -> Prompt:
