@@ -58,7 +58,7 @@ def test_short_work_is_silent(capsys):
 def test_time_left_is_what_the_rest_takes_at_the_pace_so_far(monkeypatch, capsys):
     now = iter([100.0, 130.0])  # a quarter in 30 seconds
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    meter = module._Lines("hashing", 4_000_000_000, "B")
+    meter = module._Meter("hashing", 4_000_000_000, "B")
     meter.done = 1_000_000_000
     meter.show()
     assert shown(capsys) == ["hashing: 1,000 of 4,000 MB, 1:30 left"]

@@ -229,7 +229,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> P
     [
         (None, "has no chat template"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no {% generation %} marks"),
-        (QILIN_TEMPLATE, "<reserved_102> is no special token"),
+        (QILIN_TEMPLATE, "<reserved_102> is not a special token"),
         ("{% generation %}{{ messages[-1]['content'] }}{% endgeneration %}", "does not write a conversation"),
         (CHATML.replace("{% for", "{{ raise_exception('no system') }}{% for", 1), "refuses a conversation of user"),
     ],

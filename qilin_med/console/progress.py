@@ -1,6 +1,5 @@
 """Long work says how far it is: a bar on a terminal, elsewhere a line every ten seconds."""
 
-import contextlib
 import os
 import sys
 import threading
@@ -11,10 +10,9 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_BETWEEN_REDRAWS = 0.5
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_REDRAWS = 10.0, 0.5
 _PROCESS = os.getpid()
-_under_way: "list[_Bar | _Lines]" = []  # from the outermost to the innermost, which alone is shown
+_under_way: "list[_Meter]" = []  # from the outermost to the innermost, which alone is shown
 _lock = threading.Lock()
 
 
@@ -30,21 +28,34 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
     if os.environ.get("RANK", "0") != "0" or os.getpid() != _PROCESS or in_background:
         yield lambda n: None
         return
-    meter = _Bar(label, total, unit) if sys.stderr.isatty() else _Lines(label, total, unit)
+    meter, is_over = _Meter(label, total, unit), threading.Event()
 
     def advance(n: int) -> None:
         with _lock:
             meter.done += n
 
+    def keep_showing() -> None:
+        while not is_over.wait(SECONDS_BETWEEN_REDRAWS if meter.bar else SECONDS_BETWEEN_LINES):
+            with _lock:
+                if _under_way:
+                    _under_way[-1].show()
+
+    # The outermost work has a thread to show all: a library that works for a minute does not come back to say so.
+    thread = None if _under_way else threading.Thread(target=keep_showing, daemon=True)
     with _lock:
         _under_way.append(meter)
-    with contextlib.nullcontext() if len(_under_way) > 1 else _kept_showing(meter.seconds):
-        try:
-            yield advance
-        finally:
-            with _lock:
-                _under_way.remove(meter)
-                meter.close()
+    if thread:
+        thread.start()
+    try:
+        yield advance
+    finally:
+        with _lock:
+            _under_way.remove(meter)
+            if meter.bar:
+                meter.bar.close()
+        if thread:
+            is_over.set()
+            thread.join()
 
 
 def counted(items: Iterable[Item], advance: Callable[[int], None]) -> Iterator[Item]:
@@ -54,71 +65,34 @@ def counted(items: Iterable[Item], advance: Callable[[int], None]) -> Iterator[I
         yield item
 
 
-@contextmanager
-def _kept_showing(seconds: float) -> Iterator[None]:
-    """In a thread of its own, since a library that works for a minute does not come back to say so."""
-    over = threading.Event()
-
-    def keep_showing() -> None:
-        while not over.wait(seconds):
-            with _lock:
-                if _under_way:
-                    _under_way[-1].show()
-
-    thread = threading.Thread(target=keep_showing, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-class _Bar:
+class _Meter:
     def __init__(self, label: str, total: int | None, unit: str) -> None:
-        from tqdm import (
-            tqdm,  # which reads when it is imported whether libraries' bars are off (training.quiet_libraries)
-        )
-
-        self.seconds, self.done = _SECONDS_BETWEEN_REDRAWS, 0
-        # "disable" is said because stages turn libraries' own bars off by an environment variable; the position,
-        # because a bar within another one takes its line.
-        self.bar = tqdm(
-            desc=label, total=total, unit=unit and f" {unit}", unit_scale=unit == "B", leave=False, dynamic_ncols=True,
-            disable=False, position=0,
-        )  # fmt: skip
-        self.close = self.bar.close
-
-    def show(self) -> None:
-        self.bar.n = self.done
-        self.bar.refresh()
-
-
-class _Lines:
-    def __init__(self, label: str, total: int | None, unit: str) -> None:
-        self.seconds = SECONDS_BETWEEN_LINES
         self.label, self.total, self.unit = label, total, unit
         self.done, self.start = 0, time.monotonic()
-        self.stream = sys.stdout  # what a library prints may be caught in the meantime
+        self.stream, self.bar = sys.stdout, None  # what a library prints may be caught in the meantime
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # on import it reads whether stages have turned off the libraries' bars
+
+            # "disable" is said for that reason; the position because a bar within another one takes its line.
+            self.bar = tqdm(
+                desc=label, total=total, unit=unit and f" {unit}", unit_scale=unit == "B", leave=False, dynamic_ncols=True,
+                disable=False, position=0,
+            )  # fmt: skip
 
     def show(self) -> None:
+        if self.bar:
+            self.bar.n = self.done
+            self.bar.refresh()
+            return
         elapsed = time.monotonic() - self.start
         line = f"{self.label}: {clock(elapsed)} so far"
         if self.done:
-            line = f"{self.label}: {self._amount()}"
+            done, total = (f"{n / 1e6:,.0f}" if self.unit == "B" else f"{n:,}" for n in (self.done, self.total or 0))
+            of = f" of {total}" if self.total else ""
+            line = f"{self.label}: {done}{of} {'MB' if self.unit == 'B' else self.unit}".rstrip()
             if self.total:
                 line += f", {clock(elapsed * (self.total - self.done) / self.done)} left"
         print(line, file=self.stream, flush=True)
-
-    def _amount(self) -> str:
-        of = f" of {self._number(self.total)}" if self.total else ""
-        return f"{self._number(self.done)}{of} {'MB' if self.unit == 'B' else self.unit}".rstrip()
-
-    def _number(self, n: int) -> str:
-        return f"{n / 1e6:,.0f}" if self.unit == "B" else f"{n:,}"
-
-    def close(self) -> None:
-        pass
 
 
 def clock(seconds: float) -> str:

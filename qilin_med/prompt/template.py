@@ -9,7 +9,7 @@ in a control token; and because only contents are ever cut, role marks survive e
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise
@@ -32,13 +32,16 @@ QILIN_TEMPLATE = (
 )
 
 IGNORED = -100  # Hugging Face's label for positions without loss
-SENTINEL = re.compile(
-    "\ue0f0([0-9]+)\ue0f1"
-)  # private use characters: no template writes them, contents are not rendered
+SENTINEL = (
+    "\ue0f0{}\ue0f1"  # around a message's number; private use: no template writes them, contents are not rendered
+)
 
 Ids: TypeAlias = list[int]
 Piece: TypeAlias = tuple[int, ...] | int
 """Ids of a literal, or the index of the message whose content stands there."""
+Layout: TypeAlias = tuple[list[tuple[list[Piece], list[Piece]]], Ids]
+"""How a template writes a conversation: of every turn the question (with the system text, if any) and the answer, and the
+literal after the last answer, outside the loss (Qwen's newline; most templates have none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +73,6 @@ class EncodedPrompt:
     ids: Ids
     is_cut: bool
     dropped_turns: int
-
-
-@dataclass(frozen=True, slots=True)
-class TurnLayout:
-    """How a template writes one question (with a system text, if any) and its answer."""
-
-    source: tuple[Piece, ...]
-    target: tuple[Piece, ...]
-    marks: int
-    """Tokens of the source's literals."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    turns: tuple[TurnLayout, ...]
-    closing: tuple[int, ...]
-    """Literal after the last answer, outside the loss (Qwen's newline); most templates have none."""
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[Ids]:
@@ -122,60 +108,95 @@ class ChatTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         """UserError: the tokenizer has no chat template, or QILIN_TEMPLATE's role marks or the EOS are no single tokens
         of this tokenizer."""
+        if not tokenizer.chat_template:
+            raise UserError(
+                'this tokenizer has no chat template; set model.template to "qilin", or save one as chat_template.jinja '
+                "in the model folder"
+            )
         self.tokenizer = tokenizer
-        self.template = checked_template(tokenizer)
+        self.template = tokenizer.get_chat_template()
         self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         self._layout = cache(self._build_layout)
         self._controls = control_ids(tokenizer)
+        if self.template != QILIN_TEMPLATE:
+            return
+        if tokenizer.eos_token_id is None:
+            raise UserError("this tokenizer has no EOS token, so a model could not learn to stop; set eos_token")
+        for mark in ROLE_MARKS:
+            ids = tokenizer(mark, add_special_tokens=False).input_ids
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id or ids[0] not in self._controls:
+                raise UserError(
+                    f"the role mark {mark} is not a special token of this tokenizer (it gives {len(ids)} tokens); use a "
+                    'Baichuan model converted by scripts/convert_baichuan.py, or set model.template to "own"'
+                )
 
     # ------------------------------------------------------------------------------------------------- records
 
     def encode_chat(self, chat: Chat, max_source_length: int, max_target_length: int) -> list[EncodedChat]:
         """As `encode_chats`, for one chat; UserError says why it cannot be used."""
-        [encoded] = self.encode_chats([chat], max_source_length, max_target_length)
-        return _usable(encoded)
+        [rows] = self.encode_chats([chat], max_source_length, max_target_length)
+        return _usable(rows)
 
     def encode_chats(
         self, chats: Sequence[Chat], max_source_length: int, max_target_length: int
     ) -> list[list[EncodedChat] | Skipped]:
         """Rows of each chat: usually one. A chat longer than both limits together continues in further rows of whole
         turns, each with the system text, so that no turn vanishes."""
-        contents = self._encode_contents([chat.messages for chat in chats])
+        limits = max_source_length, max_target_length
+        conversations = [chat.messages for chat in chats]
         encoded: list[list[EncodedChat] | Skipped] = []
-        for chat, ids in zip(chats, contents, strict=True):
-            reason = self._reason_against(chat.messages, ids)
-            rows = [] if reason else self._chat_rows(chat.messages, ids, max_source_length, max_target_length)
-            encoded.append(_skipped(chat, chat.messages, reason) if reason else rows)
+        for chat, (system, turns, reason) in zip(chats, self._tokenise(conversations), strict=True):
+            rows = []
+            while turns and not reason:  # each row takes as many of the remaining turns as fit
+                row, taken = self._row(system, turns[:1], *limits), 1
+                while taken < len(turns):
+                    longer = self._row(system, turns[: taken + 1], *limits)
+                    if len(longer.input_ids) > sum(limits):
+                        break
+                    row, taken = longer, taken + 1
+                rows.append(row)
+                turns = turns[taken:]
+            encoded.append(_skipped(chat.id, chat.messages, reason) if reason else rows)
         return encoded
 
     def encode_preference(
         self, preference: Preference, max_source_length: int, max_target_length: int
     ) -> EncodedPreference:
         """As `encode_preferences`, for one; UserError says why it cannot be used."""
-        [encoded] = self.encode_preferences([preference], max_source_length, max_target_length)
-        return _usable(encoded)
+        [pair] = self.encode_preferences([preference], max_source_length, max_target_length)
+        return _usable(pair)
 
     def encode_preferences(
         self, preferences: Sequence[Preference], max_source_length: int, max_target_length: int
     ) -> list[EncodedPreference | Skipped]:
         """Prompt and answers of each preference. The prompt holds system text and last question, and as many whole
         earlier turns, newest first, as fit into `max_source_length`; the others are counted as dropped."""
-        conversations = [_with_answers(preference) for preference in preferences]
+        answers = [[Message("assistant", text) for text in (pair.chosen, pair.rejected)] for pair in preferences]
+        conversations = [[*pair.prompt, *both] for pair, both in zip(preferences, answers, strict=True)]
+        tokenised = self._tokenise(conversations)
         encoded: list[EncodedPreference | Skipped] = []
-        for preference, messages, ids in zip(
-            preferences, conversations, self._encode_contents(conversations), strict=True
-        ):
-            reason = self._reason_against(messages, ids)
-            pair = None if reason else self._pair(messages, ids, max_source_length, max_target_length)
-            if pair and pair.chosen_ids == pair.rejected_ids:
-                reason = "chosen and rejected are the same after cutting"
-            encoded.append(_skipped(preference, messages, reason) if reason else pair)
+        for pair, messages, (system, turns, reason) in zip(preferences, conversations, tokenised, strict=True):
+            if not reason:
+                *earlier, [question, chosen], [rejected] = turns
+                prompt = self._prompt(system, [*earlier, [question]], max_source_length)
+                [(_, target)], _ = self._layout(("user", "assistant"))
+                chosen, chosen_is_cut = _fill_target(target, [[], chosen], max_target_length)
+                rejected, rejected_is_cut = _fill_target(target, [[], rejected], max_target_length)
+                cut = int(prompt.is_cut), chosen_is_cut + rejected_is_cut
+                if chosen == rejected:
+                    reason = "chosen and rejected are the same after cutting"
+            encoded.append(
+                _skipped(pair.id, messages, reason)
+                if reason
+                else EncodedPreference(prompt.ids, chosen, rejected, *cut, prompt.dropped_turns)
+            )
         return encoded
 
     @property
     def end_id(self) -> int:
         """The token that ends an answer: not always the tokenizer's EOS, which in base models ends a document."""
-        return self._layout(("user", "assistant")).turns[0].target[-1][-1]
+        [(_, target)], _ = self._layout(("user", "assistant"))
+        return target[-1][-1]
 
     def encode_prompt(self, messages: Sequence[Message], max_source_length: int) -> EncodedPrompt:
         """What a model answers the last question from: exactly the prompt part of a training row.
@@ -184,118 +205,89 @@ class ChatTemplate:
         question."""
         if not messages or messages[-1].role != "user":
             raise UserError("a prompt must end with a question: expected the last message to have the role user")
-        [ids] = self._encode_contents([messages])
-        if reason := self._reason_against(messages, ids):
+        [(system, turns, reason)] = self._tokenise([messages])
+        if reason:
             raise UserError(f"this prompt cannot be used: {reason}")
-        return self._prompt(messages, ids, max_source_length)
-
-    # ------------------------------------------------------------------------------------------------ contents
-
-    def _encode_contents(self, conversations: Iterable[Sequence[Message]]) -> list[list[Ids]]:
-        """Ids of every content of every conversation, tokenised in one batch."""
-        conversations = list(conversations)
-        texts = [message.content.strip() for messages in conversations for message in messages]
-        ids = iter(encode_texts(self.tokenizer, texts))
-        return [[next(ids) for _ in messages] for messages in conversations]
-
-    def _reason_against(self, messages: Sequence[Message], contents: list[Ids]) -> str | None:
-        """Why texts cannot be used, known only from their tokens."""
-        if not self._controls.isdisjoint(chain.from_iterable(contents)):
-            return "contains a role mark"
-        empty = next((message.role for message, ids in zip(messages, contents, strict=True) if not ids), None)
-        return {None: None, "system": "empty system text", "user": "empty question", "assistant": "empty answer"}[empty]
+        return self._prompt(system, turns, max_source_length)
 
     # ----------------------------------------------------------------------------------------------- assembling
 
-    def _chat_rows(
-        self, messages: Sequence[Message], contents: list[Ids], max_source: int, max_target: int
-    ) -> list[EncodedChat]:
-        """Greedy: each row takes as many of the remaining turns as fit."""
-        system, turns = _split_system(contents, messages)
-        rows, start = [], 0
-        while start < len(turns):
-            row = self._chat_row(system, turns[start : start + 1], max_source, max_target)
-            taken = 1
-            while start + taken < len(turns):
-                longer = self._chat_row(system, turns[start : start + taken + 1], max_source, max_target)
-                if len(longer.input_ids) > max_source + max_target:
-                    break
-                row, taken = longer, taken + 1
-            rows.append(row)
-            start += taken
-        return rows
+    def _tokenise(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> Iterator[tuple[list[Ids], list[list[Ids]], str | None]]:
+        """Ids of each conversation's contents, all tokenised in one batch: the system text (none or one), turns of a question
+        and at most one answer, and why they cannot be used, which only their tokens tell."""
+        texts = [message.content.strip() for messages in conversations for message in messages]
+        ids = iter(encode_texts(self.tokenizer, texts))
+        for messages in conversations:
+            contents, start = [next(ids) for _ in messages], int(messages[0].role == "system")
+            reason = next((_EMPTY[m.role] for m, text in zip(messages, contents, strict=True) if not text), None)
+            if not self._controls.isdisjoint(chain.from_iterable(contents)):
+                reason = "contains a role mark"
+            yield contents[:start], [contents[i : i + 2] for i in range(start, len(contents), 2)], reason
 
-    def _chat_row(self, system: list[Ids], turns: list[list[Ids]], max_source: int, max_target: int) -> EncodedChat:
+    def _row(self, system: list[Ids], turns: list[list[Ids]], max_source: int, max_target: int) -> EncodedChat:
+        """A row of these turns, of which the last may lack its answer."""
         contents = [*system, *chain.from_iterable(turns)]
-        layout = self._layout(("system",) * len(system) + ("user", "assistant") * len(turns))
-        ids, labels, cut_sources, cut_targets, is_cut = [], [], 0, 0, False
-        for turn in layout.turns:
-            source, source_is_cut = _fill_source(turn, contents, max_source)
-            target, is_cut = _fill_target(turn, contents, max_target)
-            ids += source + target
-            labels += [IGNORED] * len(source) + target
+        layout, closing = self._layout(("system",) * len(system) + ("user", "assistant") * len(turns))
+        ids, labels, cut_sources, cut_targets, is_whole = [], [], 0, 0, False
+        for (source, target), turn in zip(layout, turns, strict=True):
+            asked, source_is_cut = _fill_source(source, contents, max_source)
+            answered, is_cut = _fill_target(target, contents, max_target) if turn[1:] else ([], False)
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + answered
             cut_sources += source_is_cut
             cut_targets += is_cut
-        if not is_cut and len(ids) + len(layout.closing) <= max_source + max_target:
-            ids += layout.closing
-            labels += [IGNORED] * len(layout.closing)
+            is_whole = bool(answered) and not is_cut
+        if is_whole and len(ids) + len(closing) <= max_source + max_target:
+            ids += closing
+            labels += [IGNORED] * len(closing)
         return EncodedChat(ids, labels, cut_sources, cut_targets)
 
-    def _pair(self, messages: Sequence[Message], contents: list[Ids], max_source: int, max_target: int):
-        prompt = self._prompt(messages[:-2], contents[:-2], max_source)
-        [turn] = self._layout(("user", "assistant")).turns
-        chosen, rejected = (_fill_target(turn, [[], answer], max_target) for answer in contents[-2:])
-        cut_targets = chosen[1] + rejected[1]
-        return EncodedPreference(
-            prompt.ids, chosen[0], rejected[0], int(prompt.is_cut), cut_targets, prompt.dropped_turns
-        )
-
-    def _prompt(self, messages: Sequence[Message], contents: list[Ids], max_source: int) -> EncodedPrompt:
-        system, turns = _split_system(contents, messages)
-        earlier, [question] = turns[:-1], turns[-1]
-        kept, (prompt, is_cut) = 0, self._prompt_with(system, [], question, max_source)
-        while kept < len(earlier):
-            longer, longer_is_cut = self._prompt_with(system, earlier[-kept - 1 :], question, max_source)
-            if longer_is_cut or len(longer) > max_source:
+    def _prompt(self, system: list[Ids], turns: list[list[Ids]], max_source: int) -> EncodedPrompt:
+        """The last question after as many whole earlier turns as fit."""
+        kept, row = 1, self._row(system, turns[-1:], max_source, max_source)
+        while kept < len(turns):
+            longer = self._row(system, turns[-kept - 1 :], max_source, max_source)
+            if longer.cut_sources or len(longer.input_ids) > max_source:
                 break
-            kept, prompt = kept + 1, longer
-        return EncodedPrompt(prompt, is_cut, len(earlier) - kept)
-
-    def _prompt_with(self, system: list[Ids], earlier: list[list[Ids]], question: Ids, max_source: int):
-        contents = [*system, *chain.from_iterable(earlier), question]
-        layout = self._layout(("system",) * len(system) + ("user", "assistant") * (len(earlier) + 1))
-        ids: Ids = []
-        for turn in layout.turns[:-1]:
-            ids += _filled(turn.source, contents) + _filled(turn.target, contents)
-        last, is_cut = _fill_source(layout.turns[-1], contents, max_source)
-        return ids + last, is_cut
+            kept, row = kept + 1, longer
+        return EncodedPrompt(row.input_ids, bool(row.cut_sources), len(turns) - kept)
 
     # -------------------------------------------------------------------------------------------------- layouts
 
     def _build_layout(self, roles: tuple[Role, ...]) -> Layout:
         """Render a conversation of sentinels and take it apart: source, target, source, target, ..., closing."""
-        *sections, closing = self._sections(roles)
-        pieces = [self._pieces(section) for section in sections]
-        self._check_places(roles, pieces)
-        turns = tuple(
-            TurnLayout(tuple(source), tuple(target), _literal_tokens(source))
-            for source, target in zip(pieces[::2], pieces[1::2], strict=True)
-        )
-        return Layout(turns, tuple(chain.from_iterable(self._pieces(closing))))
-
-    def _sections(self, roles: tuple[Role, ...]) -> list[str]:
-        """The rendered text, cut where answers begin and end."""
         text, spans = self._render(roles)
         if not self._is_marked:
             spans = self._find_answers(text, roles)
-        borders = [0, *chain.from_iterable(spans), len(text)]
-        return [text[start:end] for start, end in pairwise(borders)]
+        sections: list[list[Piece]] = []
+        for start, end in pairwise([0, *chain.from_iterable(spans), len(text)]):
+            parts = re.split(
+                SENTINEL.format("([0-9]+)"), text[start:end]
+            )  # literals at even places, indices at odd ones
+            sections.append([
+                int(part) if place % 2 else tuple(self.tokenizer(part, add_special_tokens=False).input_ids)
+                for place, part in enumerate(parts)
+                if part
+            ])  # fmt: skip
+        # Every content must stand once, in order, answers alone inside `{% generation %}`.
+        first = roles.count("system")
+        expected = [*([index] for index in range(first, len(roles))), []]
+        expected[0] = list(range(first + 1))
+        if [[piece for piece in section if isinstance(piece, int)] for section in sections] != expected:
+            raise UserError(
+                f"the chat template does not write a conversation of {', '.join(roles)} message by message with each "
+                "answer in a place of its own: correct chat_template.jinja"
+            )
+        *sections, closing = sections
+        return list(zip(sections[::2], sections[1::2], strict=True)), list(chain.from_iterable(closing))
 
     def _render(self, roles: tuple[Role, ...], **options: bool) -> tuple[str, list[tuple[int, int]]]:
         """A conversation of sentinels in the template, and the spans of its `{% generation %}` blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [{"role": role, "content": f"\ue0f0{index}\ue0f1"} for index, role in enumerate(roles)]
+        messages = [{"role": role, "content": SENTINEL.format(index)} for index, role in enumerate(roles)]
         options = options or {"return_assistant_tokens_mask": self._is_marked}
         try:
             texts, spans = render_jinja_template(
@@ -315,7 +307,7 @@ class ChatTemplate:
         opening = self._render(("user",), add_generation_prompt=True)[0].removeprefix(question)
         ends = sorted((t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len)
         for index in (place for place, role in enumerate(roles) if role == "assistant"):
-            content = f"\ue0f0{index}\ue0f1"
+            content = SENTINEL.format(index)
             before, found, after = text.partition(content)
             end = next((token for token in reversed(ends) if after.startswith(token)), "")
             if not (opening and opening in before and found and end):
@@ -326,107 +318,43 @@ class ChatTemplate:
                 )
             yield before.rindex(opening) + len(opening), len(before) + len(content) + len(end)
 
-    def _pieces(self, section: str) -> list[Piece]:
-        parts = SENTINEL.split(section)  # literals at even places, message indices at odd ones
-        pieces: list[Piece] = []
-        for place, part in enumerate(parts):
-            if place % 2:
-                pieces.append(int(part))
-            elif part:
-                pieces.append(tuple(self.tokenizer(part, add_special_tokens=False).input_ids))
-        return pieces
 
-    def _check_places(self, roles: tuple[Role, ...], pieces: list[list[Piece]]) -> None:
-        """Every content must stand once, in order, answers alone inside `{% generation %}`."""
-        found = [[piece for piece in section if isinstance(piece, int)] for section in pieces]
-        first = roles.count("system")
-        expected = [[index] for index in range(first, len(roles))]
-        if first:
-            expected[0] = [0, 1]
-        if found != expected:
-            raise UserError(
-                f"the chat template does not write a conversation of {', '.join(roles)} message by message with each "
-                "answer in a place of its own: mend chat_template.jinja"
-            )
+_EMPTY = {"system": "empty system text", "user": "empty question", "assistant": "empty answer"}
 
 
-def checked_template(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The tokenizer's chat template; UserError if it cannot be trained with."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            'this tokenizer has no chat template; set model.template to "qilin", or save one as chat_template.jinja '
-            "in the model folder"
-        )
-    template = tokenizer.get_chat_template()
-    if template == QILIN_TEMPLATE:
-        _check_qilin_marks(tokenizer)
-    return template
+def _filled(pieces: Sequence[Piece], contents: Sequence[Ids] | dict[int, Ids]) -> Ids:
+    return [token for piece in pieces for token in (contents[piece] if isinstance(piece, int) else piece)]
 
 
-def _check_qilin_marks(tokenizer: "PreTrainedTokenizerFast") -> None:
-    if tokenizer.eos_token_id is None:
-        raise UserError("this tokenizer has no EOS token, so a model could not learn to stop; set eos_token")
-    for mark in ROLE_MARKS:
-        ids = tokenizer(mark, add_special_tokens=False).input_ids
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id or ids[0] not in control_ids(tokenizer):
-            raise UserError(
-                f"the role mark {mark} is no special token of this tokenizer (it gives {len(ids)} tokens); use a "
-                'Baichuan model converted by scripts/convert_baichuan.py, or set model.template to "own"'
-            )
-
-
-def _literal_tokens(pieces: Iterable[Piece]) -> int:
-    return sum(len(piece) for piece in pieces if not isinstance(piece, int))
-
-
-def _filled(pieces: Iterable[Piece], contents: list[Ids]) -> Ids:
-    ids: Ids = []
-    for piece in pieces:
-        ids += contents[piece] if isinstance(piece, int) else piece
-    return ids
-
-
-def _fill_source(turn: TurnLayout, contents: list[Ids], limit: int) -> tuple[Ids, bool]:
+def _fill_source(source: list[Piece], contents: list[Ids], limit: int) -> tuple[Ids, bool]:
     """Ids of a question with its marks, at most `limit`, and whether a text was cut."""
-    room = limit - turn.marks
+    indices = [piece for piece in source if isinstance(piece, int)]
+    marks = sum(len(piece) for piece in source if not isinstance(piece, int))
+    room = limit - marks
     if room < 0:
-        raise UserError(f"max_source_length {limit} is less than the {turn.marks} tokens of the role marks; raise it")
-    indices = [piece for piece in turn.source if isinstance(piece, int)]
-    total = sum(len(contents[index]) for index in indices)
-    if total <= room:
-        return _filled(turn.source, contents), False
-    question = indices[-1]
+        raise UserError(f"max_source_length {limit} is less than the {marks} tokens of the role marks; raise it")
+    if sum(len(contents[index]) for index in indices) <= room:
+        return _filled(source, contents), False
+    *system, question = indices
     # Cutting the system text below half would lose the rules, cutting the question first would lose what is asked.
     for_system = max(room - len(contents[question]), room // 2)
-    cut = {index: contents[index][:for_system] for index in indices[:-1]}
-    used = sum(map(len, cut.values()))
-    cut[question] = contents[question][: room - used]
-    return _filled(turn.source, cut), True
+    cut = {index: contents[index][:for_system] for index in system}
+    cut[question] = contents[question][: room - sum(map(len, cut.values()))]
+    return _filled(source, cut), True
 
 
-def _fill_target(turn: TurnLayout, contents: list[Ids], limit: int) -> tuple[Ids, bool]:
+def _fill_target(target: list[Piece], contents: list[Ids], limit: int) -> tuple[Ids, bool]:
     """Ids of an answer with its EOS, at most `limit`, and whether it was cut (then it has no EOS)."""
-    ids = _filled(turn.target, contents)
+    ids = _filled(target, contents)
     if len(ids) <= limit:
         return ids, False
-    last = max(place for place, piece in enumerate(turn.target) if isinstance(piece, int))
-    return _filled(turn.target[: last + 1], contents)[:limit], True
+    last = max(place for place, piece in enumerate(target) if isinstance(piece, int))
+    return _filled(target[: last + 1], contents)[:limit], True
 
 
-def _split_system(contents: list[Ids], messages: Sequence[Message]) -> tuple[list[Ids], list[list[Ids]]]:
-    """System text (none or one) and turns of one question and at most one answer."""
-    start = int(messages[0].role == "system")
-    return contents[:start], [contents[index : index + 2] for index in range(start, len(contents), 2)]
-
-
-def _with_answers(preference: Preference) -> tuple[Message, ...]:
-    answers = (Message("assistant", text) for text in (preference.chosen, preference.rejected))
-    return (*preference.prompt, *answers)
-
-
-def _skipped(record: Chat | Preference, messages: Sequence[Message], reason: str) -> Skipped:
+def _skipped(record_id: str, messages: Sequence[Message], reason: str) -> Skipped:
     raw = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
-    return Skipped(record.id, reason, raw[:RAW_CHARACTERS])
+    return Skipped(record_id, reason, raw[:RAW_CHARACTERS])
 
 
 def _usable(encoded):
