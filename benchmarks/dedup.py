@@ -12,7 +12,7 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_moment
+from benchmarks.common import describe_moment
 from qilin_med.config.corpus import DeduplicationSettings, ExecutorSettings
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data import matching
@@ -49,17 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    rows = compare_signatures(arguments.sample)
     print("| signatures, one process | MB/s |\n|---|---|")
-    print("\n".join(f"| {name} | {rate:.1f} |" for name, rate in rows.items()), flush=True)
+    for name, rate in compare_signatures(arguments.sample).items():
+        print(f"| {name} | {rate:.1f} |", flush=True)
     print("\n| corpus, MB | documents | MB/s, all steps | peak memory of a process, MiB | removed | precision | recall of"
           " planted copies at their similarity |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for megabytes in (max(arguments.megabytes // 4, 1), arguments.megabytes):
         print(measure(megabytes, arguments.workers), flush=True)
     print(f"\n{describe_moment()}; {arguments.workers} workers")
-
-
-# -------------------------------------------------------------------------------------------------------- corpus
 
 
 def documents(size: int, seed: int) -> Iterator[tuple[str, float]]:
@@ -74,18 +71,13 @@ def documents(size: int, seed: int) -> Iterator[tuple[str, float]]:
         made, number = made + length * CHARACTER_BYTES, number + 1
         yield text, 0
         if number % PLANTED_EVERY == 0:
-            similarity = rng.choice(SIMILARITIES)
-            copy = changed(rng, text, similarity)
+            # A changed character spoils `shingle` shingles of either text.
+            wanted, width = rng.choice(SIMILARITIES), SETTINGS.shingle
+            changes = round((len(text) - width + 1) * (1 - wanted) / (width * (1 + wanted)))
+            places = set(rng.sample(range(0, len(text), width + 1), changes))
+            copy = "".join("〇" if index in places else character for index, character in enumerate(text))
             yield copy, matching.jaccard(*(matching.shingle_set(t, SETTINGS.shingle) for t in (text, copy)))
             made += length * CHARACTER_BYTES
-
-
-def changed(rng: Random, text: str, similarity: float) -> str:
-    """A copy whose Jaccard similarity is about the given one: a change spoils `shingle` shingles of either text."""
-    width = SETTINGS.shingle
-    changes = round((len(text) - width + 1) * (1 - similarity) / (width * (1 + similarity)))
-    places = set(rng.sample(range(0, len(text), width + 1), changes))
-    return "".join("〇" if index in places else character for index, character in enumerate(text))
 
 
 def write_shard(work: Workspace, shard: int, size: int) -> None:
@@ -102,14 +94,23 @@ def write_shard(work: Workspace, shard: int, size: int) -> None:
     save(work.path("planted", shard), np.array(planted, np.float32))
 
 
-# ------------------------------------------------------------------------------------------------------- measures
-
-
 def compare_signatures(megabytes: int) -> dict[str, float]:
     """MB/s of 112 MinHash values a document from normalised text."""
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+
+    class CharacterShingles(MinhashDedupSignature):
+        def get_shingles(self, text: str) -> np.ndarray:
+            width = self.config.n_grams
+            hashes = (self._hash_func(text[i : i + width].encode()) for i in range(len(text) - width + 1))
+            return np.fromiter(hashes, np.uint64).reshape(-1, 1)
+
+    config = MinhashConfig(
+        n_grams=SETTINGS.shingle, num_buckets=SETTINGS.bands, hashes_per_bucket=SETTINGS.rows_per_band
+    )
+    # Any language that datatrove splits at blanks; the tokenizer is not used.
+    theirs = CharacterShingles(tempfile.gettempdir(), config, language="aii_Syrc")
     texts = [text for text, _ in documents(megabytes * 10**6, 0)]
     size = sum(len(text) for text in texts) * CHARACTER_BYTES / 1e6
-    theirs = datatrove_signatures()
 
     def ours() -> None:
         for start in range(0, len(texts), deduplication.SIGNED_AT_ONCE):
@@ -123,23 +124,7 @@ def compare_signatures(megabytes: int) -> dict[str, float]:
     return {"ours (rensa)": size / seconds(ours), "datatrove's own": size / seconds(datatrove)}
 
 
-def datatrove_signatures() -> Any:
-    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
-
-    class CharacterShingles(MinhashDedupSignature):
-        def get_shingles(self, text: str) -> np.ndarray:
-            width = self.config.n_grams
-            hashes = (self._hash_func(text[i : i + width].encode()) for i in range(len(text) - width + 1))
-            return np.fromiter(hashes, np.uint64).reshape(-1, 1)
-
-    config = MinhashConfig(
-        n_grams=SETTINGS.shingle, num_buckets=SETTINGS.bands, hashes_per_bucket=SETTINGS.rows_per_band
-    )
-    # Any language that datatrove splits at blanks; the tokenizer is not used.
-    return CharacterShingles(tempfile.gettempdir(), config, language="aii_Syrc")
-
-
-def seconds(function: Any) -> float:
+def seconds(function: Callable[[], None]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

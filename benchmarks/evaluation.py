@@ -15,21 +15,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.machine import describe_machine, describe_moment
-from qilin_med.artifact import commit, versions
+from benchmarks.common import CLOCKS, ROOT, add_shared_arguments, count, describe_moment, write_result
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.errors import UserError
+from qilin_med.train.stage import quiet_libraries
 
-if TYPE_CHECKING:
-    from qilin_med.evaluate.harness import ModelUnderTest
-
-ROOT = Path(__file__).resolve().parents[1]
-RANK = "RANK"  # of torchrun
 TASKS = ("cmexam_letters", "cmexam_options", "cmexam_generate")
+PASSED_TO_RANKS = ("model", "questions", "limit", "max_new_tokens", "batch_size", "device", "clock")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,49 +35,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions", type=Path, default=ROOT / "data/demo/raw/exams/test.csv",
         help="exam file in CMExam's columns (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, default=256, help="questions asked (default: %(default)s)")
-    parser.add_argument(
-        "--one-at-a-time", type=int, default=64, help="questions asked one at a time (default: %(default)s)"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions at once (default: %(default)s)")
+    for name, default, meaning in (
+        ("limit", 256, "questions asked"),
+        ("one-at-a-time", 64, "questions asked one at a time"),
+        ("max-new-tokens", 64, "of a generated answer"),
+        ("batch-size", 32, "questions at once"),
+        ("ranks", 2, "of ours, all ranks; 1: leave it out"),
+    ):
+        parser.add_argument(f"--{name}", type=count, default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument(
-        "--ranks", type=int, default=2, help="of ours, all ranks; 1: leave it out (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall",
-        help="time by the wall clock, or by the process's CPU clock: with --threads 1 that is the one to trust on a"
-        " machine that others use (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    add_shared_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     for name in ("model", "questions"):
         if not (path := getattr(arguments, name)).exists():
             raise UserError(f"--{name}: {path} does not exist; run `bash run_all.sh` for the demo's, or name yours")
-    from qilin_med.train.stage import quiet_libraries
-
     quiet_libraries()
     os.environ["TQDM_DISABLE"] = "1"
     import torch
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
-        rates = (measure_rank if RANK in os.environ else measure)(arguments, Path(folder))
-    if not rates:
-        return
+        if "RANK" in os.environ:  # under torchrun, started by the first process's measure_ranks
+            rates = {"ours": time_tasks(arguments, Path(folder))[1]}
+            if int(os.environ["RANK"]):
+                return
+        else:
+            rates = measure(arguments, Path(folder))
     print(
         f"{format_table(rates)}\n\n{arguments.model}, {arguments.limit} questions, batches of {arguments.batch_size}, at most"
         f" {arguments.max_new_tokens} new tokens, {arguments.threads} threads, {arguments.clock} clock; {describe_moment()}"
     )
-    if arguments.output:
-        about = {"machine": describe_machine(), "versions": versions(), "commit": commit()}
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        text = json.dumps({**about, "settings": settings, "questions_per_second": rates}, ensure_ascii=False, indent=2)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    write_result(arguments.output, settings=settings, questions_per_second=rates)
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
@@ -97,11 +83,11 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
             ours = super().open_hf()
             return HFLM(pretrained=ours.model, tokenizer=self.tokenizer, batch_size=ours.batch_size)
 
-    model, ours = time_tasks(ModelUnderTest, arguments, work / "ours")
+    model, ours = time_tasks(arguments, work / "ours")
     prompts = [sample["prompt"] for sample in read_samples(model.results / "cmexam_generate")]
     rate = time_one_at_a_time(model.lm.lm, prompts[: arguments.one_at_a_time], arguments)
     rates = {"ours": ours, "one at a time": dict.fromkeys(TASKS, rate)}
-    rates["HFLM"] = time_tasks(Plain, arguments, work / "HFLM")[1]
+    rates["HFLM"] = time_tasks(arguments, work / "HFLM", Plain)[1]
     if arguments.ranks > 1:
         rates[f"ours, {arguments.ranks} ranks"] = measure_ranks(arguments, work / "ranks.json")
     return rates
@@ -109,8 +95,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
 
 def measure_ranks(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
     """Questions per second of this script's ranks together."""
-    passed = ["model", "questions", "limit", "max_new_tokens", "batch_size", "device", "clock"]
-    options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in passed]
+    options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in PASSED_TO_RANKS]
     threads = max(arguments.threads // arguments.ranks, 1)
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={arguments.ranks}"]
     command = [*launcher, sys.argv[0], "evaluate", *options, f"--threads={threads}", f"--output={output}"]
@@ -119,66 +104,48 @@ def measure_ranks(arguments: argparse.Namespace, output: Path) -> dict[str, floa
     return json.loads(output.read_text(encoding="utf-8"))["questions_per_second"]["ours"]
 
 
-def measure_rank(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
-    """{"ours": {task: questions per second of all ranks}} on the first rank, else {}."""
-    from qilin_med.evaluate.harness import ModelUnderTest
+def time_tasks(arguments: argparse.Namespace, folder: Path, kind: Any = None) -> tuple[Any, dict[str, float]]:
+    """(the model under test, of class `kind` or ours; {task: questions per second}). The first rank counts for all."""
+    import lm_eval.evaluator  # noqa: F401 (seconds, once in a process)
 
-    _, rates = time_tasks(ModelUnderTest, arguments, work)
-    return {"ours": rates} if int(os.environ[RANK]) == 0 else {}
+    from qilin_med.evaluate.harness import ModelUnderTest, run_task
 
-
-def describe_experiment(arguments: argparse.Namespace, folder: Path) -> Experiment:
     task = TaskSettings(test=[str(arguments.questions)], limit=arguments.limit)
     generated = task.model_copy(update={"max_new_tokens": arguments.max_new_tokens})
-    tasks = {name: (generated if name == "cmexam_generate" else task).model_dump() for name in TASKS}
+    tasks = {name: generated if name == "cmexam_generate" else task for name in TASKS}
     # An experiment has a stage; this one is only measured.
     stage = {"data": ["none"], "epochs": 1, "batch_size_per_device": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0,
              "weight_decay": 0.0, "block_size": 8}  # fmt: skip
-    return Experiment(
+    dtype = "bfloat16" if arguments.device == "cuda" else "float32"
+    experiment = Experiment(
         name="benchmark",
         seed=0,
         output_dir=str(folder),
-        model={
-            "path": str(arguments.model),
-            "template": "own",
-            "dtype": "bfloat16" if arguments.device == "cuda" else "float32",
-        },
+        model={"path": str(arguments.model), "template": "own", "dtype": dtype},
         launch={"device": arguments.device},
         pretraining=stage,
-        evaluation={"batch_size": arguments.batch_size, "tasks": tasks},
+        evaluation={
+            "batch_size": arguments.batch_size,
+            "tasks": {name: task.model_dump() for name, task in tasks.items()},
+        },
     )
-
-
-def time_tasks(
-    kind: "type[ModelUnderTest]", arguments: argparse.Namespace, folder: Path
-) -> "tuple[ModelUnderTest, dict[str, float]]":
-    import lm_eval.evaluator  # noqa: F401 (seconds, once in a process)
-
-    from qilin_med.evaluate.harness import run_task
-
-    experiment = describe_experiment(arguments, folder)
-    model, rates = kind(experiment, "sft", arguments.model), {}
+    model, rates, now = (kind or ModelUnderTest)(experiment, "sft", arguments.model), {}, CLOCKS[arguments.clock]
     _ = model.lm.max_length  # loads the model
-    for task in TASKS:
-        start = now(arguments)
-        result = run_task(model, task, experiment.evaluation.tasks[task])
-        asked = result["counts"]["questions"] if result else 0  # the first rank counts for all
-        rates[task] = asked / (now(arguments) - start)
+    for name in TASKS:
+        start = now()
+        result = run_task(model, name, experiment.evaluation.tasks[name])
+        rates[name] = (result["counts"]["questions"] if result else 0) / (now() - start)
     return model, rates
 
 
 def time_one_at_a_time(lm: Any, prompts: list[str], arguments: argparse.Namespace) -> float:
-    start = now(arguments)
+    now = CLOCKS[arguments.clock]
+    start = now()
     for prompt in prompts:
         inputs = lm.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(lm.device)
         output = lm.model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         lm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return len(prompts) / (now(arguments) - start)
-
-
-def now(arguments: argparse.Namespace) -> float:
-    """Seconds of the clock that was asked for."""
-    return time.process_time() if arguments.clock == "cpu" else time.perf_counter()
+    return len(prompts) / (now() - start)
 
 
 def format_table(rates: dict[str, dict[str, float]]) -> str:

@@ -19,65 +19,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.machine import describe_machine
-from qilin_med.artifact import commit, versions
+from benchmarks.common import ROOT, add_shared_arguments, count, describe_machine, write_result
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
 from qilin_med.train.job import Job
 from qilin_med.train.stage import quiet_libraries
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"cpt": "pretraining", "sft": "sft", "dpo": "dpo"}
 UNITS = {"cpt": "tokens/s", "sft": "tokens/s", "dpo": "pairs/s"}
-WARMUP = 2  # updates before the clock starts
+WARMUP = 2  # optimizer steps before the clock starts
 VOCABULARY = 64_000
-NOTES = {
-    "ours": "the stage script's trainer",
-    "bare loop": "PyTorch alone, packed rows, logits at targets only, no activation checkpointing",
-    "TRL SFTTrainer": "its defaults: padded to the longest, activation checkpointing",
-    "TRL SFTTrainer, packing": "its defaults: best-fit rows flattened to one line, activation checkpointing",
-    "TRL DPOTrainer": "its defaults: reference pass in the step, no dropout, activation checkpointing",
-    "predecessor": "transformers' Trainer: padded to the longest, all logits, activation checkpointing",
-    "two models": "transformers' Trainer: policy and frozen copy, all logits, activation checkpointing",
-}
 
 
-def add_arguments(train: argparse.ArgumentParser) -> None:
-    train.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--data", nargs="+", default=[str(ROOT / "data/demo/processed")], metavar="DATA",
         help="STAGE=PATH (STAGE is cpt, sft or dpo; cpt=PATH:FIELD names the text field of a JSON file), or a folder that"
         " holds folders pretraining, sft and dpo (default: data/demo/processed)",
     )  # fmt: skip
-    train.add_argument(
+    parser.add_argument(
         "--tokenizer", type=Path, default=ROOT / "models/demo-init", help="model folder (default: models/demo-init)"
     )
-    train.add_argument("--only", default="cpt,sft,dpo", help="stages, comma-separated (default: %(default)s)")
-    train.add_argument("--steps", type=int, default=8, help="timed steps (default: %(default)s)")
-    train.add_argument("--repeats", type=int, default=2, help="turns of every contender (default: %(default)s)")
-    train.add_argument("--threads", type=int, default=2, help="threads of the process (default: %(default)s)")
-    train.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall",
-        help="time by the wall clock, or by the process's CPU clock: with --threads 1 that is the one to trust on a"
-        " machine that others use (default: %(default)s)",
-    )  # fmt: skip
-    train.add_argument("--output", type=Path, help="write the result as JSON")
-
-
-def check_arguments(arguments: argparse.Namespace) -> list[str]:
-    """The stages asked for."""
-    stages = arguments.only.split(",")
-    if unknown := set(stages) - set(STAGES):
-        raise UserError(f"--only: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(STAGES)}")
-    for name in ("steps", "repeats", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; expected 1 or more")
-    if not (arguments.tokenizer / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer: {arguments.tokenizer} holds no tokenizer.json; run scripts/make_demo.py, or name"
-                        " a model folder")  # fmt: skip
-    if arguments.output and not arguments.output.parent.is_dir():
-        raise UserError(f"--output: {arguments.output.parent} is no folder; make it first")
-    return stages
+    parser.add_argument("--only", default="cpt,sft,dpo", help="stages, comma-separated (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=8, help="timed optimizer steps (default: %(default)s)")
+    parser.add_argument("--repeats", type=count, default=2, help="turns of every contender (default: %(default)s)")
+    add_shared_arguments(parser)
 
 
 def sources_of(data: list[str], stage: str) -> list[dict[str, str]]:
@@ -125,6 +91,10 @@ def make_model(tokenizer_folder: Path, folder: Path) -> int:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    if len(tokenizer) > VOCABULARY:
+        raise UserError(f"--tokenizer: {tokenizer_folder} has {len(tokenizer)} tokens, more than {VOCABULARY}")
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=448, num_hidden_layers=8, num_attention_heads=4,
@@ -132,94 +102,64 @@ def make_model(tokenizer_folder: Path, folder: Path) -> int:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    if len(tokenizer) > VOCABULARY:
-        raise UserError(f"--tokenizer: {tokenizer_folder} has {len(tokenizer)} tokens, more than {VOCABULARY}")
-    tokenizer.save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
+    return model.num_parameters()
 
 
-def make_job(experiment: Experiment, stage: str, updates: int, work: Path) -> Job:
-    """A job over as many rows, drawn at random, as `updates` steps take."""
+def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
+    """A job over as many rows, drawn at random, as `steps` optimizer steps take."""
     import numpy as np
+    import pyarrow as pa
 
-    from qilin_med.data.rows import open_rows, prepare_rows
+    from qilin_med.artifact import MANIFEST, commit_folder
+    from qilin_med.data.rows import ROWS, open_rows, prepare_rows
     from qilin_med.model.load import load_tokenizer
 
     name, section = STAGES[stage], experiment.stage(STAGES[stage])
     tokenizer = load_tokenizer(work / "model", experiment.model.template)
-    prepared = prepare_rows(name, section, tokenizer, None, work / "cache")
-    wanted = updates * section.batch_size_per_device
-    if len(prepared.dataset) < wanted:
-        raise UserError(f"{stage}: the data give {len(prepared.dataset)} rows, {wanted} are needed; lower --steps")
+    dataset = prepare_rows(name, section, tokenizer, None, work / "cache").dataset
+    wanted, rows = steps * section.batch_size_per_device, work / f"{name}-rows"
+    if len(dataset) < wanted:
+        raise UserError(f"{stage}: the data give {len(dataset)} rows, {wanted} are needed; lower --steps")
     # Sorted, as the rows of a whole run would lie.
-    drawn = np.sort(np.random.default_rng(0).permutation(len(prepared.dataset))[:wanted])
-    rows = write_rows(prepared.dataset, drawn.tolist(), work / f"{name}-rows")
+    drawn = np.sort(np.random.default_rng(0).permutation(len(dataset))[:wanted])
+    table = dataset.with_format("arrow")[drawn.tolist()]
+    rows.mkdir()
+    with pa.OSFile(str(rows / ROWS), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    commit_folder(rows, MANIFEST, {"counts": {}})
     assert len(open_rows(rows).dataset) == wanted, rows
     return Job(experiment, name, work / "model", "benchmark", rows, wanted, ranks=1)
 
 
-def write_rows(dataset: Any, drawn: list[int], folder: Path) -> Path:
-    import pyarrow as pa
-
-    from qilin_med.artifact import MANIFEST, commit_folder
-    from qilin_med.data.rows import ROWS
-
-    table = dataset.with_format("arrow")[drawn]
-    folder.mkdir()
-    with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    commit_folder(folder, MANIFEST, {"counts": {}})
-    return folder
-
-
-def measure(job_file: Path, contender: str, threads: int, result: Path) -> dict[str, Any]:
-    """Run one contender in its own process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measure",
-        str(job_file),
-        contender,
-        str(WARMUP),
-        str(result),
-    ]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise RuntimeError(f"{contender} failed with exit code {run.returncode}:\n{run.stdout}{run.stderr}")
-    return json.loads(result.read_text(encoding="utf-8"))
-
-
 def measure_stage(job: Job, stage: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All contenders in turns, so that a slow spell of the machine does not meet one alone."""
-    job_file = work / f"{job.stage}.json"
+    """All contenders in turns, each in its own process, so that a slow spell of the machine does not meet one alone."""
+    from benchmarks.contenders import CONTENDERS
+
+    job_file, result = work / f"{job.stage}.json", work / "result.json"
     job.folder.mkdir(exist_ok=True)
     job.save(job_file)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[job.stage]}
     for turn in range(arguments.repeats):
         for name, measured in runs.items():
-            measured.append(measure(job_file, name, arguments.threads, work / "result.json"))
-            measured[-1]["load_after"] = os.getloadavg()[0]
+            command = [sys.executable, "-m", "benchmarks.contenders", str(job_file), name, str(WARMUP), str(result)]
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+            if run.returncode != 0:
+                raise RuntimeError(f"{name} failed with exit code {run.returncode}:\n{run.stdout}{run.stderr}")
+            measured.append({**json.loads(result.read_text(encoding="utf-8")), "load_after": os.getloadavg()[0]})
             rate, memory = measured[-1]["rates"][arguments.clock], measured[-1]["memory"] / 2**30
-            print(
-                f"{stage} {turn + 1}/{arguments.repeats} {name}: {rate:.4g} {UNITS[stage]}, {memory:.2f} GiB",
-                flush=True,
-            )
-    return {
-        "unit": UNITS[stage],
-        "rows": job.row_count,
-        "contenders": {n: summarise(n, m, arguments.clock) for n, m in runs.items()},
+            told = f"{rate:.4g} {UNITS[stage]}, {memory:.2f} GiB"
+            print(f"{stage} {turn + 1}/{arguments.repeats} {name}: {told}", flush=True)
+    best = {
+        name: {
+            "rate": max(run["rates"][arguments.clock] for run in measured),
+            "memory": max(run["memory"] for run in measured),
+            "how": CONTENDERS[job.stage][name].__doc__,
+            "runs": measured,
+        }
+        for name, measured in runs.items()
     }
-
-
-def summarise(name: str, measured: list[dict[str, Any]], clock: str) -> dict[str, Any]:
-    return {
-        "rate": max(run["rates"][clock] for run in measured),
-        "memory": max(run["memory"] for run in measured),
-        "how": NOTES[name],
-        "runs": measured,
-    }
+    return {"unit": UNITS[stage], "rows": job.row_count, "contenders": best}
 
 
 def format_table(stages: dict[str, dict[str, Any]]) -> str:
@@ -239,7 +179,12 @@ def format_table(stages: dict[str, dict[str, Any]]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    stages = check_arguments(arguments)
+    stages = arguments.only.split(",")
+    if unknown := set(stages) - set(STAGES):
+        raise UserError(f"--only: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(STAGES)}")
+    if not (arguments.tokenizer / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer: {arguments.tokenizer} holds no tokenizer.json; run scripts/make_demo.py, or name"
+                        " a model folder")  # fmt: skip
     started, load = time.strftime("%Y-%m-%d %H:%M:%S %z"), os.getloadavg()
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
@@ -251,14 +196,9 @@ def run(arguments: argparse.Namespace) -> None:
     machine = describe_machine()
     print(
         f"\n{format_table(results)}\n\n{started}; {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB;"
-        f" {parameters:,} parameters in fp32, {arguments.threads} threads; {arguments.steps} updates, best of"
+        f" {parameters:,} parameters in fp32, {arguments.threads} threads; {arguments.steps} optimizer steps, best of"
         f" {arguments.repeats} by the {arguments.clock} clock; load before {load[0]:.1f}"
     )
-    if arguments.output:
-        about = {
-            "started": started, "machine": machine, "load_before": load, "clock": arguments.clock, "threads": arguments.threads,
-            "parameters": parameters, "warmup": WARMUP, "steps": arguments.steps, "repeats": arguments.repeats,
-            "versions": versions(), "commit": commit(),
-        }  # fmt: skip
-        text = json.dumps({**about, "stages": results}, ensure_ascii=False, indent=2)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    settings = {name: getattr(arguments, name) for name in ("clock", "threads", "steps", "repeats")}
+    about = {"started": started, "load_before": load, "parameters": parameters, "warmup": WARMUP, **settings}
+    write_result(arguments.output, **about, stages=results)

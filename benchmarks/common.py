@@ -1,0 +1,57 @@
+"""What all benchmarks share: clocks, options, and facts of this machine that belong beside every measurement."""
+
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from qilin_med.artifact import commit, versions, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def count(text: str) -> int:
+    """An option's value: a whole number from 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return number
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=count, default=2, help="CPU threads of a process (default: %(default)s)")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="time by the wall clock, or by the process's CPU clock: with --threads 1 that is the one to trust on a"
+        " machine that others use (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+
+
+def describe_machine() -> dict[str, Any]:
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def describe_moment() -> str:
+    """When, on what, and how busy: one line for the foot of a table."""
+    facts = describe_machine()
+    return (
+        f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}; {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB;"
+        f" load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def write_result(output: Path | None, **result: Any) -> None:
+    if output:
+        write_json(output, {"machine": describe_machine(), "versions": versions(), "commit": commit(), **result})
