@@ -4,6 +4,8 @@ import argparse
 import os
 import platform
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         " machine that others use (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, help="write the result as JSON")
+
+
+def fresh_processes(number: int) -> ProcessPoolExecutor:
+    """Processes that have computed nothing yet, so that peaks of memory do not mix."""
+    return ProcessPoolExecutor(number, mp_context=get_context("spawn"))
 
 
 def describe_machine() -> dict[str, Any]:

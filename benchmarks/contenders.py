@@ -4,16 +4,12 @@ A contender takes a Job and a Window, and tells the window when a step has ended
 without any Trainer; "predecessor" is how such scripts are usually written: rows padded to the longest, logits of every
 position, and for DPO a second, frozen model. Sizes, seed, optimizer, adapter and number format are the same for all;
 whatever else a library turns on by default (activation checkpointing, above all) stays on.
-
-As a module it measures one contender, in a process of its own, so that peaks of memory do not mix:
-
-    python -m benchmarks.contenders JOB.json CONTENDER WARMUP RESULT.json
 """
 
+import contextlib
 import importlib
-import json
+import io
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -115,10 +111,8 @@ def train_ours(job: Job, window: Window) -> None:
     def timed(self: Any, store: Any, missing: Any) -> None:
         start = read_clocks()
         compute_reference(self, store, missing)
-        window.reference = {
-            "pairs": len(missing),
-            **{clock: now - start[clock] for clock, now in read_clocks().items()},
-        }
+        seconds = {clock: now - start[clock] for clock, now in read_clocks().items()}
+        window.reference = {"pairs": len(missing), **seconds}
         window.items.clear()  # its batches are none of training's
 
     PreferenceTrainer._compute_reference = timed
@@ -173,7 +167,7 @@ def arguments_for(job: Job, kind: type[TrainingArguments], **extra: Any) -> Trai
     return kind(
         output_dir=str(job.checkpoints),
         seed=job.experiment.seed,
-        num_train_epochs=1,
+        max_steps=job.row_count // job.section.batch_size_per_device,  # an epoch; of packed rows, several
         per_device_train_batch_size=job.section.batch_size_per_device,
         learning_rate=job.section.learning_rate,
         bf16=False,
@@ -295,18 +289,17 @@ CONTENDERS: dict[str, dict[str, Callable[[Job, Window], None]]] = {
 """By stage. Their docstrings say in the table how they run."""
 
 
-def main() -> None:
-    job_file, contender, warmup, result = sys.argv[1:]
+def measure(job: Job, contender: str, warmup: int) -> dict[str, Any]:
+    """One contender's rates and memory; to be called in a process of its own."""
     before = process_memory("VmRSS")  # everything is imported, no model is loaded
-    window, job = Window(int(warmup)), Job.load(Path(job_file))
-    with tempfile.TemporaryDirectory(dir=job.rows.parent) as copied:
+    window, silence = Window(warmup), io.StringIO()
+    with (
+        tempfile.TemporaryDirectory(dir=job.rows.parent) as copied,
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):
         # A copy, as libraries keep what they computed (a reference pass) beside the rows and would find it next time.
         rows = shutil.copytree(job.rows, Path(copied) / "rows")
         set_seed(job.experiment.seed)
         CONTENDERS[job.stage][contender](replace(job, rows=rows), window)
-    measured = {**window.results(), "memory": window.memory - before, "threads": torch.get_num_threads()}
-    Path(result).write_text(json.dumps(measured), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return {**window.results(), "memory": window.memory - before, "threads": torch.get_num_threads()}

@@ -13,15 +13,13 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import describe_moment
+from benchmarks.common import describe_moment, fresh_processes
 from qilin_med.config.corpus import DeduplicationSettings, ExecutorSettings
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data import matching
@@ -144,10 +142,6 @@ def measure(megabytes: int, workers: int) -> str:
         removed, precision, recall = judge(work)
     rates = ", ".join(f"{low} on: {share:.0%}" for low, share in recall.items())
     return f"| {megabytes} | {count:,} | {megabytes / spent:.1f} | {memory:.0f} | {removed:,} | {precision:.1%} | {rates} |"
-
-
-def fresh_processes(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, get_context("spawn"))
 
 
 def deduplicate(work: Workspace, workers: int) -> tuple[float, float]:

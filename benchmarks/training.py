@@ -10,16 +10,13 @@ own, in turns, --repeats times; the best rate counts, as whatever else the machi
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, add_shared_arguments, count, describe_machine, write_result
+from benchmarks.common import ROOT, add_shared_arguments, count, describe_machine, fresh_processes, write_result
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
 from qilin_med.train.job import Job
@@ -131,22 +128,17 @@ def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
     return Job(experiment, name, work / "model", "benchmark", rows, wanted, ranks=1)
 
 
-def measure_stage(job: Job, stage: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All contenders in turns, each in its own process, so that a slow spell of the machine does not meet one alone."""
-    from benchmarks.contenders import CONTENDERS
+    from benchmarks.contenders import CONTENDERS, measure
 
-    job_file, result = work / f"{job.stage}.json", work / "result.json"
     job.folder.mkdir(exist_ok=True)
-    job.save(job_file)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[job.stage]}
     for turn in range(arguments.repeats):
         for name, measured in runs.items():
-            command = [sys.executable, "-m", "benchmarks.contenders", str(job_file), name, str(WARMUP), str(result)]
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-            if run.returncode != 0:
-                raise RuntimeError(f"{name} failed with exit code {run.returncode}:\n{run.stdout}{run.stderr}")
-            measured.append({**json.loads(result.read_text(encoding="utf-8")), "load_after": os.getloadavg()[0]})
+            with fresh_processes(1) as pool:
+                measured.append(pool.submit(measure, job, name, WARMUP).result())
+            measured[-1]["load_after"] = os.getloadavg()[0]
             rate, memory = measured[-1]["rates"][arguments.clock], measured[-1]["memory"] / 2**30
             told = f"{rate:.4g} {UNITS[stage]}, {memory:.2f} GiB"
             print(f"{stage} {turn + 1}/{arguments.repeats} {name}: {told}", flush=True)
@@ -187,12 +179,15 @@ def run(arguments: argparse.Namespace) -> None:
                         " a model folder")  # fmt: skip
     started, load = time.strftime("%Y-%m-%d %H:%M:%S %z"), os.getloadavg()
     quiet_libraries()
+    os.environ.update(
+        OMP_NUM_THREADS=str(arguments.threads), TOKENIZERS_PARALLELISM="false"
+    )  # of what is started below
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
         work = Path(folder)
         experiment = describe_experiment(stages, arguments, work)
         parameters = make_model(arguments.tokenizer, work / "model")
         jobs = {stage: make_job(experiment, stage, WARMUP + arguments.steps, work) for stage in stages}
-        results = {stage: measure_stage(job, stage, arguments, work) for stage, job in jobs.items()}
+        results = {stage: measure_stage(job, stage, arguments) for stage, job in jobs.items()}
     machine = describe_machine()
     print(
         f"\n{format_table(results)}\n\n{started}; {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB;"
