@@ -51,6 +51,12 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def plain(small_tokenizer) -> Callable[[str], list[int]]:
+    """Ids of plain text, in which a role mark is text like any other."""
+    return lambda text: small_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of public data in raw formats, which lies beside the repository on development machines."""
     folder = Path(__file__).resolve().parents[2] / "shared"

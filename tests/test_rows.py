@@ -32,11 +32,6 @@ def flat(column) -> list[int]:
 
 
 @pytest.fixture
-def plain(small_tokenizer):
-    return lambda text: small_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-@pytest.fixture
 def chats(write_lines):
     """120 chats of many lengths, one without an answer, one with a role mark, one of many turns, one broken line."""
     rows = [{"instruction": "头痛" * (n % 11 + 1), "output": "休息" * (n * 7 % 13 + 1)} for n in range(120)]

@@ -39,12 +39,6 @@ def template(small_tokenizer) -> ChatTemplate:
 
 
 @pytest.fixture(scope="module")
-def plain(small_tokenizer):
-    """Ids of plain text."""
-    return lambda text: small_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-@pytest.fixture(scope="module")
 def marks(small_tokenizer) -> list[int]:
     return [*small_tokenizer.convert_tokens_to_ids(list(ROLE_MARKS)), small_tokenizer.eos_token_id]
 
