@@ -8,6 +8,7 @@ micro-batches of about equal tokens, and each micro-batch is laid out in as few 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,18 +40,25 @@ def deal(costs: Sequence[int], bins: int, most: int | None = None) -> list[list[
     return groups
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler[list[int]]):
     """One rank's micro-batches of an epoch, `accumulation` for each optimizer step: lists of row indices, which may be
-    empty in the epoch's last step. `costs`: tokens of each row."""
+    empty in the epoch's last step."""
 
-    def __init__(
-        self, costs: np.ndarray, batch_size: int, accumulation: int, ranks: int, rank: int, seed: int, packing: bool
-    ) -> None:
-        self.costs, self.batch_size, self.accumulation, self.ranks, self.rank = (
-            costs, batch_size, accumulation, ranks, rank,
-        )  # fmt: skip
-        self.global_batch_size = batch_size * accumulation * ranks
-        self.seed, self.packing, self.epoch = seed, packing, 0
+    costs: np.ndarray
+    """Tokens of each row."""
+    batch_size: int
+    """Rows of a micro-batch; on average, if they are packed."""
+    accumulation: int
+    ranks: int
+    rank: int
+    seed: int
+    packing: bool
+    epoch: int = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.accumulation * self.ranks
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -75,18 +83,18 @@ class StepSampler(Sampler[list[int]]):
         if self.packing:
             parts = [step]
         else:
-            # Rows are padded to the longest of their micro-batch, so like lengths go together, alike on all ranks.
+            # Rows are padded to the longest of their micro-batch, so similar lengths go together, on all ranks alike.
             longest_first = step[np.argsort(-self.costs[step], kind="stable")]
             parts = np.array_split(longest_first, self.accumulation)
         bins, most = self.ranks * self.accumulation // len(parts), None if self.packing else self.batch_size
         return [part[group].tolist() for part in parts for group in deal(self.costs[part], bins, most)]
 
 
+@dataclass(frozen=True)
 class IndexedRows(torch.utils.data.Dataset):
-    """Rows with their index."""
+    """Rows, each with its index."""
 
-    def __init__(self, rows: "Dataset") -> None:
-        self.rows = rows
+    rows: "Dataset"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,13 +119,14 @@ class Layout:
             return [[index] for index in range(len(lengths))]
         if self.varlen or not lengths:
             return [list(range(len(lengths)))]
-        wanted = {-(-sum(lengths) // round(max(lengths) * factor)) for factor in (1, 1.25, 1.5, 2, 3, 4)}
-        return min((deal(lengths, number) for number in sorted(wanted)), key=lambda rows: self._work(rows, lengths))
 
-    def _work(self, rows: list[list[int]], lengths: Sequence[int]) -> int:
-        """Of a layer, up to a factor: a position meets 12 hidden^2 weights and 2 x width x hidden scores (PaLM, appendix B)."""
-        width = max(sum(lengths[index] for index in row) for row in rows)
-        return len(rows) * width * (6 * self.hidden_size + width)
+        def work(rows: list[list[int]]) -> int:
+            # Of a layer, up to a factor: a position meets 12 hidden^2 weights and 2 x width x hidden scores (PaLM, appendix B).
+            width = max(sum(lengths[index] for index in row) for row in rows)
+            return len(rows) * width * (6 * self.hidden_size + width)
+
+        wanted = {-(-sum(lengths) // round(max(lengths) * factor)) for factor in (1, 1.25, 1.5, 2, 3, 4)}
+        return min((deal(lengths, number) for number in sorted(wanted)), key=work)
 
 
 def lay_out(sequences: Sequence[Tokens], rows: Sequence[Sequence[int]], varlen: bool = False) -> dict[str, Any]:
@@ -151,39 +160,11 @@ def lay_out(sequences: Sequence[Tokens], rows: Sequence[Sequence[int]], varlen: 
     tensors = {"input_ids": input_ids, "labels": labels, "sequence_index": sequence_index}
     if varlen or any(len(row) > 1 for row in rows):
         tensors["position_ids"] = position_ids
-    batch = {name: torch.from_numpy(values) for name, values in tensors.items()}
-    return batch | (_cumulative(lengths) if varlen else {})
-
-
-def _cumulative(lengths: list[int]) -> dict[str, Any]:
-    """What FlashAttention's varlen function wants: [sequences + 1] offsets, and the longest sequence as a number, which
-    spares every layer a wait for the device."""
-    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    longest = max(lengths)
-    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
-
-
-@dataclass(frozen=True)
-class TokenCollator:
-    """Pretraining and SFT rows to a batch. "items" counts the targets, "tokens" those that are no padding."""
-
-    layout: Layout
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences: list[Tokens] = []
-        units = []
-        for row in rows:
-            segments = split(row["input_ids"], row.get("labels", row["input_ids"]), row.get("lengths"))
-            units.append(range(len(sequences), len(sequences) + len(segments)))
-            sequences += segments
-        groups = self.layout.rows([len(row["input_ids"]) for row in rows])
-        batch = lay_out(sequences, [[i for unit in group for i in units[unit]] for group in groups], self.layout.varlen)
-        return {
-            **batch,
-            "rows": _indices(rows),
-            "items": int((batch["labels"] != IGNORED).sum()),
-            "tokens": sum(len(row["input_ids"]) for row in rows),
-        }
+    batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in tensors.items()}
+    if varlen:  # the longest as a number spares every layer a wait for the device
+        offsets, longest = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths)
+        batch |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+    return batch
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -191,10 +172,27 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in _MODEL_INPUTS if name in batch}
 
 
-def split(ids: Sequence[int], labels: Sequence[int], lengths: Sequence[int] | None) -> list[Tokens]:
-    """The segments of a row; without `lengths` the row is one."""
-    ends = np.cumsum(lengths if lengths is not None else [len(ids)]).tolist()
-    return [(ids[start:end], labels[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TokenCollator:
+    """Pretraining and SFT rows to a batch. "items" counts the targets, "tokens" all but padding."""
+
+    layout: Layout
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        sequences: list[Tokens] = []
+        units = []  # of a row: the numbers of its sequences
+        for row in rows:
+            ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+            ends = np.cumsum(row.get("lengths", [len(ids)])).tolist()
+            units.append(range(len(sequences), len(sequences) + len(ends)))
+            sequences += [(ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])]
+        groups = self.layout.rows([len(row["input_ids"]) for row in rows])
+        batch = lay_out(sequences, [[i for unit in group for i in units[unit]] for group in groups], self.layout.varlen)
+        items, tokens = int((batch["labels"] != IGNORED).sum()), sum(len(row["input_ids"]) for row in rows)
+        return {**batch, "rows": _indices(rows), "items": items, "tokens": tokens}
 
 
 @dataclass(frozen=True)
@@ -204,19 +202,14 @@ class PairCollator:
     layout: Layout
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences = [_answered(row, side) for side in ("chosen_ids", "rejected_ids") for row in rows]
+        sequences: list[Tokens] = []
+        for side in ("chosen_ids", "rejected_ids"):
+            for prompt, answer in ((row["prompt_ids"], row[side]) for row in rows):
+                sequences.append(([*prompt, *answer], [*[IGNORED] * len(prompt), *answer]))
         lengths = [len(ids) for ids, _ in sequences]
         batch = lay_out(sequences, self.layout.rows(lengths), self.layout.varlen)
         return {**batch, "rows": _indices(rows), "items": len(rows), "tokens": sum(lengths)}
 
 
-def _answered(row: dict[str, Any], side: str) -> Tokens:
-    prompt, answer = row["prompt_ids"], row[side]
-    return [*prompt, *answer], [*[IGNORED] * len(prompt), *answer]
-
-
 def _indices(rows: list[dict[str, Any]]) -> torch.Tensor:
     return torch.tensor([row["index"] for row in rows], dtype=torch.long)
-
-
-Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]

@@ -44,15 +44,11 @@ def load_tokenizer(folder: Path, template: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(folder: Path, settings: ModelConfig, dtype: torch.dtype, **extra: Any) -> PreTrainedModel:
-    """The model of a folder, without a cache (rows are packed) and never with remote code."""
+    """The model of a folder, without a cache, since rows are packed, and never with code of its own."""
     check_packages(settings)
+    safe = {"trust_remote_code": False, "use_safetensors": True}
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=settings.attention,
-        trust_remote_code=False,
-        use_safetensors=True,
-        **extra,
+        folder, dtype=dtype, attn_implementation=settings.attention, **safe, **extra
     )
     model.config.use_cache = False
     return model
@@ -137,12 +133,9 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
     from peft import LoraConfig
 
     return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
-    )
+    )  # fmt: skip
 
 
 def load_checkpoint(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:

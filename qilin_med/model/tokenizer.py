@@ -22,9 +22,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from qilin_med.errors import UserError
+from qilin_med.prompt.template import ROLE_MARKS
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
-USER_MARK, ASSISTANT_MARK = "<reserved_102>", "<reserved_103>"  # the role marks of Baichuan-13B-Chat
 SPACE = "▁"
 
 # Put between two characters that may not compose, or may not be looked up together. All four are unassigned and count
@@ -33,8 +33,7 @@ BARRIER, FENCE = "\ufff0\ufff1", "\ufff2\ufff3"
 
 MOST_RULES_BEYOND = 64  # each costs a pass over every text
 
-NORMAL, USER_DEFINED = (spm.ModelProto.SentencePiece.Type.Value(name) for name in ("NORMAL", "USER_DEFINED"))
-UNUSED = spm.ModelProto.SentencePiece.Type.Value("UNUSED")
+KIND = spm.ModelProto.SentencePiece.Type.Value
 
 
 def fast_tokenizer_from_sentencepiece(
@@ -50,15 +49,35 @@ def fast_tokenizer_from_sentencepiece(
     control pieces and `<unk>` appear by name, or not at all by `skip_special_tokens` (SentencePiece: "" and " ⁇ ").
     """
     model = read_sentencepiece_bpe(model_file)
+    spec = model.normalizer_spec
+    vocabulary = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    kept = [piece.piece for piece in model.pieces if piece.type == KIND("USER_DEFINED")]
+    # SentencePiece merges any two neighbours that form a normal piece, best score first: every split is a merge.
+    by_score = sorted((p for p in model.pieces if p.type == KIND("NORMAL")), key=lambda piece: -piece.score)
+    normal = {piece.piece: None for piece in by_score}
+    splits = ((piece[:cut], piece[cut:]) for piece in normal for cut in range(1, len(piece)))
+    merges = [(left, right) for left, right in splits if left in normal and right in normal]
+    # ignore_merges makes a user-defined piece, which no merge builds, one token.
+    tokenizer = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, ignore_merges=True, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(normalizer_steps(spec, kept))
+    # User-defined pieces stand alone; then a stretch that only looks like a piece is kept from being taken for it.
+    patterns = [*([quick_any_of(kept)] if kept else []), false_wholes(vocabulary, merges, kept)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(p), "isolated") for p in patterns])
+    # Bytes to characters, then "▁" to spaces, less the one that the normaliser had put before the text.
+    leading = rf"\A{SPACE}{'+' if spec.remove_extra_whitespaces else ''}"
+    is_led = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    to_spaces = [*([decoders.Replace(Regex(leading), "")] if is_led else []), decoders.Replace(SPACE, " ")]
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *to_spaces])
     return PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(model),
+        tokenizer_object=tokenizer,
         unk_token=UNKNOWN,
         bos_token=BEGIN,
         eos_token=END,
         pad_token=UNKNOWN,  # Baichuan has no padding piece; its config says pad_token_id 0
         add_bos_token=False,
         add_eos_token=False,
-        extra_special_tokens=role_marks(model),
+        # As special tokens, text between role marks is normalised on its own.
+        extra_special_tokens=[AddedToken(m, special=True, normalized=False) for m in ROLE_MARKS if m in vocabulary],
         padding_side="right",
         clean_up_tokenization_spaces=False,
         chat_template=chat_template,
@@ -67,7 +86,7 @@ def fast_tokenizer_from_sentencepiece(
 
 
 def read_sentencepiece_bpe(model_file: Path) -> spm.ModelProto:
-    """Parse the model, and refuse what the recipe below does not cover."""
+    """Parse the model; UserError if it has what stands in the way of equal ids."""
     model = spm.ModelProto()
     try:
         model.ParseFromString(Path(model_file).read_bytes())
@@ -77,69 +96,30 @@ def read_sentencepiece_bpe(model_file: Path) -> spm.ModelProto:
         raise UserError(
             f"{model_file} is no SentencePiece model (truncated or another format); fetch it again"
         ) from None
-    if found := unsupported(model):
-        raise UserError(f"{model_file} has {found}; only BPE models with byte fallback can be converted")
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    kinds = {piece.piece: piece.type for piece in model.pieces}
+    suffixes = trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces
+    obstacles = [
+        (not kinds, "no pieces"),
+        (trainer.model_type != trainer.BPE, f"model type {trainer.ModelType.Name(trainer.model_type)}"),
+        (not trainer.byte_fallback and "<0x00>" not in kinds, "no byte pieces"),
+        *((name not in kinds, f"no piece {name}") for name in (UNKNOWN, BEGIN, END)),
+        (KIND("UNUSED") in kinds.values(), "unused pieces"),
+        (suffixes, "whitespace that is not a '▁' before the word"),
+    ]
+    for is_there, obstacle in obstacles:
+        if is_there:
+            raise UserError(f"{model_file} has {obstacle}; only BPE models with byte fallback can be converted")
     return model
 
 
-def unsupported(model: spm.ModelProto) -> str | None:
-    """What stands in the way of a conversion with equal ids, or None."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    kinds = {piece.piece: piece.type for piece in model.pieces}
-    missing = [name for name in (UNKNOWN, BEGIN, END) if name not in kinds]
-    if not kinds:
-        return "no pieces"
-    if trainer.model_type != trainer.BPE:
-        return f"model type {trainer.ModelType.Name(trainer.model_type)}"
-    if not trainer.byte_fallback and "<0x00>" not in kinds:
-        return "no byte pieces"
-    if missing:
-        return f"no piece {missing[0]}"
-    if UNUSED in kinds.values():
-        return "unused pieces"
-    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
-        return "whitespace that is not a '▁' before the word"
-    return None
-
-
-def role_marks(model: spm.ModelProto) -> list[AddedToken]:
-    """The role marks that the vocabulary holds; as special tokens, text between them is normalised on its own."""
-    present = {piece.piece for piece in model.pieces}
-    return [AddedToken(mark, special=True, normalized=False) for mark in (USER_MARK, ASSISTANT_MARK) if mark in present]
-
-
-def build_tokenizer(model: spm.ModelProto) -> Tokenizer:
-    """Vocabulary, merges, normaliser, pre-tokeniser and decoder; each differs from SentencePiece's only in form."""
-    vocabulary = {piece.piece: number for number, piece in enumerate(model.pieces)}
-    merges = merges_of(model)
-    kept = pieces_of(model, USER_DEFINED)
-    # ignore_merges makes a user-defined piece, which no merge builds, one token.
-    tokenizer = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, ignore_merges=True, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence(normalizer_steps(model.normalizer_spec, kept))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre_tokenizer_steps(vocabulary, merges, kept))
-    tokenizer.decoder = decoders.Sequence(decoder_steps(model.normalizer_spec))
-    return tokenizer
-
-
-def pieces_of(model: spm.ModelProto, kind: int) -> list[str]:
-    return [piece.piece for piece in model.pieces if piece.type == kind]
-
-
-def merges_of(model: spm.ModelProto) -> list[tuple[str, str]]:
-    """SentencePiece merges any two neighbours that form a normal piece, best score first: every split is a merge."""
-    normal = sorted((p for p in model.pieces if p.type == NORMAL), key=lambda piece: -piece.score)
-    vocabulary = {piece.piece for piece in normal}
-    splits = ((piece.piece[:cut], piece.piece[cut:]) for piece in normal for cut in range(1, len(piece.piece)))
-    return [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
-
-
-# Normaliser
+# ------------------------------------------------------------------------------------------------------ normaliser
 
 
 def normalizer_steps(spec: spm.NormalizerSpec, kept: list[str]) -> list[normalizers.Normalizer]:
     """Dummy prefix, character rules, whitespace, in an order that leaves an emptied text "▁", as SentencePiece does."""
     prefix = [normalizers.Prepend(SPACE)] if spec.add_dummy_prefix else []
-    rules = rule_steps(spec, kept)
+    rules = rule_steps(spec, kept) if spec.precompiled_charsmap else []
     escape = [normalizers.Replace(" ", SPACE)]
     if not spec.remove_extra_whitespaces:
         return [*prefix, *rules, *escape]
@@ -154,30 +134,34 @@ def rule_steps(spec: spm.NormalizerSpec, kept: list[str]) -> list[normalizers.No
     rules of six bytes or more), so it gets the rules of single characters only, and graphemes fenced apart. Rules of
     several characters all compose (か + ゛ = が): NFC does so too, given barriers where SentencePiece would not.
     """
-    if not spec.precompiled_charsmap:
-        return []
     rules = dict(SentencePieceNormalizer(normalizer_spec=spec).decompile())
-    singles = single_rules(rules, kept)
-    beyond = rules_beyond(rules, kept)
+    singles = {key: value for key, value in rules.items() if len(key) == 1 and key not in kept}
+    sentencepiece.set_min_log_level(1)  # it tells of its progress on stderr
+    blob = SentencePieceNormalizer(norm_map=list(singles.items())).serialized_normalizer_spec()
     joining = character_class(joining_characters(rules, singles))
     return [
         normalizers.Replace(Regex(barrier_places(rules, joining, kept)), BARRIER),
-        *(normalizers.Replace(key, value) for key, value in beyond.items()),
+        *(normalizers.Replace(key, value) for key, value in rules_beyond(rules, singles, kept).items()),
         normalizers.Replace(Regex(rf"(?m)(?<=.)(?=[{joining}])"), FENCE),  # Precompiled panics on a fence at the start
-        normalizers.Precompiled(compile_rules(singles)),
+        normalizers.Precompiled(spm.NormalizerSpec.FromString(blob).precompiled_charsmap),
         normalizers.Replace(FENCE, ""),
         normalizers.NFC(),
         normalizers.Replace(BARRIER, ""),
     ]
 
 
-def rules_beyond(rules: dict[str, str], kept: list[str]) -> dict[str, str]:
+def rules_beyond(rules: dict[str, str], singles: dict[str, str], kept: list[str]) -> dict[str, str]:
     """Rules that single characters and NFC do not amount to, longest first: compositions newer than our NFC."""
-    singles = single_rules(rules, kept)
+
+    def composed(texts: Collection[str]) -> list[str]:
+        # As the library does it: Python's Unicode is another.
+        applied = ("".join(singles.get(character, character) for character in text) for text in texts)
+        return normalizers.NFC().normalize_str(BARRIER.join(applied)).split(BARRIER) if texts else []
+
     expected = rules | {piece: piece for piece in kept}
-    composed = compose_all(singles, list(expected))
-    beyond = {key: value for (key, value), found in zip(expected.items(), composed, strict=True) if found != value}
-    stable = dict(zip(beyond, compose_all(singles, list(beyond.values())), strict=True)) == beyond
+    pairs = zip(expected.items(), composed(expected), strict=True)
+    beyond = {key: value for (key, value), found in pairs if found != value}
+    stable = composed(beyond.values()) == list(beyond.values())
     changed = [key for key in beyond if len(key) == 1 or key in kept or not stable]
     if changed or len(beyond) > MOST_RULES_BEYOND:
         key = (changed or list(beyond))[0]
@@ -186,22 +170,6 @@ def rules_beyond(rules: dict[str, str], kept: list[str]) -> dict[str, str]:
             f" ({len(beyond)} such rules); only the normalisers identity, nfkc and nmt_nfkc can be converted"
         )
     return dict(sorted(beyond.items(), key=lambda rule: (-len(rule[0]), rule[0])))
-
-
-def single_rules(rules: dict[str, str], kept: list[str]) -> dict[str, str]:
-    return {key: value for key, value in rules.items() if len(key) == 1 and key not in kept}
-
-
-def compose_all(singles: dict[str, str], texts: list[str]) -> list[str]:
-    """Each text after the rules of single characters and NFC, as the library does it (Python's Unicode is another)."""
-    applied = ("".join(singles.get(character, character) for character in text) for text in texts)
-    return normalizers.NFC().normalize_str(BARRIER.join(applied)).split(BARRIER) if texts else []
-
-
-def compile_rules(singles: dict[str, str]) -> bytes:
-    sentencepiece.set_min_log_level(1)  # it tells of its progress on stderr
-    blob = SentencePieceNormalizer(norm_map=list(singles.items())).serialized_normalizer_spec()
-    return spm.NormalizerSpec.FromString(blob).precompiled_charsmap
 
 
 def barrier_places(rules: dict[str, str], joining: str, kept: list[str]) -> str:
@@ -225,20 +193,22 @@ def joining_characters(rules: dict[str, str], singles: dict[str, str]) -> set[st
     return joins | {key for key, value in singles.items() if value[:1] in joins and value}
 
 
+# ------------------------------------------------------------------------------------------------------- patterns
+
+
 def alternatives_by_first(keys: Collection[str]) -> str:
     """A pattern for the longest of these keys: first characters that share the same continuations share a branch."""
-    continuations = defaultdict(set)
+    continuations, branches = defaultdict(set), defaultdict(list)
     for key in sorted(keys):  # sorted: the same model gives the same file, byte for byte
         continuations[key[0]].add(key[1:])
-    branches = defaultdict(list)
     for first, rest in continuations.items():
         branches[frozenset(rest)].append(first)
-    return "|".join(f"[{character_class(firsts)}]{continued(rest)}" for rest, firsts in branches.items())
-
-
-def continued(rest: frozenset[str]) -> str:
-    longer = rest - {""}
-    return f"(?:{alternatives_by_first(longer)}){'?' if '' in rest else ''}" if longer else ""
+    patterns = []
+    for rest, firsts in branches.items():
+        longer = alternatives_by_first(rest - {""})
+        continued = f"(?:{longer}){'?' if '' in rest else ''}" if longer else ""
+        patterns.append(f"[{character_class(firsts)}]{continued}")
+    return "|".join(patterns)
 
 
 def character_class(characters: Iterable[str]) -> str:
@@ -250,9 +220,6 @@ def character_class(characters: Iterable[str]) -> str:
         else:
             runs.append([code, code])
     return "".join(rf"\x{{{first:x}}}-\x{{{last:x}}}" for first, last in runs)
-
-
-# Pre-tokeniser
 
 
 def any_of(pieces: Iterable[str]) -> str:
@@ -268,14 +235,6 @@ def quick_any_of(pieces: list[str]) -> str:
     return "|".join([*patterns, *([rf"[{character_class(short)}]"] if short else [])])
 
 
-def pre_tokenizer_steps(
-    vocabulary: dict[str, int], merges: list[tuple[str, str]], kept: list[str]
-) -> list[pre_tokenizers.PreTokenizer]:
-    """User-defined pieces stand alone; then a stretch that only looks like a piece is kept from being taken for it."""
-    steps = [pre_tokenizers.Split(Regex(quick_any_of(kept)), "isolated")] if kept else []
-    return [*steps, pre_tokenizers.Split(Regex(false_wholes(vocabulary, merges, kept)), "isolated")]
-
-
 def false_wholes(vocabulary: dict[str, int], merges: list[tuple[str, str]], kept: list[str]) -> str:
     """A pattern for the first token of a stretch that reads like a piece, but which merges would not make it.
 
@@ -287,15 +246,3 @@ def false_wholes(vocabulary: dict[str, int], merges: list[tuple[str, str]], kept
     cuts = [(name, coded.offsets[0][1]) for name, coded in zip(names, merging.encode_batch(names), strict=True)]
     apart = [(name[:cut], name[cut:]) for name, cut in cuts if cut < len(name)]
     return r"\A(?:" + "|".join(rf"{re.escape(first)}(?={re.escape(rest)}\z)" for first, rest in apart) + ")"
-
-
-# Decoder
-
-
-def decoder_steps(spec: spm.NormalizerSpec) -> list[decoders.Decoder]:
-    """Bytes to characters, then "▁" to spaces, less the one that the normaliser had put before the text."""
-    steps = [decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-        leading = SPACE + ("+" if spec.remove_extra_whitespaces else "")
-        steps.append(decoders.Replace(Regex(rf"\A{leading}"), ""))
-    return [*steps, decoders.Replace(SPACE, " ")]
