@@ -5,13 +5,23 @@ rows. Reads the experiment's `dpo.data` (question/response_chosen/response_rejec
 prompt/chosen/rejected rows) and the model of stage 2; writes runs/<name>/dpo/adapter and runs/<name>/dpo/merged.
 
     python dpo_training.py --config configs/demo.json
+    torchrun --nproc_per_node 2 dpo_training.py --config configs/demo.json     # or srun, or deepspeed
 """
 
-from qilin_med.train.job import Job
-from qilin_med.train.stage import run_stage, training_arguments
+from qilin_med.train.stage import stage_script, training_arguments
 
 
-def build_trainer(job: Job):
+def main() -> None:
+    with stage_script("dpo", __doc__) as stage:
+        # Pairs: one prompt, and the ids of the chosen and of the rejected answer.
+        job = stage.prepare()
+        # The first step must show a loss of ln 2: policy and reference are still the same.
+        checkpoint = stage.train(job, build_trainer)
+        model = policy_as_one_model(job, checkpoint)
+        stage.publish(job, checkpoint, model, ends_turns=True)
+
+
+def build_trainer(job):
     from transformers import set_seed
     from trl import DPOConfig
 
@@ -20,16 +30,23 @@ def build_trainer(job: Job):
 
     # Truncation is ours (token limits per question and answer), and so is dropout (the paper trains with 0.05).
     arguments = training_arguments(job, DPOConfig, beta=job.section.beta, max_length=None, disable_dropout=False)
-    model = load_for_training(job.parent, job.experiment.model, job.section)
+    policy = load_for_training(job.parent, job.experiment.model, job.section)
     set_seed(job.experiment.seed)  # TRL draws the adapter: the same on every rank
     return PreferenceTrainer(
         job,
-        model,
+        policy,
         args=arguments,
         processing_class=load_tokenizer(job.parent, job.experiment.model.template),
         peft_config=lora_config(job.section.lora),
     )
 
 
+def policy_as_one_model(job, checkpoint):
+    """The SFT model with the trained adapter merged in; the reference was the same model without it."""
+    from qilin_med.model.load import merge_adapter
+
+    return merge_adapter(job.parent, checkpoint)
+
+
 if __name__ == "__main__":
-    run_stage("dpo", build_trainer, __doc__)
+    main()

@@ -8,7 +8,9 @@ problem of any stage is named on a line of its own, with exit code 2. `bash run_
 ends there. Amounts of large data are estimated from the first records of each file.
 """
 
-from qilin_med.config.experiment import experiment_parser, parse_experiment
+import json
+
+from qilin_med.config.experiment import STAGES, experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.plan.gpus import GPUS
 
@@ -20,6 +22,11 @@ def main() -> None:
     parser.add_argument("--gpu", choices=GPUS, help="which GPU to plan for (default: those here, else a100-80g)")
     parser.add_argument("--made-first", action="append", default=[], metavar="PATH",
                         help="a file or folder that is made before the stages, so that it may be missing now")  # fmt: skip
+    parser.add_argument(
+        "--stage", choices=STAGES, help="check this stage alone, and print the resolved experiment file"
+    )
+    for flag in ("--force", "--restart"):
+        parser.add_argument(flag, action="store_true", help="a stage script's, without effect here")
     parser.add_argument("--dry-run", action="store_true", help="changes nothing: this command launches nothing anyway")
     arguments, experiment = parse_experiment(parser)
 
@@ -29,8 +36,10 @@ def main() -> None:
 
     from qilin_med.check.report import check_experiment, print_report
 
+    if arguments.stage:
+        print(json.dumps(experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
     machine = {"gpus": arguments.gpus, "gpu": arguments.gpu}
-    print_report(check_experiment(experiment, **machine, made_first=arguments.made_first))
+    print_report(check_experiment(experiment, arguments.stage, **machine, made_first=arguments.made_first))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from qilin_med.train.nodes import Place
+
 from qilin_med.config.experiment import load_experiment
 from qilin_med.train import stage as training
-from qilin_med.train.nodes import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"pretraining": "pretraining.py", "sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from qilin_med.train.nodes import NodeLost, Place, Team, find_place, read_hostfile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qilin_med.artifact import verify_folder
@@ -23,7 +24,6 @@ from qilin_med.errors import UserError
 from qilin_med.train import ranks
 from qilin_med.train.checkpoints import COMPLETE
 from qilin_med.train.metrics import read_metrics
-from qilin_med.train.nodes import NodeLost, Place, Team, find_place, read_hostfile
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = ("10.77.31.1", "10.77.31.2")

@@ -27,6 +27,7 @@ import pytest
 import torch
 from flash_stand_in import flash_on_cpu
 from forked import SCRIPTS, run_stage
+from qilin_med.train.nodes import Place, Team
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -36,7 +37,6 @@ from qilin_med.errors import UserError
 from qilin_med.train import launch
 from qilin_med.train import stage as training
 from qilin_med.train.checkpoints import COMPLETE, find_checkpoints, step_of
-from qilin_med.train.nodes import Place, Team
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["发热", "头痛", "咳嗽", "乏力", "血压", "饮食", "休息", "药", "医生", "复查"]

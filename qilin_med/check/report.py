@@ -20,7 +20,7 @@ from qilin_med.console.progress import progress
 from qilin_med.model.load import check_packages
 from qilin_med.plan.duration import Rates, stage_duration
 from qilin_med.plan.tables import format_table
-from qilin_med.train.nodes import find_place
+from qilin_med.train.launch import find_place
 
 
 @dataclass

@@ -10,7 +10,7 @@ from qilin_med.artifact import MANIFEST
 from qilin_med.check.findings import Findings
 from qilin_med.check.heads import Data, encode_heads, judge_format, judge_lengths, read_heads
 from qilin_med.config.experiment import STAGES, Experiment, StageName
-from qilin_med.config.schedule import check_batch_size
+from qilin_med.config.schedule import check_rows, make_schedule
 from qilin_med.errors import UserError
 from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
 from qilin_med.model.load import attention_path, check_trackers, load_tokenizer
@@ -20,8 +20,8 @@ from qilin_med.plan.gpus import GPUS, Gpu
 from qilin_med.plan.plan import MARGIN, Machines, StagePlan, plan_stage
 from qilin_med.plan.preflight import check_memory, local_machine
 from qilin_med.prompt.template import ChatTemplate
-from qilin_med.train.job import Job, check_begun, check_engine, check_rows, count_ranks
-from qilin_med.train.nodes import Place
+from qilin_med.train.job import Job
+from qilin_med.train.launch import Place, count_ranks
 
 GIB = 2**30
 
@@ -67,7 +67,7 @@ def find_machine(
     here = torch.cuda.device_count()
     with findings.collecting():
         if here and not (gpus or gpu):
-            ranks, properties = count_ranks(experiment, here), torch.cuda.get_device_properties(0)
+            ranks, properties = count_ranks(launch, here), torch.cuda.get_device_properties(0)
             known = _alike(properties.name, properties.total_memory)
             speed = (known.peak(dtype), known.bandwidth if place.nodes == 1 else None) if known else (None, None)
             return Machine(Machines(place.nodes, ranks, properties.total_memory, *speed), True)
@@ -204,22 +204,19 @@ def _check_settings(
     findings: Findings, experiment: Experiment, stage: StageName, machines: Machines, amount: Amount | None
 ) -> None:
     """Batch sizes, DeepSpeed file, rows enough for one batch."""
-    rows = amount.rows if amount else 0
-    job = Job(experiment, stage, Path(), "", Path(), rows, machines.ranks)
     with findings.collecting():
-        check_batch_size(stage, experiment.stage(stage), machines.ranks)
-    with findings.collecting():
-        check_engine(job)
-    if amount:
+        schedule = make_schedule(stage, experiment.stage(stage), amount.rows if amount else 0, machines.ranks)
         with findings.collecting():
-            check_rows(job)
+            Job(experiment, stage, Path(), "", Path(), schedule).check_engine()
+        if amount:
+            check_rows(stage, schedule)
 
 
 def check_folder(findings: Findings, experiment: Experiment, stage: StageName, machine: Machine) -> None:
     """A problem if the stage was begun with other settings, so that it would be refused once its turn comes."""
-    job = Job(experiment, stage, Path(), "", Path(), 0, machine.planned.ranks)
     with findings.collecting():
-        check_begun(job, unknown=("parent fingerprint", "rows"))
+        schedule = make_schedule(stage, experiment.stage(stage), 0, machine.planned.ranks)
+        Job(experiment, stage, Path(), "", Path(), schedule).check_begun(unknown=("parent fingerprint", "rows"))
 
 
 def _plan(

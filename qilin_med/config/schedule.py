@@ -32,14 +32,9 @@ class Schedule:
 
 
 def make_schedule(stage: str, section: StageConfig, rows: int, ranks: int) -> Schedule:
-    """UserError unless an optimizer step's rows divide evenly among ranks and batches, and there are enough."""
+    """UserError unless an optimizer step's rows divide evenly among ranks and batches."""
     check_batch_size(stage, section, ranks)
     batch_size, together = section.batch_size_per_device, ranks * section.batch_size_per_device
-    if rows < together:
-        raise UserError(
-            f"{stage}: {rows} rows are too few for one batch on each rank ({ranks} x {batch_size} = {together}); lower"
-            " batch_size_per_device or add data"
-        )
     global_batch_size = section.global_batch_size or together
     steps = section.max_steps or math.ceil(section.epochs * math.ceil(rows / global_batch_size))
     warmup = math.ceil(section.warmup_ratio * steps)
@@ -53,4 +48,14 @@ def check_batch_size(stage: str, section: StageConfig, ranks: int) -> None:
         raise UserError(
             f"{stage}.global_batch_size is {section.global_batch_size}, which does not divide by {ranks} ranks x"
             f" {stage}.batch_size_per_device {section.batch_size_per_device} = {together}; make it a multiple of {together}"
+        )
+
+
+def check_rows(stage: str, schedule: Schedule) -> None:
+    """UserError unless there are rows for one batch on each rank."""
+    together = schedule.ranks * schedule.batch_size
+    if schedule.rows < together:
+        raise UserError(
+            f"{stage}: {schedule.rows} rows are too few for one batch on each rank ({schedule.ranks} x"
+            f" {schedule.batch_size} = {together}); lower batch_size_per_device or add data"
         )

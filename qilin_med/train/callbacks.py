@@ -80,7 +80,7 @@ class Checkpoints(TrainerCallback):
     def _commit(self, step: int) -> None:
         checkpoint = self.job.checkpoints / f"checkpoint-{step}"
         with disk_errors_explained(checkpoint):
-            facts = {"step": step, "job": self.job.fingerprint(), "ranks": self.job.ranks}
+            facts = {"step": step, "job": self.job.fingerprint(), "ranks": self.job.schedule.ranks}
             commit_folder(checkpoint, COMPLETE, facts)
         prune_checkpoints(self.job.checkpoints, self.job.section.keep_checkpoints)
 
@@ -91,12 +91,19 @@ class Guard(TrainerCallback):
     def __init__(self, job: Job, trainer: Any, checkpoints: Checkpoints) -> None:
         self.job, self.trainer, self.checkpoints = job, trainer, checkpoints
 
+        self.stopped_by = ""
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
 
-    def _request_stop(self, _number: int, _frame: object) -> None:
+    def _request_stop(self, number: int, _frame: object) -> None:
         self.trainer.stop_requested = True
+        self.stopped_by = "the user" if number == signal.SIGINT else "SIGTERM"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stop_agreed:
@@ -225,16 +232,3 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.speaks and self.on_terminal:
             self.bar.close()
-
-
-def end_rank() -> None:
-    """Leave without the interpreter's shutdown, once all ranks are done and all is on disk.
-
-    gloo's own threads (pt_gloo_runloop) are still running then, even after destroy_process_group, since DeepSpeed holds
-    on to its groups; now and then one of them is joinable when static objects go, and the process aborts ("terminate
-    called without an active exception"). Nothing is left to do at this point but to end.
-    """
-    wait_for_all()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

@@ -1,13 +1,13 @@
 """One stage of one experiment, resolved: everything its ranks need, and what makes two runs of it the same."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qilin_med.artifact import differences, digest, write_json
 from qilin_med.config.experiment import Experiment, InstructionConfig, StageConfig, StageName, read_deepspeed
+from qilin_med.config.schedule import Schedule
 from qilin_med.errors import UserError
 
 # Keys that change how a run is watched, stored or divided, never what it computes: free to change before a resume.
@@ -26,8 +26,7 @@ class Job:
     parent: Path  # model folder
     parent_fingerprint: str
     rows: Path  # folder of prepared rows
-    row_count: int
-    ranks: int
+    schedule: Schedule
 
     @property
     def section(self) -> StageConfig:
@@ -46,14 +45,6 @@ class Job:
         return self.folder / "merged"
 
     @property
-    def global_batch_size(self) -> int:
-        return self.section.global_batch_size or self.section.batch_size_per_device * self.ranks
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch_size // (self.section.batch_size_per_device * self.ranks)
-
-    @property
     def keeps_sequences_apart(self) -> bool:
         """Whether a row holds several sequences that must not see each other."""
         section = self.section
@@ -68,19 +59,9 @@ class Job:
     def zero_stage(self) -> int:
         return (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
 
-    @property
-    def updates(self) -> int:
-        if self.section.max_steps:
-            return self.section.max_steps
-        return math.ceil(self.section.epochs * math.ceil(self.row_count / self.global_batch_size))
-
-    @property
-    def warmup_updates(self) -> int:
-        return math.ceil(self.section.warmup_ratio * self.updates)
-
     def identity(self) -> dict[str, Any]:
-        """What decides the result. Two jobs with equal identities end with the same weights; where ranks or batches of
-        an update differ, up to rounding and dropout."""
+        """What decides the result. Two jobs with equal identities end with the same weights; where ranks or micro-batches
+        differ, up to rounding and dropout."""
         section = {k: v for k, v in self.section.model_dump(mode="json").items() if k not in _HARMLESS_KEYS}
         model = {k: v for k, v in self.experiment.model.model_dump(mode="json").items() if k != "path"}
         return {
@@ -88,7 +69,7 @@ class Job:
             "model": model,
             self.stage: section,
             "deepspeed": self.deepspeed and digest(self.deepspeed),
-            "global batch size": self.global_batch_size,
+            "global batch size": self.schedule.global_batch_size,
             "device": self.experiment.launch.device,
             "parent fingerprint": self.parent_fingerprint,
             "rows": self.rows.name,
@@ -104,61 +85,38 @@ class Job:
     @classmethod
     def load(cls, path: Path) -> "Job":
         values = json.loads(path.read_text(encoding="utf-8"))
-        values.pop("identity")
-        experiment = Experiment.model_validate_json(json.dumps(values.pop("experiment")))
-        parent, rows = Path(values.pop("parent")), Path(values.pop("rows"))
-        return cls(experiment=experiment, parent=parent, rows=rows, **values)
-
-
-def check_engine(job: Job) -> None:
-    """UserError if DeepSpeed's file and the stage do not go together."""
-    if job.zero_stage < 3:
-        return
-    file, gather = job.section.deepspeed, "stage3_gather_16bit_weights_on_model_save"
-    if job.section.lora and job.section.lora.quantization:
-        raise UserError(
-            f"{job.stage}.lora.quantization is set, but {file} is ZeRO-3, which cannot split 4-bit weights; use"
-            " configs/deepspeed/zero2.json"
-        )
-    if not job.deepspeed["zero_optimization"].get(gather):
-        raise UserError(f"{file}: without '{gather}': true ZeRO-3 saves checkpoints without weights; add it")
-
-
-def check_begun(job: Job, unknown: tuple[str, ...] = ()) -> None:
-    """UserError if this folder was begun with other settings, data or parent: a good run is never overwritten. Keys of the
-    identity that are not known yet are left out."""
-    path = job.folder / "job.json"
-    if not path.exists():
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))["identity"]
-    before, after = ({k: v for k, v in identity.items() if k not in unknown} for identity in (old, job.identity()))
-    if changed := differences(before, after):
-        raise UserError(
-            f"{job.folder} was made with other settings ({'; '.join(changed)}). Use the old ones, set another output_dir,"
-            " or add --restart to move the old folder aside"
+        return cls(
+            Experiment.model_validate_json(json.dumps(values["experiment"])),
+            values["stage"],
+            Path(values["parent"]),
+            values["parent_fingerprint"],
+            Path(values["rows"]),
+            Schedule(**values["schedule"]),
         )
 
+    def check_begun(self, unknown: tuple[str, ...] = ()) -> None:
+        """UserError if this folder was begun with other settings, data or parent: a good run is never overwritten. Keys of
+        the identity that are not known yet are left out."""
+        path = self.folder / "job.json"
+        if not path.exists():
+            return
+        old = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        before, after = ({k: v for k, v in identity.items() if k not in unknown} for identity in (old, self.identity()))
+        if changed := differences(before, after):
+            raise UserError(
+                f"{self.folder} was made with other settings ({'; '.join(changed)}). Use the old ones, set another"
+                " output_dir, or add --restart to move the old folder aside"
+            )
 
-def count_ranks(experiment: Experiment, gpus: int) -> int:
-    """Ranks on this machine; UserError where the device asked for is not there."""
-    launch = experiment.launch
-    if launch.device == "cpu":
-        return 1 if launch.processes == "auto" else launch.processes
-    if gpus == 0:
-        raise UserError(
-            "launch.device is 'cuda' but no GPU is visible here; run on a GPU machine (nvidia-smi shows its GPUs), or"
-            " choose a CPU experiment such as configs/demo.json"
-        )
-    ranks = gpus if launch.processes == "auto" else launch.processes
-    if ranks > gpus:
-        raise UserError(f"launch.processes is {ranks} but {gpus} GPUs are visible; lower it or set it to 'auto'")
-    return ranks
-
-
-def check_rows(job: Job) -> None:
-    together = job.ranks * job.section.batch_size_per_device
-    if job.row_count < together:
-        raise UserError(
-            f"{job.stage}: {job.row_count} rows are too few for one batch on each rank ({job.ranks} x"
-            f" {job.section.batch_size_per_device} = {together}); lower batch_size_per_device or add data"
-        )
+    def check_engine(self) -> None:
+        """UserError if DeepSpeed's file and the stage do not go together."""
+        if self.zero_stage < 3:
+            return
+        file, gather = self.section.deepspeed, "stage3_gather_16bit_weights_on_model_save"
+        if self.section.lora and self.section.lora.quantization:
+            raise UserError(
+                f"{self.stage}.lora.quantization is set, but {file} is ZeRO-3, which cannot split 4-bit weights; use"
+                " configs/deepspeed/zero2.json"
+            )
+        if not self.deepspeed["zero_optimization"].get(gather):
+            raise UserError(f"{file}: without '{gather}': true ZeRO-3 saves checkpoints without weights; add it")

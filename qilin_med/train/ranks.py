@@ -1,81 +1,179 @@
-"""The ranks of a job on all nodes: node 0 says what to run, every node runs its own, node 0 judges how they ended."""
+"""One rank among others, whoever started it: torchrun, srun, deepspeed, or the stage script itself (launch.py).
 
+Rank 0 prepares, decides and publishes; the others wait for its word in torch's store, where no collective can time out,
+and end when training does.
+"""
+
+import ctypes
+import hashlib
 import json
+import os
+import re
+import signal
+import socket
 import sys
-import time
-from dataclasses import asdict
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from qilin_med.artifact import digest
-from qilin_med.console.progress import progress
-from qilin_med.errors import UserError
-from qilin_med.train.job import Job
-from qilin_med.train.launch import Outcome, raise_failures, run_ranks
-from qilin_med.train.nodes import NodeLost, Team
+from qilin_med.artifact import differences, versions
+from qilin_med.errors import UserError, in_one_line
+from qilin_med.train.launch import LAUNCHED_HERE, LostRank
 
-_DELAY = 60.0  # seconds that a shared file system gets to show one node what another wrote
-
-
-def train_on_all_nodes(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> str:
-    """Node 0: train from a checkpoint on, on `ranks` ranks of each node; returns who had them stopped, "" if no one.
-
-    Raises a rank's UserError, NodeLost or RanksFailed.
-    """
-    resume = str(checkpoint) if checkpoint else None
-    order = {"job": str(job.folder / "job.json"), "fingerprint": job.fingerprint(), "resume": resume, "ranks": ranks}
-    team.say(order=order)
-    own = _run_own_ranks(job, order, team)
-    return raise_failures([own, *(Outcome(**theirs) for theirs in team.wait_for("outcome").values())])
+PACKAGE = Path(__file__).parents[1]
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed out|timeout|failed to recv|unhandled system error", re.I
+)
 
 
-def follow(team: Team, own_ranks: int, asked: dict[str, Any]) -> int:
-    """Any other node: join, run what node 0 orders, and end with its exit code or error."""
+def is_rank() -> bool:
+    """Whether a launcher started this process as a rank. srun's tasks are ranks too, unless NODES says that each is a node."""
+    if "NODES" not in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        first = re.split(r"[,\[]", os.environ["SLURM_STEP_NODELIST"])[0]
+        if bracket := re.match(r"[^,\[]*\[(\d+)", os.environ["SLURM_STEP_NODELIST"]):
+            first += bracket[1]
+        os.environ |= {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+            "MASTER_ADDR": os.environ.get("MASTER_ADDR", first),
+            "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000)),
+        }
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+class Ranks:
+    """All ranks of a stage, of which this process is one, met in torch's store."""
+
+    def __init__(self, timeout_minutes: float) -> None:
+        from torch.distributed import PrefixStore, rendezvous
+
+        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.seconds = 60 * timeout_minutes
+        with _bounded(self.seconds + 60, "rank 0 did not answer"):
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=self.seconds)))
+        self.store = PrefixStore("qilin_med", store)
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.count // int(os.environ.get("LOCAL_WORLD_SIZE", self.count)))
+
+    def agree(self, asked: dict[str, Any]) -> None:
+        """UserError on every rank unless all were asked for the same, with the same code and libraries."""
+        own = {"host": socket.gethostname(), "asked": asked, "code": _code(), "libraries": versions()}
+        self.store.set(f"rank {self.rank}", json.dumps(own))
+        if self.rank == 0:
+            for rank in range(1, self.count):
+                other = json.loads(self._wait_for(f"rank {rank}"))
+                host = other.pop("host")
+                if changed := differences({name: own[name] for name in other}, other):
+                    told = "; ".join(changed[:4])
+                    self.tell({"error": f"rank {rank} ({host}) is not like rank 0 ({told}); run the same command with the"
+                               " same code and libraries on all nodes"})  # fmt: skip
+
+    def tell(self, word: dict[str, Any]) -> None:
+        """Rank 0: end the others' wait; an "error" is raised on every rank, here too."""
+        self.store.set("word", json.dumps(word))
+        if "error" in word:
+            raise UserError(word["error"])
+
+    def hear(self) -> dict[str, Any]:
+        """Any other rank: what rank 0 tells, however long its work takes."""
+        word = json.loads(self._wait_for("word"))
+        if "error" in word:
+            if LAUNCHED_HERE not in os.environ and os.environ["LOCAL_RANK"] != "0":
+                end_rank(2)  # one of each node tells it
+            raise UserError(word["error"])
+        return word
+
+    def _wait_for(self, key: str) -> bytes:
+        from torch.distributed import DistStoreError
+
+        while True:
+            # What comes over a cut link comes never: torch's store sets its own wait no limit then.
+            with _bounded(self.seconds, "the store of rank 0 does not answer"):
+                try:
+                    self.store.wait([key], timedelta(seconds=10))
+                    return self.store.get(key)
+                except DistStoreError:
+                    continue
+
+
+def _code() -> str:
+    """Fingerprint of the code that a rank runs."""
+    files = [*sorted(PACKAGE.rglob("*.py")), Path(sys.argv[0])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+@contextmanager
+def _bounded(seconds: float, what: str) -> Iterator[None]:
+    """End this rank if the block takes longer: whatever it waits for in native code cannot be interrupted otherwise."""
+
+    def give_up() -> None:
+        _end_with(LostRank(f"{what} within {seconds / 60:g} minutes: its node or the network is down; run the same command"
+                           " on all nodes to continue"))  # fmt: skip
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
-        team.say(joined={"ranks": own_ranks, "asked": asked})
-        with progress("waiting for node 0 to prepare the stage"):
-            order = team.wait_for("order")[0]
-        if order:
-            outcome = _run_own_ranks(_find_job(order), order, team)
-            team.say(outcome=asdict(outcome))
-    except NodeLost:
-        raise
-    except UserError as error:
-        team.say(error=f"node {team.place.node} ({team.own['host']}): {error}")
-    with progress("waiting for node 0 to publish the stage"):
-        code, text = team.hear_last_word()
-    if code == 2:
-        raise UserError(text)
-    print(f"node {team.place.node}: node 0 ended{': ' if text else ''}{text}", flush=True)
-    return code
+        yield
+    finally:
+        timer.cancel()
 
 
-def _run_own_ranks(job: Job, order: dict[str, Any], team: Team) -> Outcome:
-    resume = ["--resume", order["resume"]] if order["resume"] else []
-    environment = {
-        "OMP_NUM_THREADS": str(job.experiment.launch.threads_per_process),
-        "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": job.experiment.launch.device,
-        "TENSORBOARD_LOGGING_DIR": str(job.folder / "tensorboard"),
-    }
-    return run_ranks([sys.executable, sys.argv[0], *resume, "--job", order["job"]], order["ranks"], team, environment)
+# -------------------------------------------------------------------------------------------------- beginning, end
 
 
-def _find_job(order: dict[str, Any]) -> Job:
-    """The job that node 0 wrote; UserError if this node does not see it, or not the model that it starts from."""
-    path, deadline = Path(order["job"]), time.monotonic() + _DELAY
-    while not _is_the_job(path, order["fingerprint"]):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{path.absolute()} is not the file that node 0 wrote; output_dir must lie on a file system that all"
-                " nodes share, under the same path: a checkpoint holds parts of every node in one folder"
+def begin_rank() -> None:
+    """Rank 0 alone speaks on stdout; no rank outlives its launcher and goes on writing into the run's folder."""
+    if int(os.environ["RANK"]) > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() == 1:  # the launcher was already gone
+            os._exit(1)
+
+
+@contextmanager
+def errors_handed_on() -> Iterator[None]:
+    """End the rank with what goes wrong, told once: by the launcher that reads torch's error file, else here."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        end_rank(130)
+    except Exception as error:
+        if not isinstance(error, UserError) and _LOST.search(str(error)):
+            error = LostRank(
+                f"rank {os.environ['RANK']} lost its connection to another rank ({in_one_line(error)}): that rank failed, its"
+                " node was killed, or the network is down; run the same command on all nodes to continue"
             )
-        time.sleep(1)
-    job = Job.load(path)
-    if not job.parent.is_dir():
-        raise UserError(f"{job.parent.absolute()}, the model that node 0 starts from, is not here; share or copy it")
-    return job
+        _end_with(error)
 
 
-def _is_the_job(path: Path, fingerprint: str) -> bool:
-    return path.is_file() and digest(json.loads(path.read_text(encoding="utf-8"))["identity"]) == fingerprint
+def _end_with(error: BaseException) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+    if LAUNCHED_HERE not in os.environ:
+        told = f"error: {error}" if isinstance(error, UserError) else traceback.format_exc()
+        print(told, file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def end_rank(code: int = 0) -> None:
+    """Leave without the interpreter's shutdown, once all is on disk.
+
+    gloo's own threads (pt_gloo_runloop) are still running then, even after destroy_process_group, since DeepSpeed holds
+    on to its groups; now and then one of them is joinable when static objects go, and the process aborts ("terminate
+    called without an active exception"). Nothing is left to do at this point but to end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -29,7 +29,7 @@ class ReferenceLogProbs:
         model = [job.parent_fingerprint, job.experiment.model.dtype, job.section.lora.quantization]
         self.folder = job.rows.parent / f"reference-{digest([job.rows.name, *model])[:16]}"
         self._facts = {"stage": "dpo", "rows": job.rows.name, "parent": job.parent_fingerprint}
-        self._row_count = job.row_count
+        self._row_count = job.schedule.rows
 
     def drop_damaged(self) -> None:
         """Remove what does not verify. Call before any rank reads."""

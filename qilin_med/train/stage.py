@@ -1,33 +1,31 @@
-"""The shape that all stages share: verify the parent, prepare rows, train on the ranks, merge, publish.
+"""What the three stage scripts share: a stage is prepared by rank 0, trained by all ranks, merged and published by rank 0.
 
-A stage script calls `run_stage` with the one thing that is its own, a function from a Job to a trainer. The first
-process prepares and publishes; the ranks that it launches only train and write checkpoints. Every step can be killed and
-the same command run again.
+Every step can be killed and the same command run again: what is finished is skipped, an interrupted training continues
+from its newest complete checkpoint, and a folder begun with other settings is refused.
 """
 
-import fcntl
-import json
 import logging
-import math
 import os
 import shutil
 import sys
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qilin_med.artifact import (
-    commit,
+    digest,
     disk_errors_explained,
+    exclusive,
     fingerprint_model,
+    provenance,
     publish_folder,
     quarantine,
     read_manifest,
     verify_folder,
-    versions,
     write_json,
 )
 from qilin_med.config.experiment import (
@@ -38,26 +36,24 @@ from qilin_med.config.experiment import (
     parse_experiment,
     read_deepspeed,
 )
-from qilin_med.config.schedule import check_batch_size
+from qilin_med.config.schedule import check_batch_size, check_rows, make_schedule
 from qilin_med.console.progress import progress
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.train.checkpoints import COMPLETE, newest_complete, step_of
-from qilin_med.train.job import Job, check_begun, check_engine, check_rows, count_ranks
-from qilin_med.train.launch import RanksFailed, die_with_launcher, errors_reported, is_rank
+from qilin_med.train.checkpoints import COMPLETE, find_checkpoints, newest_complete, step_of
+from qilin_med.train.job import Job
+from qilin_med.train.launch import LAUNCHED_HERE, find_place, launch_ranks
 from qilin_med.train.metrics import checkpoint_cost, read_metrics
-from qilin_med.train.nodes import NodeLost, Place, Team, find_place, other_nodes_started
 from qilin_med.train.operators import build_operators, load_operators, needed_operators
-from qilin_med.train.ranks import follow, train_on_all_nodes
+from qilin_med.train.ranks import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
 from qilin_med.train.universal import convert_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",  # every model is a local folder; nothing is looked up or reported anywhere
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "true",
-    "DS_ACCELERATOR": "cpu",  # for the first process, which only prepares and merges
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # qilin_med.console.progress draws the only bar
@@ -65,6 +61,7 @@ _QUIET = {
     "TQDM_DISABLE": "1",
     "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",  # of this environment, not one for all of the user's
 }
+_DELAY = 60.0  # seconds that a shared file system gets to show one node what another wrote
 
 
 def quiet_libraries() -> None:
@@ -79,43 +76,233 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def run_stage(stage: StageName, build_trainer: "Callable[[Job], Trainer]", description: str) -> None:
-    """The main function of a stage script."""
+@contextmanager
+def stage_script(name: StageName, description: str) -> Iterator["Stage"]:
+    """The frame of a stage script. Started by hand, the block is never entered: the ranks are started, and the process ends
+    when they do. In a rank the block is the work; every rank ends with it."""
     quiet_libraries()
-    if is_rank():
-        _run_rank(build_trainer, Path(sys.argv[-1]))
-        return
     parser = experiment_parser(description)
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check what the stage needs, and stop")
     parser.add_argument("--force", action="store_true", help="start even if memory or disk seem too small")
     parser.add_argument("--restart", action="store_true", help="move what this stage made before aside and start anew")
-    with user_errors_end_with_one_line():
-        arguments, experiment = parse_experiment(parser)
-        experiment.stage(stage)
-        if arguments.dry_run:
-            _show_stage(experiment, stage)
-        else:
-            _take_part(experiment, stage, find_place(), arguments.restart, arguments.force)
+    parser.add_argument("--local_rank", help="ignored: DeepSpeed's launcher adds it")
+    if not is_rank():
+        with user_errors_end_with_one_line():
+            options, experiment = parse_experiment(parser)
+            experiment.stage(name)
+            sys.exit(_dry_run(name) if options.dry_run else _launch(name, experiment))
+    begin_rank()
+    with errors_handed_on():
+        options, experiment = parse_experiment(parser)
+        with Stage(name, experiment, options) as stage:
+            yield stage
+        end_rank()
 
 
-def _show_stage(experiment: Experiment, stage: StageName) -> None:
-    from qilin_med.check.report import check_experiment, print_report
+def _dry_run(name: StageName) -> None:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
+    command = [sys.executable, str(Path(sys.argv[0]).with_name("scripts") / "check.py"), "--stage", name, *arguments]
+    os.execv(sys.executable, command)
 
-    print(json.dumps(experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
-    print_report(check_experiment(experiment, stage))
+
+def _launch(name: StageName, experiment: Experiment) -> int:
+    """The exit code of a stage whose ranks this process starts: 0, or 130 where they were stopped."""
+    folder = experiment.stage_folder(name)
+    place = find_place()
+    try:
+        stopped_by = launch_ranks(experiment, place)
+    except UserError as error:
+        if not (folder / "job.json").exists():
+            raise
+        last = next(reversed(_complete(folder)), "none")
+        raise UserError(f"{name} did not finish: {error}. Last complete checkpoint: {last}") from None
+    if not stopped_by and place.node == 0 and not (folder / "merged").exists():
+        stopped_by = "another node"
+    if stopped_by:
+        print(f"stopped by {stopped_by} {_where(folder)}", flush=True)
+    return 130 if stopped_by else 0
 
 
-def _take_part(experiment: Experiment, stage: StageName, place: Place, restart: bool, force: bool) -> None:
-    """Run the stage as node 0, or follow node 0 as one of the other nodes."""
-    own_ranks = _count_ranks(experiment, place.slots)
-    asked = {"stage": stage, "experiment": experiment.model_dump(mode="json"), "libraries": versions()}
-    build_operators(*_operators(experiment, stage))  # before ranks, or node 0, wait for it
-    patience = 60 * experiment.launch.timeout_minutes
-    with other_nodes_started(place) as started, Team(place, patience, started) as team:
-        if place.node:
-            sys.exit(follow(team, own_ranks, asked))
-        with team.last_word():
-            _run_whole_stage(experiment, stage, team.agree_on_ranks(own_ranks, asked), team, restart, force)
+def _complete(folder: Path) -> list[Path]:
+    return [path for path in find_checkpoints(folder / "checkpoints") if (path / COMPLETE).is_file()]
+
+
+def _where(folder: Path) -> str:
+    if not (complete := _complete(folder)):
+        return "before the first checkpoint; run the same command to start again"
+    step, steps = step_of(complete[-1]), Job.load(folder / "job.json").schedule.steps
+    return f"at step {step} of {steps}; run the same command to continue"
+
+
+class Stage:
+    """A stage as one of its ranks: `prepare`, `train`, `publish`, in that order."""
+
+    def __init__(self, name: StageName, experiment: Experiment, options: Namespace) -> None:
+        self.name, self.experiment, self.options = name, experiment, options
+        self.held = ExitStack()
+
+    def __enter__(self) -> "Stage":
+        # Before torch and DeepSpeed are imported:
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.experiment.launch.threads_per_process))
+        os.environ["DS_ACCELERATOR"] = self.experiment.launch.device
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.experiment.stage_folder(self.name) / "tensorboard")
+        self.ranks = Ranks(self.experiment.launch.timeout_minutes)
+        self.ranks.agree({"stage": self.name, "experiment": self.experiment.model_dump(mode="json")})
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.held.__exit__(_kind, error, _trace)
+        if isinstance(error, UserError) and self.ranks.rank == 0:
+            self.ranks.tell({"error": str(error)})
+
+    def prepare(self) -> Job:
+        """Rank 0: verify the parent, make or find the rows, and refuse what cannot go well; the others wait for it. All ranks
+        end here if the stage is finished."""
+        if self.ranks.rank:
+            return self._find_job(self.ranks.hear())
+        folder = self.experiment.stage_folder(self.name)
+        self.held.enter_context(disk_errors_explained(folder))
+        self.held.enter_context(exclusive(folder, "training"))
+        if self.options.restart and folder.exists():
+            print(f"moved what was there to {quarantine(folder, 'before')}", flush=True)
+        with progress(f"preparing {self.name}"):
+            job, parameters = prepare_job(self.experiment, self.name, self.ranks.count)
+        job.check_begun()
+        if is_published(job):
+            self.ranks.tell({"finished": True})
+            end_rank()
+        if not self.options.force:
+            refuse_what_cannot_fit(job, self.ranks.nodes)
+        describe(job, *parameters)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(Path(self.experiment.output_dir) / "config.json", self.experiment.model_dump(mode="json"))
+        job.save(job.folder / "job.json")
+        return job
+
+    def _find_job(self, word: dict[str, Any]) -> Job:
+        """The job that rank 0 wrote; UserError if this node does not see it, or not the model that it starts from."""
+        if "finished" in word:
+            end_rank()
+        self.resume = word["resume"] and Path(word["resume"])
+        path, deadline = self.experiment.stage_folder(self.name) / "job.json", time.monotonic() + _DELAY
+        while not (path.is_file() and digest(path.read_text(encoding="utf-8")) == word["job"]):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{path.absolute()} is not the file that rank 0 wrote; output_dir must lie on a file system that all"
+                    " nodes share, under the same path: a checkpoint holds parts of every node in one folder"
+                )
+            time.sleep(1)
+        job = Job.load(path)
+        if not job.parent.is_dir():
+            raise UserError(
+                f"{job.parent.absolute()}, the model that rank 0 starts from, is not here; share or copy it"
+            )
+        return job
+
+    def train(self, job: Job, build_trainer: "Callable[[Job], Trainer]") -> Path:
+        """Train up to the last optimizer step, from the newest complete checkpoint on. Returns on rank 0, with the final
+        checkpoint; the others end here."""
+        if self.ranks.rank == 0:
+            checkpoint, self.resume = self._choose_checkpoint(job)
+            is_trained = checkpoint is not None and step_of(checkpoint) == job.schedule.steps
+            text = (job.folder / "job.json").read_text(encoding="utf-8")
+            resume = self.resume and str(self.resume.absolute())
+            self.ranks.tell({"finished": True} if is_trained else {"job": digest(text), "resume": resume})
+            if is_trained:
+                return checkpoint
+        stopped_by = run_trainer(job, build_trainer, self.resume)
+        if self.ranks.rank:
+            end_rank()
+        shutil.rmtree(job.folder / ".universal.part", ignore_errors=True)
+        last = _complete(job.folder)[-1]
+        if step_of(last) < job.schedule.steps:
+            if LAUNCHED_HERE not in os.environ:
+                print(f"stopped by {stopped_by} {_where(job.folder)}", flush=True)
+            end_rank(0 if "TORCHELASTIC_RUN_ID" in os.environ else 130)
+        return last
+
+    def _choose_checkpoint(self, job: Job) -> tuple[Path | None, Path | None]:
+        """The newest complete checkpoint, and what the ranks load: where DeepSpeed split its optimizer among another number
+        of ranks, a copy that these ranks can load."""
+        with progress("looking for checkpoints"):
+            checkpoint, lines = newest_complete(job.checkpoints, job.fingerprint())
+        for line in lines:
+            print(line, flush=True)
+        print(f"continuing from {checkpoint.name}" if checkpoint else "starting", flush=True)
+        if checkpoint is None or job.zero_stage == 0:
+            return checkpoint, checkpoint
+        ranks = read_manifest(checkpoint, COMPLETE)["ranks"]
+        if ranks == job.schedule.ranks:
+            return checkpoint, checkpoint
+        print(f"{checkpoint.name} was written by {ranks} ranks: converting it for {job.schedule.ranks}", flush=True)
+        with progress(f"converting {checkpoint.name}"):
+            return checkpoint, convert_checkpoint(checkpoint, _empty_folder(job.folder / ".universal.part"))
+
+    def publish(self, job: Job, checkpoint: Path, model: "PreTrainedModel", ends_turns: bool) -> None:
+        """Rank 0: hand the merged model over. The folder appears under its name only when it is whole. Generation ends at
+        EOS, and where the model has learnt to end its turns, at the template's end of a turn."""
+        from qilin_med.model.load import load_tokenizer, save_whole_model
+        from qilin_med.prompt.template import ChatTemplate
+
+        print("merging and publishing", flush=True)
+        with progress("merging and publishing"):
+            if job.section.lora and not (job.folder / "adapter").exists():
+                temporary = _empty_folder(job.folder / ".adapter.part")
+                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                    shutil.copy2(checkpoint / name, temporary / name)
+                publish_folder(temporary, job.folder / "adapter", {"stage": job.stage, "job": job.fingerprint()})
+            settings, temporary = job.experiment.model, _empty_folder(job.folder / ".merged.part")
+            tokenizer = load_tokenizer(job.parent, settings.template)
+            ends = {ChatTemplate(tokenizer).end_id} if ends_turns else set()
+            save_whole_model(model, tokenizer, temporary, settings.dtype, {tokenizer.eos_token_id} | ends)
+            cost = publish_folder(temporary, job.merged, manifest_of(job))["checkpoints"]
+        print(
+            f"{job.stage}: finished, {job.merged}. Training waited {cost['seconds']:,} s for {cost['number']} checkpoints,"
+            f" {cost['share']:.1%} of its time",
+            flush=True,
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- prepare
+
+
+def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[Job, tuple[int, int]]:
+    """Verify the parent and prepare the rows: all that one process does alone while the others wait. Returns the job, and
+    the numbers of parameters and of trainable ones."""
+    from qilin_med.data.rows import prepare_rows
+    from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
+    from qilin_med.model.load import check_packages, check_trackers, load_tokenizer
+
+    section, parent = experiment.stage(stage), experiment.parent_folder(stage)
+    check_batch_size(stage, section, ranks)
+    check_trackers(stage, section.report_to)
+    if not parent.exists() and parent == Path(experiment.model.path):
+        raise UserError(f"model.path: {parent} does not exist; README.md tells how to get and convert the base model")
+    if not parent.exists():
+        raise UserError(f"{stage} starts from {parent}, which does not exist; run the stage that makes it first")
+    parameters = count_parameters(check_model_folder(parent), section.lora)
+    check_packages(experiment.model, training=True)
+    check_number_format(experiment)
+    build_operators(*_operators(experiment, stage))
+    fingerprint = fingerprint_model(parent)
+    tokenizer = load_tokenizer(parent, experiment.model.template)
+    cache = Path(experiment.output_dir) / "cache"
+    rows = prepare_rows(stage, section, tokenizer, max_positions(parent), cache)
+    schedule = make_schedule(stage, section, len(rows.dataset), ranks)
+    job = Job(experiment, stage, parent, fingerprint, rows.folder, schedule)
+    check_rows(stage, schedule)
+    job.check_engine()
+    return job, parameters
+
+
+def check_number_format(experiment: Experiment) -> None:
+    """UserError if this machine's GPUs cannot compute in the experiment's number format."""
+    import torch
+
+    wants_bf16 = experiment.model.dtype == "bfloat16" and experiment.launch.device == "cuda"
+    if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"model.dtype is bfloat16, which {name} cannot compute; set model.dtype=float32")
 
 
 def _operators(experiment: Experiment, stage: StageName) -> tuple[dict[str, str], str]:
@@ -123,92 +310,19 @@ def _operators(experiment: Experiment, stage: StageName) -> tuple[dict[str, str]
     return needed_operators(read_deepspeed(experiment.stage(stage).deepspeed), device), device
 
 
-def _run_whole_stage(
-    experiment: Experiment, stage: StageName, ranks: list[int], team: Team, restart: bool, force: bool
-) -> None:
-    folder = experiment.stage_folder(stage)
-    with disk_errors_explained(folder), _only_run_in(folder):
-        if restart and folder.exists():
-            say(f"moved what was there to {quarantine(folder, 'before')}")
-        with progress(f"preparing {stage}"):
-            job, parameters, trainable = _prepare_job(experiment, stage, sum(ranks))
-        check_begun(job)
-        if _is_finished(job):
-            return
-        if not force:
-            _refuse_what_cannot_fit(job, len(ranks))
-        _describe(job, parameters, trainable)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        write_json(Path(experiment.output_dir) / "config.json", experiment.model_dump(mode="json"))
-        job.save(job.folder / "job.json")
-        checkpoint = _train(job, ranks, team)
-        say("merging and publishing")
-        with progress("merging and publishing"):
-            _publish(job, checkpoint)
-        say(f"{job.stage}: finished, {job.merged}")
+def is_published(job: Job) -> bool:
+    if not job.merged.exists():
+        return False
+    try:
+        manifest = verify_folder(job.merged)
+    except UserError as error:
+        print(f"{error}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again", flush=True)
+        return False
+    print(f"{job.stage}: already finished ({manifest['created']}): {job.merged}", flush=True)
+    return True
 
 
-@contextmanager
-def _only_run_in(folder: Path) -> Iterator[None]:
-    """UserError if another process is at work on this stage of this run."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is training there now; wait for it, or end it first") from None
-        yield
-
-
-def _prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[Job, int, int]:
-    """Verify the parent and prepare the rows: all that needs one process alone, before ranks wait for anything.
-    Also the number of parameters, and of trainable ones."""
-    from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
-    from qilin_med.model.load import check_packages, check_trackers, load_tokenizer
-
-    check_batch_size(stage, experiment.stage(stage), ranks)
-    check_trackers(stage, experiment.stage(stage).report_to)
-    parent = experiment.parent_folder(stage)
-    _explain_missing_parent(experiment, stage, parent)
-    parameters, trainable = count_parameters(check_model_folder(parent), experiment.stage(stage).lora)
-    check_packages(experiment.model, training=True)
-    parent_fingerprint = fingerprint_model(parent)
-
-    from qilin_med.data.rows import prepare_rows
-
-    tokenizer = load_tokenizer(parent, experiment.model.template)
-    cache = Path(experiment.output_dir) / "cache"
-    rows = prepare_rows(stage, experiment.stage(stage), tokenizer, max_positions(parent), cache)
-    job = Job(experiment, stage, parent, parent_fingerprint, rows.folder, len(rows.dataset), ranks)
-    check_rows(job)
-    check_engine(job)
-    return job, parameters, trainable
-
-
-def _count_ranks(experiment: Experiment, slots: int | None = None) -> int:
-    """Ranks on this node: `slots` where a hostfile says so, else as launch.processes says."""
-    import torch
-
-    if slots:
-        launch = experiment.launch.model_copy(update={"processes": slots})
-        experiment = experiment.model_copy(update={"launch": launch})
-    ranks = count_ranks(experiment, torch.cuda.device_count())
-    wants_bf16 = experiment.model.dtype == "bfloat16" and experiment.launch.device == "cuda"
-    if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        raise UserError(f"model.dtype is bfloat16, which {name} cannot compute; set model.dtype=float32")
-    return ranks
-
-
-def _explain_missing_parent(experiment: Experiment, stage: StageName, parent: Path) -> None:
-    if parent.exists():
-        return
-    if parent == Path(experiment.model.path):
-        raise UserError(f"model.path: {parent} does not exist; README.md tells how to get and convert the base model")
-    raise UserError(f"{stage} starts from {parent}, which does not exist; run the stage that makes it first")
-
-
-def _refuse_what_cannot_fit(job: Job, nodes: int) -> None:
+def refuse_what_cannot_fit(job: Job, nodes: int) -> None:
     """UserError if memory or disk of this machine, one of `nodes` alike, are certainly too small."""
     import torch
 
@@ -216,213 +330,25 @@ def _refuse_what_cannot_fit(job: Job, nodes: int) -> None:
     from qilin_med.plan.preflight import check_machine
 
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    amount = Amount(job.row_count, 0, 0, read_manifest(job.rows)["counts"]["longest"], str(job.rows))
-    gpu_memory = min(gpus, default=0)
-    if note := check_machine(job.experiment, job.stage, job.parent, amount, job.ranks, nodes, gpu_memory):
-        say(note)
+    amount = Amount(job.schedule.rows, 0, 0, read_manifest(job.rows)["counts"]["longest"], str(job.rows))
+    ranks, memory = job.schedule.ranks, min(gpus, default=0)
+    if note := check_machine(job.experiment, job.stage, job.parent, amount, ranks, nodes, memory):
+        print(note, flush=True)
 
 
-def _is_finished(job: Job) -> bool:
-    if not job.merged.exists():
-        return False
-    try:
-        manifest = verify_folder(job.merged)
-    except UserError as error:
-        say(f"{error}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again")
-        return False
-    say(f"{job.stage}: already finished ({manifest['updates']} updates, {manifest['created']}): {job.merged}")
-    return True
-
-
-def _train(job: Job, ranks: list[int], team: Team) -> Path:
-    """Train up to the last update, from the newest complete checkpoint on; returns the final checkpoint."""
-    with progress("looking for checkpoints"):
-        checkpoint, lines = newest_complete(job.checkpoints, job.fingerprint())
-    for line in lines:
-        say(line)
-    if checkpoint is None or step_of(checkpoint) < job.updates:
-        say(f"continuing from {checkpoint.name}" if checkpoint else "starting")
-        checkpoint, stopped_by = _launch(job, checkpoint, ranks, team)
-        if checkpoint is None or step_of(checkpoint) < job.updates:
-            by = f"by {stopped_by} " if stopped_by else ""
-            at = f"at step {step_of(checkpoint)} of {job.updates}" if checkpoint else "before the first checkpoint"
-            say(f"stopped {by}{at}; run the same command to {'continue' if checkpoint else 'start again'}")
-            sys.exit(130)
-    return checkpoint
-
-
-def _launch(job: Job, checkpoint: Path | None, ranks: list[int], team: Team) -> tuple[Path | None, str]:
-    """The newest checkpoint of all after training from one on, and who had it stopped ("" if no one)."""
-    failure, stopped_by = None, ""
-    universal = job.folder / ".universal.part"
-    resume = _for_these_ranks(job, checkpoint, universal) if checkpoint else None
-    try:
-        stopped_by = train_on_all_nodes(job, resume, ranks, team)
-    except (RanksFailed, NodeLost) as error:
-        failure = error
-    shutil.rmtree(universal, ignore_errors=True)
-    newest, lines = newest_complete(job.checkpoints, job.fingerprint())
-    for line in lines:
-        say(line)
-    done = newest is not None and step_of(newest) == job.updates
-    if failure and not done:
-        raise UserError(f"{job.stage} did not finish: {failure}. Last complete checkpoint: {newest or 'none'}")
-    return newest, stopped_by
-
-
-def _for_these_ranks(job: Job, checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint itself, or where DeepSpeed split its optimiser among another number of ranks, a copy in `folder`
-    that these ranks can load."""
-    ranks = read_manifest(checkpoint, COMPLETE)["ranks"]
-    if ranks == job.ranks or job.zero_stage == 0:
-        return checkpoint
-    say(f"{checkpoint.name} was written by {ranks} ranks: converting it for {job.ranks}")
-    with progress(f"converting {checkpoint.name}"):
-        return convert_checkpoint(checkpoint, _empty_folder(folder))
-
-
-def _run_rank(build_trainer: "Callable[[Job], Trainer]", job_file: Path) -> None:
-    """Train as one of the ranks: from the start, or from the checkpoint named by --resume."""
-    die_with_launcher()
-    job = Job.load(job_file)
-    resume = sys.argv[sys.argv.index("--resume") + 1] if "--resume" in sys.argv else None
-    with errors_reported(), ExitStack() as starting:
-        starting.enter_context(progress("starting the ranks: libraries, model, checkpoint"))
-        from transformers import PrinterCallback, set_seed
-
-        from qilin_med.train.callbacks import Checkpoints, Guard, MetricsFile, Progress, StartUp, end_rank
-
-        trainer = build_trainer(job)
-        trainer.remove_callback(PrinterCallback)
-        checkpoints, metrics = Checkpoints(job, trainer), MetricsFile(job.folder / "metrics.jsonl")
-        # In this order: a row is written before its checkpoint is committed, and times all that is waited for.
-        for callback in (StartUp(starting), metrics, Progress(), checkpoints, Guard(job, trainer, checkpoints)):
-            trainer.add_callback(callback)
-        set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
-        with checkpoints:
-            trainer.train(resume_from_checkpoint=resume)
-    end_rank()
-
-
-def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, **extra: Any) -> "TrainingArguments":
-    """The library's arguments for a job; `kind` is TrainingArguments or a subclass of it."""
-    from transformers import TrainingArguments
-
-    load_operators(*_operators(job.experiment, job.stage))
-    section, on_cpu = job.section, job.experiment.launch.device == "cpu"
-    arguments = (kind or TrainingArguments)(
-        output_dir=str(job.checkpoints),
-        seed=job.experiment.seed,
-        max_steps=job.updates,
-        per_device_train_batch_size=section.batch_size_per_device,
-        gradient_accumulation_steps=job.accumulation,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=section.scheduler,
-        warmup_steps=job.warmup_updates,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        bf16=job.experiment.model.dtype == "bfloat16",
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        activation_checkpointing=section.activation_checkpointing,
-        # Re-entrant checkpointing needs inputs with gradients, which a frozen embedding under LoRA does not give.
-        activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
-        deepspeed=section.deepspeed,
-        logging_steps=1,  # a resumed run must log the same numbers, so no averages over several updates
-        logging_nan_inf_filter=False,  # Guard stops the run instead
-        save_strategy="no",  # our callback says when
-        report_to=section.report_to,
-        disable_tqdm=True,  # Progress shows more
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        ddp_timeout=round(60 * job.experiment.launch.timeout_minutes),
-        **extra,
-    )
-    if job.zero_stage == 3:
-        _connect_for_loading(arguments)
-    return arguments
-
-
-def _connect_for_loading(arguments: "TrainingArguments") -> None:
-    """ZeRO-3 splits a model among the ranks while it loads, before the trainer connects them."""
-    import deepspeed
-
-    _ = arguments.device  # connects the ranks
-    deepspeed.init_distributed(auto_mpi_discovery=False)  # on a CPU DeepSpeed was left out of it
-
-
-def _publish(job: Job, checkpoint: Path) -> None:
-    """Merge the final checkpoint and hand it over: the folder appears under its name only when it is whole."""
-    from qilin_med.model.load import DTYPES, load_checkpoint, load_tokenizer, merge_adapter, save_whole_model
-    from qilin_med.prompt.template import ChatTemplate
-
-    settings = job.experiment.model
-    if job.section.lora:
-        _publish_adapter(job, checkpoint)
-        model = merge_adapter(job.parent, checkpoint)
-    else:
-        model = load_checkpoint(checkpoint, DTYPES[settings.dtype])
-    tokenizer = load_tokenizer(job.parent, settings.template)
-    answers_end = set() if job.stage == "pretraining" else {ChatTemplate(tokenizer).end_id}
-    temporary = _empty_folder(job.folder / ".merged.part")
-    save_whole_model(model, tokenizer, temporary, settings.dtype, {tokenizer.eos_token_id} | answers_end)
-    cost = publish_folder(temporary, job.merged, _manifest(job))["checkpoints"]
-    say(
-        f"{job.stage}: finished, {job.merged}. Training waited {cost['seconds']:,} s for {cost['number']} checkpoints,"
-        f" {cost['share']:.1%} of its time"
-    )
-
-
-def _publish_adapter(job: Job, checkpoint: Path) -> None:
-    final = job.folder / "adapter"
-    if final.exists():
-        return
-    temporary = _empty_folder(job.folder / ".adapter.part")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy2(checkpoint / name, temporary / name)
-    publish_folder(temporary, final, {"stage": job.stage, "job": job.fingerprint()})
-
-
-def _empty_folder(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
-def _manifest(job: Job) -> dict[str, Any]:
-    """How the merged folder was made: enough to trace every number measured on it."""
-    rows = read_manifest(job.rows)
-    metrics = read_metrics(job.folder / "metrics.jsonl")
-    return {
-        "stage": job.stage,
-        "created": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "experiment": job.experiment.model_dump(mode="json"),
-        "job": job.fingerprint(),
-        "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
-        "data": {"fingerprint": rows["fingerprint"], "counts": rows["counts"]},
-        "ranks": job.ranks,
-        "updates": job.updates,
-        "final_metrics": metrics[-1] if metrics else None,
-        "checkpoints": checkpoint_cost(metrics),
-        "versions": versions(),
-        "commit": commit(),
-    }
-
-
-def _describe(job: Job, parameters: int, trainable: int) -> None:
+def describe(job: Job, parameters: int, trainable: int) -> None:
     """The summary before a run."""
-    counts = read_manifest(job.rows)["counts"]
     from qilin_med.model.load import attention_path
 
-    section, passes = job.section, job.updates / math.ceil(job.row_count / job.global_batch_size)
+    counts, schedule = read_manifest(job.rows)["counts"], job.schedule
     lines = {
         "stage": f"{job.stage} of {job.experiment.name}",
         "starts from": str(job.parent),
         "data": f"{counts['records']:,} records in {len(counts['files'])} files, {counts['used']:,} used",
         "rows": f"{counts['rows']:,}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained on",
-        "updates": f"{job.updates:,} of {job.global_batch_size} {EXAMPLES[job.stage]} ({job.ranks} ranks x"
-        f" {section.batch_size_per_device} x {job.accumulation} accumulated), {passes:.2f} epochs,"
-        f" {counts['tokens'] * passes:,.0f} tokens",
+        "steps": f"{schedule.steps:,} of {schedule.global_batch_size} {EXAMPLES[job.stage]} ({schedule.ranks} ranks x"
+        f" {schedule.batch_size} x {schedule.accumulation} accumulated), {schedule.epochs:.2f} epochs,"
+        f" {counts['tokens'] * schedule.epochs:,.0f} tokens",
         "parameters": f"{parameters:,}, {trainable:,} trainable ({trainable / parameters:.2%})",
         "attention": attention_path(job.experiment.model, job.keeps_sequences_apart),
         "writes to": str(job.folder),
@@ -437,5 +363,99 @@ def _describe(job: Job, parameters: int, trainable: int) -> None:
         print(f"{name + ':':13}{value}", flush=True)
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+# ---------------------------------------------------------------------------------------------------------- train
+
+
+def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, **extra: Any) -> "TrainingArguments":
+    """The library's arguments for a job; `kind` is TrainingArguments or a subclass of it."""
+    from transformers import TrainingArguments
+
+    load_operators(*_operators(job.experiment, job.stage))
+    section, on_cpu = job.section, job.experiment.launch.device == "cpu"
+    arguments = (kind or TrainingArguments)(
+        output_dir=str(job.checkpoints),
+        seed=job.experiment.seed,
+        max_steps=job.schedule.steps,
+        per_device_train_batch_size=job.schedule.batch_size,
+        gradient_accumulation_steps=job.schedule.accumulation,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.scheduler,
+        warmup_steps=job.schedule.warmup_steps,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        bf16=job.experiment.model.dtype == "bfloat16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        activation_checkpointing=section.activation_checkpointing,
+        # Re-entrant checkpointing needs inputs with gradients, which a frozen embedding under LoRA does not give.
+        activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
+        deepspeed=section.deepspeed,
+        logging_steps=1,  # a resumed run must log the same numbers, so no averages over several steps
+        logging_nan_inf_filter=False,  # Guard stops the run instead
+        save_strategy="no",  # our callback says when
+        report_to=section.report_to,
+        disable_tqdm=True,  # Progress shows more
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=round(60 * job.experiment.launch.timeout_minutes),
+        **extra,
+    )
+    if job.zero_stage == 3:
+        # ZeRO-3 splits a model among the ranks while it loads, before the trainer connects them.
+        import deepspeed
+
+        _ = arguments.device  # connects the ranks
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # on a CPU DeepSpeed was left out of it
+    return arguments
+
+
+def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: Path | None) -> str:
+    """Train as one of the ranks, from the start or from a checkpoint; returns who had it stopped, "" if no one. All of the
+    trainer's memory is free again."""
+    with ExitStack() as starting:
+        starting.enter_context(progress("starting the ranks: libraries, model, checkpoint"))
+        from transformers import PrinterCallback, set_seed
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        from qilin_med.train.callbacks import Checkpoints, Guard, MetricsFile, Progress, StartUp, wait_for_all
+
+        trainer = build_trainer(job)
+        trainer.remove_callback(PrinterCallback)
+        checkpoints, metrics = Checkpoints(job, trainer), MetricsFile(job.folder / "metrics.jsonl")
+        guard = Guard(job, trainer, checkpoints)
+        # In this order: a row is written before its checkpoint is committed, and times all that is waited for.
+        for callback in (StartUp(starting), metrics, Progress(), checkpoints, guard):
+            trainer.add_callback(callback)
+        set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
+        with checkpoints:
+            trainer.train(resume_from_checkpoint=resume and str(resume))
+    wait_for_all()
+    unset_hf_deepspeed_config()  # else ZeRO-3 would split the merged model too
+    return guard.stopped_by
+
+
+# -------------------------------------------------------------------------------------------------------- publish
+
+
+def manifest_of(job: Job) -> dict[str, Any]:
+    """How the merged folder was made: enough to trace every number measured on it."""
+    rows = read_manifest(job.rows)
+    metrics = read_metrics(job.folder / "metrics.jsonl")
+    return {
+        **provenance(),
+        "stage": job.stage,
+        "experiment": job.experiment.model_dump(mode="json"),
+        "job": job.fingerprint(),
+        "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
+        "data": {"fingerprint": rows["fingerprint"], "counts": rows["counts"]},
+        "ranks": job.schedule.ranks,
+        "steps": job.schedule.steps,
+        "final_metrics": metrics[-1] if metrics else None,
+        "checkpoints": checkpoint_cost(metrics),
+    }
+
+
+def _empty_folder(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
