@@ -54,6 +54,11 @@ class Artifact:
         self.facts: dict[str, Any] = {}
         """What the manifest is to say beside the inputs; filled in while building."""
 
+    @classmethod
+    def keyed(cls, parent: Path, name: str, inputs: dict[str, Any]) -> "Artifact":
+        """One of many in a cache: its folder `<name>-<key>` is named by its inputs."""
+        return cls(parent / f"{name}-{digest(_as_json(inputs))[:16]}", inputs)
+
     @property
     def work(self) -> Path:
         """Room for what only the making needs. Named by the inputs, so that nothing of another making is ever used."""
@@ -90,15 +95,19 @@ class Artifact:
 
     @contextmanager
     def building(self, resume: bool = False) -> Iterator[Path]:
-        """Yields the folder to fill, with what an interrupted making left there if `resume`; publishes on a clean exit.
-        UserError: another process builds here, or the disk is full."""
-        with exclusive(self.folder, "building"), disk_errors_explained(self.folder):
-            if not resume:
-                shutil.rmtree(self.work, ignore_errors=True)
-            (self.work / "out").mkdir(parents=True, exist_ok=True)
-            yield self.work / "out"
-            self.publish()
-        shutil.rmtree(self.work.parent)
+        """Yields the folder to fill; publishes on a clean exit. `resume`: what an interrupted making left stays, to be used;
+        else each making begins and ends with nothing. UserError: another process builds here, or the disk is full."""
+        self.work.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.work, "building"), disk_errors_explained(self.folder):
+            try:
+                if not resume:
+                    shutil.rmtree(self.work, ignore_errors=True)
+                (self.work / "out").mkdir(parents=True, exist_ok=True)
+                yield self.work / "out"
+                self.publish()
+            finally:
+                if self.folder.exists() or not resume:
+                    shutil.rmtree(self.work.parent, ignore_errors=True)
 
     def publish(self) -> dict[str, Any]:
         """Commit what was built and give it its name; returns the manifest."""

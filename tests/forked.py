@@ -1,21 +1,16 @@
-"""Stages with real ranks, cheaply: a rank is forked from a server that has imported the libraries once.
-
-Preparing, watching, sealing and publishing are the pipeline's own code; only how qilin_med.train.launch starts a process is
-replaced, since a new interpreter needs 10 s of CPU for its imports.
-"""
+"""Stages with real ranks, cheaply: each rank is forked from a server that has imported the libraries once, since a new
+interpreter needs 10 s of CPU for that. The variables are those that srun and DeepSpeed's launcher set, too."""
 
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
-
-from qilin_med.train.nodes import Place
 
 from qilin_med.config.experiment import load_experiment
-from qilin_med.train import stage as training
+from qilin_med.train.stage import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"pretraining": "pretraining.py", "sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}
@@ -25,18 +20,10 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-class ForkedRank:
-    """What qilin_med.train.launch uses of subprocess.Popen."""
-
-    def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
-        self._process = _CONTEXT.Process(target=_run_script, args=(command[1:], env))
-        self._process.start()
-        self.kill = self._process.kill
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    returncode = property(poll)
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _run_script(arguments: list[str], environment: dict[str, str]) -> None:
@@ -47,11 +34,20 @@ def _run_script(arguments: list[str], environment: dict[str, str]) -> None:
 
 def run_stage(settings: Path, stage: str, *overrides: str) -> Path:
     """Run a stage of a settings file as its script would; returns the stage's folder."""
-    training.quiet_libraries()
+    quiet_libraries()
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the server imports torch
     experiment = load_experiment(settings, overrides)
-    script = [str(ROOT / SCRIPTS[stage])]
-    forking = SimpleNamespace(Popen=ForkedRank, DEVNULL=None)
-    with mock.patch("qilin_med.train.launch.subprocess", forking), mock.patch.object(sys, "argv", script):
-        training._take_part(experiment, stage, Place(), restart=False, force=False)
+    script, ranks = [str(ROOT / SCRIPTS[stage]), "--config", str(settings), *overrides], experiment.launch.processes
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+        processes.append(_CONTEXT.Process(target=_run_script, args=(script, environment)))
+        processes[-1].start()
+    while any(process.exitcode is None for process in processes):
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+    assert [process.exitcode for process in processes] == [0] * ranks
     return experiment.stage_folder(stage)

@@ -11,7 +11,7 @@ from qilin_med.config.paper import CORPUS as PAPER_TABLES
 from qilin_med.config.reference import reference
 from qilin_med.config.schedule import check_batch_size
 from qilin_med.errors import UserError
-from qilin_med.train.job import count_ranks
+from qilin_med.train.launch import count_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "configs" / "qilin_med_7b.json"
@@ -118,18 +118,18 @@ def test_unreadable_files(tmp_path, content, words):
 
 def test_impossible_combinations():
     cpu = load_experiment(PAPER, ["launch.device=cpu", "launch.processes=2", "sft.global_batch_size=130"])
-    assert count_ranks(cpu, gpus=0) == 2
+    assert count_ranks(cpu.launch, gpus=0) == 2
     with pytest.raises(UserError, match=r"130, which does not divide by 2 ranks x .* 64 = 128"):
         check_batch_size("sft", cpu.stage("sft"), ranks=2)
     paper = load_experiment(PAPER)
-    assert count_ranks(paper, gpus=8) == 8
+    assert count_ranks(paper.launch, gpus=8) == 8
     for stage in ("pretraining", "sft", "dpo"):
         check_batch_size(stage, paper.stage(stage), ranks=8)  # the machine that README names
     check_batch_size("dpo", load_experiment(ROOT / "configs/qilin_med_7b_3090x4.json").stage("dpo"), ranks=4)
     with pytest.raises(UserError, match="no GPU is visible"):
-        count_ranks(paper, gpus=0)
+        count_ranks(paper.launch, gpus=0)
     with pytest.raises(UserError, match="16 but 8 GPUs"):
-        count_ranks(load_experiment(PAPER, ["launch.processes=16"]), gpus=8)
+        count_ranks(load_experiment(PAPER, ["launch.processes=16"]).launch, gpus=8)
 
 
 def test_the_reference_of_keys_is_current():

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qilin_med.check.report import check_experiment, print_report
 from qilin_med.config.experiment import load_experiment
+from qilin_med.config.schedule import make_schedule
 from qilin_med.evaluate.tasks.subjects import SUBJECTS
 from qilin_med.train.job import Job
 
@@ -199,7 +200,9 @@ def test_a_disk_that_is_too_small_ends_a_run_here(checked):
 
 def test_a_stage_that_was_begun_with_other_settings_is_told_before_its_turn(checked):
     overrides = ["output_dir=runs/begun", "sft.learning_rate=1e-4"]
-    job = Job(load_experiment(CONFIG, overrides), "sft", Path("parent"), "fingerprint", Path("rows"), 600, 8)
+    experiment = load_experiment(CONFIG, overrides)
+    schedule = make_schedule("sft", experiment.sft, 600, 8)
+    job = Job(experiment, "sft", Path("parent"), "fingerprint", Path("rows"), schedule)
     job.folder.mkdir(parents=True)
     job.save(job.folder / "job.json")
     _, findings = checked("output_dir=runs/begun")

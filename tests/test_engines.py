@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTra
 
 from qilin_med.artifact import verify_folder
 from qilin_med.config.experiment import LoraSettings, load_experiment
+from qilin_med.config.schedule import make_schedule
 from qilin_med.errors import UserError
 from qilin_med.model.folder import check_model_folder, count_parameters
 from qilin_med.model.load import check_packages
-from qilin_med.train.job import Job, check_engine
+from qilin_med.train.job import Job
 from qilin_med.train.metrics import read_metrics
 
 STAGES = ("pretraining", "sft", "dpo")
@@ -200,16 +201,16 @@ def test_another_base_with_its_own_template_goes_through_all_stages(world):
 
 def job(world: Path, *overrides: str) -> Job:
     experiment = load_experiment(world / "c.json", overrides)
-    return Job(experiment, "sft", world / "base", "", world, 60, 1)
+    return Job(experiment, "sft", world / "base", "", world, make_schedule("sft", experiment.sft, 60, 1))
 
 
 def test_what_does_not_go_together_is_refused(world, tmp_path):
     bare = tmp_path / "zero3.json"
     bare.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     with pytest.raises(UserError, match="without weights"):
-        check_engine(job(world, f"sft.deepspeed={bare}"))
+        job(world, f"sft.deepspeed={bare}").check_engine()
     with pytest.raises(UserError, match=r"cannot split 4-bit weights.*zero2\.json"):
-        check_engine(job(world, "sft.deepspeed=configs/deepspeed/zero3.json", "sft.lora.quantization=nf4"))
+        job(world, "sft.deepspeed=configs/deepspeed/zero3.json", "sft.lora.quantization=nf4").check_engine()
     for setting in ("model.fused_kernels=true", "model.attention=flash_attention_2"):
         with pytest.raises(UserError, match=r"runs? on a GPU"):
             job(world, setting)

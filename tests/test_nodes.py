@@ -1,28 +1,25 @@
 """Several machines, as two network namespaces of this one: joined by ssh or Slurm, killed, preempted, continued."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from qilin_med.train.nodes import NodeLost, Place, Team, find_place, read_hostfile
+from forked import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qilin_med.artifact import verify_folder
 from qilin_med.errors import UserError
-from qilin_med.train import ranks
 from qilin_med.train.checkpoints import COMPLETE
+from qilin_med.train.launch import Place, find_place, read_hostfile
 from qilin_med.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +123,7 @@ def test_two_machines_train_like_one_killed_and_preempted(machines, world, tmp_p
     assert lost.returncode == 2, said
     assert "Traceback" not in said
     last = said.splitlines()[-1]
-    assert last.startswith("error: pretraining did not finish: node 1") and "was lost" in last
+    assert last.startswith("error: pretraining did not finish: rank 0 lost its connection to another rank")
     assert "run the same command on all nodes" in last and "checkpoint-" in last
     assert 10 <= len(losses(world / "run")) < UPDATES
     said, _ = one_machine.communicate(timeout=300)
@@ -259,59 +256,3 @@ def test_a_line_that_is_no_host_is_named(tmp_path, line):
     (tmp_path / "hostfile").write_text(f"a slots=2\n{line}\n")
     with pytest.raises(UserError, match="line 2"):
         read_hostfile(tmp_path / "hostfile")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[tuple[Team, Team]]:
-    port = free_port()
-    with (
-        Team(Place(0, 2, "127.0.0.1", port), patience=30) as leader,
-        Team(Place(1, 2, "127.0.0.1", port), patience=30) as follower,
-    ):
-        yield leader, follower
-
-
-def test_ranks_are_counted_over_nodes_that_were_asked_for_the_same(two_nodes):
-    leader, follower = two_nodes
-    with pytest.raises(UserError, match="node 1 of 2 nodes did not join"):
-        leader.wait_for("joined", patience=0.1)
-    asked = {"stage": "sft", "libraries": {"torch": "2.13.0"}}
-    follower.say(joined={"ranks": 4, "asked": asked})
-    assert leader.agree_on_ranks(8, asked) == [8, 4]
-    with pytest.raises(UserError, match=r"node 1 .*\(libraries.torch: 2.12.0 -> 2.13.0\)"):
-        leader.agree_on_ranks(8, asked | {"libraries": {"torch": "2.12.0"}})
-
-
-def test_every_node_ends_with_node_0s_word(two_nodes, monkeypatch):
-    leader, follower = two_nodes
-    monkeypatch.setattr(ranks, "_DELAY", 0)
-    leader.say(order={"job": "nowhere/job.json", "fingerprint": "", "resume": None, "ranks": [1, 1]})
-    with ThreadPoolExecutor() as pool:
-        following = pool.submit(ranks.follow, follower, 1, {})
-        with pytest.raises(UserError, match="is not the file that node 0 wrote"), leader.last_word():
-            leader.wait_for("outcome")
-        with pytest.raises(UserError, match=r"node 1 \(.*\): .*nowhere/job.json is not the file"):
-            following.result()
-
-
-def test_a_killed_node_0_is_noticed_at_once():
-    port = free_port()
-
-    def lead() -> None:
-        with Team(Place(0, 2, "127.0.0.1", port), patience=1) as team:
-            team.wait_for("never")
-
-    leader = multiprocessing.get_context("fork").Process(target=lead)
-    leader.start()
-    with Team(Place(1, 2, "127.0.0.1", port), patience=30) as follower:
-        while not follower.records:
-            time.sleep(0.05)
-        leader.kill()
-        with pytest.raises(NodeLost, match=r"node 0 \(127.0.0.1:\d+\) was lost"):
-            follower.wait_for("last_word")

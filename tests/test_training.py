@@ -26,17 +26,16 @@ import psutil
 import pytest
 import torch
 from flash_stand_in import flash_on_cpu
-from forked import SCRIPTS, run_stage
-from qilin_med.train.nodes import Place, Team
+from forked import SCRIPTS, free_port, run_stage
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from qilin_med.artifact import MANIFEST, verify_folder
 from qilin_med.config.experiment import load_experiment
 from qilin_med.errors import UserError
-from qilin_med.train import launch
-from qilin_med.train import stage as training
 from qilin_med.train.checkpoints import COMPLETE, find_checkpoints, step_of
+from qilin_med.train.launch import count_ranks
+from qilin_med.train.stage import prepare_job
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["发热", "头痛", "咳嗽", "乏力", "血压", "饮食", "休息", "药", "医生", "复查"]
@@ -277,18 +276,6 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(world, tmp_path, momen
     assert "Traceback" not in output and "Error" not in output
 
 
-def test_a_stop_reaches_a_rank_that_was_being_started_when_it_came():
-    ranks: dict[int, subprocess.Popen] = {}
-    forward = launch._forward_signals_to(ranks)
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-        ranks[0] = subprocess.Popen(["sleep", "60"])
-        launch._wait_for_all(list(ranks.values()), Team(Place(), 1), forward)
-    finally:
-        forward.restore()
-    assert ranks[0].returncode == -signal.SIGTERM and forward.heard == "the user"
-
-
 OWN = {
     "pretraining": "pretraining.weight_decay=0.01",
     "sft": "sft.parent={run}/pretraining/merged",
@@ -301,7 +288,7 @@ def trainer_here(world: Path, stage: str, overrides: list[str]):
     from qilin_med.train.callbacks import Checkpoints, MetricsFile
 
     settings = [f"output_dir={world}/here", OWN[stage].format(run=world / "run"), f"{stage}.deepspeed=null"]
-    job, *_ = training._prepare_job(load_experiment(world / "c.json", [*settings, *overrides]), stage, ranks=1)
+    job, *_ = prepare_job(load_experiment(world / "c.json", [*settings, *overrides]), stage, ranks=1)
     job.folder.mkdir(parents=True, exist_ok=True)
     trainer = importlib.import_module(SCRIPTS[stage].removesuffix(".py")).build_trainer(job)
     trainer.checkpoints = Checkpoints(job, trainer)
@@ -317,6 +304,38 @@ def trained(trainer, checkpoint: Path | None = None) -> tuple[torch.Tensor, dict
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return torch.tensor(losses(trainer.job.folder)), weights
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "{port}"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "{port}"],
+    "srun": [],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_any_launcher_starts_a_stage(world, finished, tmp_path, launcher):
+    """As everywhere in the ecosystem; srun is played by its variables."""
+    parent = f"sft.parent={finished}/pretraining/merged"
+    script = [SCRIPTS["sft"], "--config", str(world / "c.json"), f"output_dir={tmp_path}/run", parent]
+    port = free_port()
+    command = [sys.executable, *(part.format(port=port) for part in LAUNCHERS[launcher]), *script]
+    tasks = [{}]
+    if launcher == "srun":
+        numbers = ({"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2))
+        tasks = [SLURM | {"MASTER_PORT": str(port)} | own for own in numbers]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, cwd=ROOT, env={**os.environ, **task}, **pipes) for task in tasks]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(tasks), outputs
+    assert losses(tmp_path / "run" / "sft") == losses(finished / "sft")
+    verify_folder(tmp_path / "run" / "sft" / "merged")
+    if launcher == "torchrun":  # an error is one line beside torchrun's own page
+        refused = subprocess.run([*command, "sft.learning_rate=1"], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 1
+        [line] = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+        assert "sft.learning_rate: 0.01 -> 1" in line
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -475,9 +494,7 @@ def test_a_disk_that_fills_up_behind_the_training_is_told_of(world, small_disk):
 
     from qilin_med.train.callbacks import Checkpoints, MetricsFile
 
-    job, *_ = training._prepare_job(
-        load_experiment(world / "c.json", [f"output_dir={small_disk}"]), "pretraining", ranks=1
-    )
+    job, *_ = prepare_job(load_experiment(world / "c.json", [f"output_dir={small_disk}"]), "pretraining", ranks=1)
     checkpoint = job.checkpoints / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     metrics = job.folder / "metrics.jsonl"
@@ -588,7 +605,7 @@ def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, ov
     ]
     with pytest.raises(UserError) as error:
         experiment = load_experiment(world / "c.json", overrides)
-        job, *_ = training._prepare_job(experiment, stage, training._count_ranks(experiment))
+        job, *_ = prepare_job(experiment, stage, count_ranks(experiment.launch, torch.cuda.device_count()))
         job.identity()
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -596,11 +613,9 @@ def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, ov
 def test_a_dry_run_tells_all_and_does_nothing(world, tmp_path):
     output = run(world, "pretraining", f"output_dir={tmp_path}/run", "--dry-run")
     [row] = [line.split() for line in output.splitlines() if line.startswith("pretraining  ")]
-    counts, *_ = training._prepare_job(
-        load_experiment(world / "c.json", [f"output_dir={tmp_path}/real"]), "pretraining", 2
-    )
+    counts, *_ = prepare_job(load_experiment(world / "c.json", [f"output_dir={tmp_path}/real"]), "pretraining", 2)
     tokens = json.loads((counts.rows / MANIFEST).read_text())["counts"]["tokens"]
-    assert row[1:7] == ["base", "120", "0.0%", "-", str(counts.updates), f"{tokens:,}"]
+    assert row[1:7] == ["base", "120", "0.0%", "-", str(counts.schedule.steps), f"{tokens:,}"]
     assert '"learning_rate": 0.01' in output and "trainable (100.00%)" in output
-    assert f"{counts.row_count} rows, {tokens:,} tokens (all records)" in output
+    assert f"{counts.schedule.rows} rows, {tokens:,} tokens (all records)" in output
     assert not (tmp_path / "run").exists()

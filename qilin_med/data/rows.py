@@ -6,8 +6,7 @@ The columns of a stage's rows (lists of int32 unless said otherwise):
 - sft: `ids` (one), `input_ids`, `labels` (-100 where nothing is learnt, unshifted)
 - dpo: `ids` (one), `prompt_ids`, `chosen_ids`, `rejected_ids`
 
-A cache folder holds rows.arrow, skipped.jsonl and MANIFEST.json (sizes, sha256, settings, counts), and appears under
-its name only when complete.
+A cache folder is an artifact: rows.arrow, skipped.jsonl and MANIFEST.json (sizes, sha256, inputs, counts).
 """
 
 import hashlib
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qilin_med.artifact import digest, hash_files, publish_folder, read_manifest, verify_folder
+from qilin_med.artifact import Artifact, hash_files, read_manifest
 from qilin_med.config.experiment import (
     DataSource,
     DpoConfig,
@@ -53,19 +52,19 @@ READERS: dict[StageName, Callable[[list[DataSource]], Iterator[Any]]] = {
     "sft": read_chats,
     "dpo": read_preferences,
 }
-TOKENS = pa.list_(pa.int32())
-SCHEMAS: dict[StageName, pa.Schema] = {
-    stage: pa.schema([("ids", pa.list_(pa.string())), *((name, TOKENS) for name in columns)])
-    for stage, columns in {
-        "pretraining": ("input_ids", "lengths"),
-        "sft": ("input_ids", "labels"),
-        "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    }.items()
+COLUMNS: dict[StageName, tuple[str, ...]] = {
+    "pretraining": ("input_ids", "lengths"),
+    "sft": ("input_ids", "labels"),
+    "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
 }
+SETTINGS: dict[StageName, tuple[str, ...]] = {
+    "pretraining": ("block_size", "isolate_documents"),
+    "sft": ("max_source_length", "max_target_length"),
+    "dpo": ("max_source_length", "max_target_length"),
+}
+"""The settings that change rows; any other may change without tokenising again."""
 
 Row = dict[str, list[Any]]
-DataFile = tuple[Path, DataSource, str]
-"""A file, the source that named it, the file's sha256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +100,16 @@ class Counts:
     dropped_turns: int = 0
     """Earlier turns that prompts had no room for (dpo)."""
 
+    def add_row(self, tokens: int, trained: int, longest: int, encoded: Any = None) -> None:
+        """`encoded`: a row of the chat template, which says what was cut."""
+        self.rows += 1
+        self.tokens += tokens
+        self.trained_tokens += trained
+        self.longest = max(self.longest, longest)
+        self.cut_sources += getattr(encoded, "cut_sources", 0)
+        self.cut_targets += getattr(encoded, "cut_targets", 0)
+        self.dropped_turns += getattr(encoded, "dropped_turns", 0)
+
 
 def prepare_rows(
     stage: StageName,
@@ -117,22 +126,52 @@ def prepare_rows(
     """
     found = find_files(section.data)
     hashes = hash_files([file for file, _ in found], f"hashing the data of {stage}")
-    files = [(file, source, checksum) for (file, source), checksum in zip(found, hashes, strict=True)]
-    inputs = _describe_inputs(stage, section, tokenizer, files)
-    folder = Path(cache_dir) / f"{stage}-{digest(inputs)[:16]}"
-    if not _is_whole(folder):
-        _build(stage, section, tokenizer, files, inputs, folder)
-    prepared = open_rows(folder)
-    _check_positions(stage, prepared.counts["longest"], model_max_length)
-    return prepared
+    is_text = stage == "pretraining"
+    inputs = {
+        "row_format": ROW_FORMAT,
+        # The suffix decides how a file is read; its name and place do not matter.
+        "data": [
+            [h, file.suffix, source.text if is_text else None] for (file, source), h in zip(found, hashes, strict=True)
+        ],
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "eos": tokenizer.eos_token_id,
+        "template": None if is_text else tokenizer.chat_template,
+        "settings": row_settings(stage, section),
+    }
+    artifact = Artifact.keyed(Path(cache_dir), stage, inputs)
+    state = artifact.state()
+    if state.name == "damaged":
+        print(f"cached rows are damaged and will be made again: {state.why}", file=sys.stderr, flush=True)
+        shutil.rmtree(artifact.folder)
+    if state.name != "done":
+        with artifact.building() as folder, RecordReader(stage, found, hashes, folder / SKIPPED) as reader:
+            _write_table(folder / ROWS, COLUMNS[stage], ENCODERS[stage](reader, section, tokenizer))
+            artifact.facts = {"stage": stage, "counts": asdict(reader.finish())}
+    rows = open_rows(artifact.folder)
+    if model_max_length and rows.counts["longest"] > model_max_length:
+        keys = "block_size" if is_text else "max_source_length or max_target_length"
+        raise UserError(
+            f"a row of {stage} has {rows.counts['longest']} tokens in sequence, the model has {model_max_length} positions: "
+            f"lower {stage}'s {keys}"
+        )
+    return rows
+
+
+def row_settings(stage: StageName, section: StageConfig) -> dict[str, Any]:
+    return {name: getattr(section, name) for name in SETTINGS[stage]}
 
 
 def open_rows(folder: Path) -> PreparedRows:
     """Map the rows of a folder that `prepare_rows` gave; cheap, does not verify again."""
     from datasets import Dataset
 
-    manifest = read_manifest(folder)
-    return PreparedRows(folder, Dataset.from_file(str(folder / ROWS)), manifest["counts"])
+    return PreparedRows(folder, Dataset.from_file(str(folder / ROWS)), read_counts(folder))
+
+
+def read_counts(folder: Path) -> dict[str, Any]:
+    """The `Counts` of a folder of rows; those made before 2026-11-25 had another word for what is skipped."""
+    counts = read_manifest(folder)["counts"]
+    return {"skipped": counts.get("set_aside"), **counts}
 
 
 def row_costs(dataset: "Dataset") -> np.ndarray:
@@ -146,114 +185,64 @@ def row_costs(dataset: "Dataset") -> np.ndarray:
     return 2 * tokens("prompt_ids") + tokens("chosen_ids") + tokens("rejected_ids")
 
 
-# --------------------------------------------------------------------------------------------------------- cache
+def _write_table(path: Path, columns: tuple[str, ...], rows: Iterable[Row]) -> None:
+    """Write rows as an Arrow stream, chunk by chunk."""
+    tokens = pa.list_(pa.int32())
+    schema = pa.schema([("ids", pa.list_(pa.string())), *((name, tokens) for name in columns)])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for chunk in chunks(rows, CHUNK_ROWS):
+            arrays = [pa.array([row[name] for row in chunk], schema.field(name).type) for name in schema.names]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def row_settings(stage: StageName, section: StageConfig) -> dict[str, Any]:
-    """The settings that change rows; any other may change without tokenising again."""
-    limits = ("max_source_length", "max_target_length")
-    names = {"pretraining": ("block_size", "isolate_documents"), "sft": limits, "dpo": limits}
-    return {name: getattr(section, name) for name in names[stage]}
+class RecordReader:
+    """Reads records in batches, keeps those that cannot be used beside the rows, and counts both."""
 
+    def __init__(
+        self, stage: StageName, files: list[tuple[Path, DataSource]], hashes: list[str], skipped: Path
+    ) -> None:
+        self.counts, self._stage = Counts(), stage
+        self._files = list(zip(files, hashes, strict=True))
+        self._skipped = skipped.open("w", encoding="utf-8")
 
-def _describe_inputs(
-    stage: StageName, section: StageConfig, tokenizer: "PreTrainedTokenizerFast", files: list[DataFile]
-) -> dict[str, Any]:
-    """All that rows depend on; its digest is the cache key."""
-    is_text = stage == "pretraining"
-    return {
-        "row_format": ROW_FORMAT,
-        # The suffix decides how a file is read; its name and place do not matter.
-        "data": [[checksum, file.suffix, source.text if is_text else None] for file, source, checksum in files],
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "eos": tokenizer.eos_token_id,
-        "template": None if is_text else tokenizer.chat_template,
-        "settings": row_settings(stage, section),
-    }
+    def __enter__(self) -> "RecordReader":
+        return self
 
-
-def _is_whole(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        verify_folder(folder)
-    except UserError as error:
-        print(f"cached rows are damaged and will be made again: {error}", file=sys.stderr, flush=True)
-        shutil.rmtree(folder)
-        return False
-    return True
-
-
-def _build(
-    stage: StageName,
-    section: StageConfig,
-    tokenizer: "PreTrainedTokenizerFast",
-    files: list[DataFile],
-    inputs: dict[str, Any],
-    folder: Path,
-) -> None:
-    temporary = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-    temporary.mkdir(parents=True)
-    try:
-        intake = Intake(stage, files, temporary / SKIPPED)
-        WRITERS[stage](intake, section, tokenizer, temporary)
-        counts = intake.finish()
-        publish_folder(temporary, folder, {"stage": stage, "inputs": inputs, "counts": asdict(counts)})
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_positions(stage: StageName, longest: int, model_max_length: int | None) -> None:
-    if model_max_length and longest > model_max_length:
-        keys = "block_size" if stage == "pretraining" else "max_source_length or max_target_length"
-        raise UserError(
-            f"a row of {stage} has {longest} tokens in sequence, the model has {model_max_length} positions: "
-            f"lower {stage}'s {keys}"
-        )
-
-
-# -------------------------------------------------------------------------------------------------------- intake
-
-
-class Intake:
-    """Reads records in batches, keeps aside what cannot be used, and counts both."""
-
-    def __init__(self, stage: StageName, files: list[DataFile], notes: Path):
-        self.counts = Counts()
-        self._stage = stage
-        self._files = files
-        self._notes = notes.open("w", encoding="utf-8")
+    def __exit__(self, *_: object) -> None:
+        self._skipped.close()
 
     def batches(self) -> Iterator[list[Any]]:
         """Records of all files in order. A batch never spans two files, so that what is skipped while a batch is
         worked on counts for the newest file."""
-        for file, source, checksum in self._files:
+        for (file, source), checksum in self._files:
             about = {"path": str(file), "bytes": file.stat().st_size, "sha256": checksum}
             self.counts.files.append({**about, "records": 0, "used": 0, "skipped": 0})
-            source_of_file = DataSource(path=str(file), text=source.text)
+            batch, characters = [], 0
             with progress(f"tokenising {file}", unit="records") as advance:
-                for batch in _in_batches(self._usable(READERS[self._stage]([source_of_file]))):
+                for record in READERS[self._stage]([DataSource(path=str(file), text=source.text)]):
+                    self.counts.records += 1
+                    self.counts.files[-1]["records"] += 1
+                    if isinstance(record, Skipped):
+                        self.skip(record)
+                        continue
+                    batch.append(record)
+                    characters += len(record.text) if isinstance(record, Document) else 0
+                    if len(batch) == BATCH_RECORDS or characters >= BATCH_CHARACTERS:
+                        yield batch
+                        advance(len(batch))
+                        batch, characters = [], 0
+                if batch:
                     yield batch
                     advance(len(batch))
-
-    def _usable(self, records: Iterable[Any]) -> Iterator[Any]:
-        for record in records:
-            self.counts.records += 1
-            self.counts.files[-1]["records"] += 1
-            if isinstance(record, Skipped):
-                self.skip(record)
-            else:
-                yield record
 
     def skip(self, record: Skipped) -> None:
         self.counts.skipped[record.reason] = self.counts.skipped.get(record.reason, 0) + 1
         self.counts.files[-1]["skipped"] += 1
-        self._notes.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+        self._skipped.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
 
     def finish(self) -> Counts:
         """The counts, checked; UserError if no row came out."""
-        self._notes.close()
+        self._skipped.flush()
         counts = self.counts
         for file in counts.files:
             file["used"] = file["records"] - file["skipped"]
@@ -268,41 +257,30 @@ class Intake:
         return counts
 
 
-def _in_batches(records: Iterable[Any]) -> Iterator[list[Any]]:
-    batch, characters = [], 0
-    for record in records:
-        batch.append(record)
-        characters += len(record.text) if isinstance(record, Document) else 0
-        if len(batch) == BATCH_RECORDS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+# ------------------------------------------------------------------------------------- rows of the three stages
 
 
-# --------------------------------------------------------------------------------------------------- pretraining
+def encode_documents(
+    reader: RecordReader, section: PretrainingConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> Iterator[Row]:
+    for row in cut_into_blocks(_tokenised_documents(reader, tokenizer), section.block_size, section.isolate_documents):
+        tokens = len(row["input_ids"])
+        reader.counts.add_row(tokens, tokens - len(row["lengths"]), max(row["lengths"]))
+        yield row
 
 
-def _write_documents(
-    intake: Intake, section: PretrainingConfig, tokenizer: "PreTrainedTokenizerFast", folder: Path
-) -> None:
-    documents = _tokenised_documents(intake, tokenizer)
-    rows = cut_into_blocks(documents, section.block_size, section.isolate_documents)
-    _write_table(folder / ROWS, SCHEMAS["pretraining"], _counted(rows, intake.counts))
-
-
-def _tokenised_documents(intake: Intake, tokenizer: "PreTrainedTokenizerFast") -> Iterator[tuple[str, list[int]]]:
+def _tokenised_documents(reader: RecordReader, tokenizer: "PreTrainedTokenizerFast") -> Iterator[tuple[str, list[int]]]:
     """Id and tokens of each document, ended by EOS."""
     if tokenizer.eos_token_id is None:
         raise UserError("this tokenizer has no EOS token to end documents with; set eos_token in tokenizer_config.json")
     controls = control_ids(tokenizer)
-    for batch in intake.batches():
+    for batch in reader.batches():
         for document, ids in zip(batch, encode_texts(tokenizer, [d.text for d in batch]), strict=True):
             reason = "empty text" if not ids else None if controls.isdisjoint(ids) else "contains a role mark"
             if reason:
-                intake.skip(Skipped(document.id, reason, document.text[:RAW_CHARACTERS]))
+                reader.skip(Skipped(document.id, reason, document.text[:RAW_CHARACTERS]))
                 continue
-            intake.counts.used += 1
+            reader.counts.used += 1
             yield document.id, [*ids, tokenizer.eos_token_id]
 
 
@@ -312,6 +290,10 @@ def cut_into_blocks(documents: Iterable[tuple[str, list[int]]], block_size: int,
     A document cut at a block's end continues in the next one as a new segment. `isolate`: each document is a segment of
     its own, else the whole block is one.
     """
+
+    def finished(block: Row) -> Row:
+        return block if isolate else {**block, "lengths": [len(block["input_ids"])]}
+
     block: Row = {"ids": [], "input_ids": [], "lengths": []}
     for id_, tokens in documents:
         start = 0
@@ -321,96 +303,46 @@ def cut_into_blocks(documents: Iterable[tuple[str, list[int]]], block_size: int,
                 block[column] += value
             start += len(part)
             if len(block["input_ids"]) == block_size:
-                yield _as_segments(block, isolate)
+                yield finished(block)
                 block = {"ids": [], "input_ids": [], "lengths": []}
     if block["input_ids"]:
-        yield _as_segments(block, isolate)
+        yield finished(block)
 
 
-def _as_segments(block: Row, isolate: bool) -> Row:
-    return block if isolate else {**block, "lengths": [len(block["input_ids"])]}
-
-
-def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
-    for row in rows:
-        counts.rows += 1
-        counts.tokens += len(row["input_ids"])
-        counts.trained_tokens += len(row["input_ids"]) - len(row["lengths"])
-        counts.longest = max(counts.longest, *row["lengths"])
-        yield row
-
-
-# ----------------------------------------------------------------------------------------------------------- sft
-
-
-def _write_chats(
-    intake: Intake, section: InstructionConfig, tokenizer: "PreTrainedTokenizerFast", folder: Path
-) -> None:
-    _write_table(folder / ROWS, SCHEMAS["sft"], _encoded_chats(intake, section, ChatTemplate(tokenizer)))
-
-
-def _encoded_chats(intake: Intake, section: InstructionConfig, template: ChatTemplate) -> Iterator[Row]:
-    counts = intake.counts
-    for batch in intake.batches():
+def encode_chats(
+    reader: RecordReader, section: InstructionConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> Iterator[Row]:
+    template, counts = ChatTemplate(tokenizer), reader.counts
+    for batch in reader.batches():
         encoded = template.encode_chats(batch, section.max_source_length, section.max_target_length)
         for chat, rows in zip(batch, encoded, strict=True):
             if isinstance(rows, Skipped):
-                intake.skip(rows)
+                reader.skip(rows)
                 continue
             counts.used += 1
             counts.continued += len(rows) - 1
             for row in rows:
                 length = len(row.input_ids)
-                counts.rows += 1
-                counts.tokens += length
-                counts.trained_tokens += length - row.labels.count(IGNORED)
-                counts.longest = max(counts.longest, length)
-                counts.cut_sources += row.cut_sources
-                counts.cut_targets += row.cut_targets
+                counts.add_row(length, length - row.labels.count(IGNORED), length, row)
                 yield {"ids": [chat.id], "input_ids": row.input_ids, "labels": row.labels}
 
 
-# ----------------------------------------------------------------------------------------------------------- dpo
-
-
-def _write_preferences(intake: Intake, section: DpoConfig, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    _write_table(folder / ROWS, SCHEMAS["dpo"], _encoded_preferences(intake, section, ChatTemplate(tokenizer)))
-
-
-def _encoded_preferences(intake: Intake, section: DpoConfig, template: ChatTemplate) -> Iterator[Row]:
-    counts = intake.counts
-    for batch in intake.batches():
+def encode_preferences(reader: RecordReader, section: DpoConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Row]:
+    template = ChatTemplate(tokenizer)
+    for batch in reader.batches():
         encoded = template.encode_preferences(batch, section.max_source_length, section.max_target_length)
         for preference, pair in zip(batch, encoded, strict=True):
             if isinstance(pair, Skipped):
-                intake.skip(pair)
+                reader.skip(pair)
                 continue
-            answers = len(pair.chosen_ids), len(pair.rejected_ids)
-            counts.used += 1
-            counts.rows += 1
-            counts.tokens += len(pair.prompt_ids) + sum(answers)
-            counts.trained_tokens += sum(answers)
-            counts.longest = max(counts.longest, len(pair.prompt_ids) + max(answers))
-            counts.cut_sources += pair.cut_sources
-            counts.cut_targets += pair.cut_targets
-            counts.dropped_turns += pair.dropped_turns
-            names = ("prompt_ids", "chosen_ids", "rejected_ids")
-            yield {"ids": [preference.id], **{name: getattr(pair, name) for name in names}}
+            prompt, answers = len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
+            reader.counts.used += 1
+            reader.counts.add_row(prompt + sum(answers), sum(answers), prompt + max(answers), pair)
+            yield {"ids": [preference.id], **{name: getattr(pair, name) for name in COLUMNS["dpo"]}}
 
 
-# -------------------------------------------------------------------------------------------------------- tables
-
-
-def _write_table(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> None:
-    """Write rows as an Arrow stream, chunk by chunk."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in chunks(rows, CHUNK_ROWS):
-            columns = [pa.array([row[name] for row in chunk], schema.field(name).type) for name in schema.names]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-
-
-WRITERS: dict[StageName, Callable[[Intake, Any, "PreTrainedTokenizerFast", Path], None]] = {
-    "pretraining": _write_documents,
-    "sft": _write_chats,
-    "dpo": _write_preferences,
+ENCODERS: dict[StageName, Callable[[RecordReader, Any, "PreTrainedTokenizerFast"], Iterator[Row]]] = {
+    "pretraining": encode_documents,
+    "sft": encode_chats,
+    "dpo": encode_preferences,
 }

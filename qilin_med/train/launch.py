@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,24 +216,20 @@ class RanksFailed(UserError):
     """Ranks ended badly and left no message of their own; str() says which, and how."""
 
 
-def _raise_failure(failures: Iterable[Any]) -> None:
+def _raise_failure(failures: Collection[Any]) -> None:
     """Raise what the ranks of this node ended with: a user's error before a lost connection, which follows from others'
     errors, and before what only a traceback explains."""
-    said = {
-        failure.message.removeprefix("UserError: ") for failure in failures if failure.message.startswith("UserError: ")
-    }
-    if said:
-        raise UserError("; ".join(sorted(said)))
-    lost = sorted(failure.message for failure in failures if failure.message.startswith("LostRank: "))
-    if lost:
-        raise LostRank(lost[0].removeprefix("LostRank: "))
-    for failure in failures:
-        if (data := failure.error_file_data) and isinstance(data.get("message"), dict):
-            print(data["message"]["extraInfo"]["py_callstack"], file=sys.stderr)
-    listed = ", ".join(
+    told = [failure.message for failure in failures if isinstance(failure.message, dict)]  # from torch's error files
+    for kind in (UserError, LostRank):
+        mark = f"{kind.__name__}: "
+        if texts := {message["message"].removeprefix(mark) for message in told if message["message"].startswith(mark)}:
+            raise kind("; ".join(sorted(texts)))
+    for message in told:
+        print(message["extraInfo"]["py_callstack"], file=sys.stderr)
+    exits = ", ".join(
         f"rank {failure.local_rank} of this node {_describe_exit(failure.exitcode)}" for failure in failures
     )
-    raise RanksFailed(f"{listed}. The messages above tell more; run the same command to continue")
+    raise RanksFailed(f"{exits}. The messages above tell more; run the same command to continue")
 
 
 class LostRank(UserError):
