@@ -175,20 +175,15 @@ class MetricsFile(TrainerCallback):
                 os.fsync(file.fileno())
 
 
-class StartUp(TrainerCallback):
-    """Ends what is shown while libraries, model and checkpoint load."""
-
-    def __init__(self, shown: ExitStack) -> None:
-        self.shown = shown
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.shown.close()
-
-
 class Progress(TrainerCallback):
-    """One bar with loss, learning rate, useful tokens per second and time left; lines instead where no terminal is."""
+    """One bar with loss, learning rate, useful tokens per second and time left; lines instead where no terminal is.
+    `starting`: what is shown while libraries, model and checkpoint load; it ends here."""
+
+    def __init__(self, starting: ExitStack) -> None:
+        self.starting = starting
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.starting.close()
         self.speaks = state.is_world_process_zero
         self.on_terminal = sys.stderr.isatty()
         self.start, self.first_step, self.tokens = time.monotonic(), state.global_step, 0

@@ -417,14 +417,14 @@ def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: Pat
         from transformers import PrinterCallback, set_seed
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        from qilin_med.train.callbacks import Checkpoints, Guard, MetricsFile, Progress, StartUp, wait_for_all
+        from qilin_med.train.callbacks import Checkpoints, Guard, MetricsFile, Progress, wait_for_all
 
         trainer = build_trainer(job)
         trainer.remove_callback(PrinterCallback)
         checkpoints, metrics = Checkpoints(job, trainer), MetricsFile(job.folder / "metrics.jsonl")
         guard = Guard(job, trainer, checkpoints)
         # In this order: a row is written before its checkpoint is committed, and times all that is waited for.
-        for callback in (StartUp(starting), metrics, Progress(), checkpoints, guard):
+        for callback in (metrics, Progress(starting), checkpoints, guard):
             trainer.add_callback(callback)
         set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
         with checkpoints:

@@ -167,39 +167,39 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
 
     def begin(self) -> None:
         super().begin()
-        store = ReferenceLogProbs(self.job)
-        if self.args.process_index == 0:
-            store.drop_damaged()
-        wait_for_all()
+        store = ReferenceLogProbs(self.job, writes=self.args.process_index == 0)
         needed = self.step_sampler.rows_of_first(self.args.max_steps)
         missing = needed[np.isnan(store.read()[needed]).any(axis=1)]
+        wait_for_all()  # until all have read, the file stays
         if len(missing):
             self._compute_reference(store, missing)
-        wait_for_all()
-        if self.args.process_index == 0:
-            store.commit()
-        wait_for_all()
-        self.reference = torch.from_numpy(store.read()).to(self.args.device)  # [rows, 2]: chosen, rejected
+        self.reference = torch.from_numpy(store.values).to(self.args.device)  # [rows, 2]: chosen, rejected
 
     @torch.no_grad()
     def _compute_reference(self, store: ReferenceLogProbs, missing: np.ndarray) -> None:
-        """This rank's part of the reference's log-probabilities of the rows `missing`: the model with its adapter off."""
+        """The reference's log-probabilities of the rows `missing`: the model with its adapter off. All ranks take part, and
+        learn all of them; rank 0 writes."""
         batches = self._reference_batches(missing)
-        rank, ranks = self.args.process_index, self.args.world_size
+        rank, ranks, size = self.args.process_index, self.args.world_size, self.args.per_device_train_batch_size
         rows = IndexedRows(self.train_dataset)
         self.model.eval()
         with (
-            disk_errors_explained(store.folder),
+            disk_errors_explained(store.path),
             progress("reference log-probabilities", len(missing), "pairs") as advance,
-            store.writer() as write,
             self.accelerator.unwrap_model(self.model).disable_adapter(),
             self.accelerator.autocast(),
         ):
             for start in range(0, len(batches), ranks):
                 indices = batches[start + rank]
                 inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
-                write(indices, torch.stack(pair_log_probs(self.model, inputs), dim=1))
-                advance(sum(map(len, batches[start : start + ranks])))
+                own = torch.full((size, 3), -1.0, dtype=torch.float64, device=self.args.device)  # row, chosen, rejected
+                own[: len(indices), 0] = inputs["rows"]
+                own[: len(indices), 1:] = torch.stack(pair_log_probs(self.model, inputs), dim=1).double()
+                found = self.accelerator.gather(own).cpu().numpy()
+                found = found[found[:, 0] >= 0]
+                store.add(found[:, 0].astype(np.int64), found[:, 1:])
+                advance(len(found))
+            store.save()
 
     def _reference_batches(self, missing: np.ndarray) -> list[list[int]]:
         """Batches of like length, the longest first, as many for each rank: under ZeRO-3 all ranks work together."""
