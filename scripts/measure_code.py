@@ -13,8 +13,8 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_SCRIPTS = ["pretraining.py", "supervised_finetuning.py", "dpo_training.py"]
-CORE = ["qilin_med/config", "qilin_med/artifact.py", "qilin_med/errors.py", "qilin_med/records.py", "qilin_med/console",
-        "qilin_med/prompt", "qilin_med/model", "qilin_med/data/rows.py", "qilin_med/train", *STAGE_SCRIPTS]  # fmt: skip
+CORE = ["qilin_med/config", "qilin_med/artifact.py", "qilin_med/prompt", "qilin_med/model", "qilin_med/data/rows.py",
+        "qilin_med/train", *STAGE_SCRIPTS]  # fmt: skip
 
 
 def main() -> None:

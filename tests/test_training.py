@@ -225,7 +225,7 @@ def test_killed_anywhere_ends_like_an_uninterrupted_run(world, finished, stage, 
     reached = {
         "step": lambda: len(steps_of(folder)) >= step,
         "checkpoint": lambda: half_written_checkpoint(folder),
-        "merge": lambda: (folder / ".merged.part").exists(),
+        "merge": lambda: (folder / "merged.work").exists(),
     }
     print(f"killed at step {step}")  # pytest shows it if the test fails
     for moment in moments:

@@ -1,12 +1,16 @@
-"""Training checkpoints of a stage: found, verified, pruned. One counts only with its commit marker, COMPLETE."""
+"""Training checkpoints of a stage: found, verified, pruned, converted. One counts only with its commit marker, COMPLETE."""
 
+import contextlib
+import io
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 from qilin_med.artifact import quarantine, verify_folder
 from qilin_med.errors import UserError
 
 COMPLETE = "COMPLETE"  # commit marker of a training checkpoint
+_LATEST = "latest_universal"  # DeepSpeed's own name
 
 
 def step_of(checkpoint: Path) -> int:
@@ -58,3 +62,34 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 def _delete_unfinished(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*.incomplete-*"):
         shutil.rmtree(checkpoint)
+
+
+def convert_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """Write a DeepSpeed checkpoint into an empty folder as a universal one (Lian et al. 2024), which another number of
+    ranks can load; returns the folder."""
+    import torch
+    from deepspeed.checkpoint.ds_to_universal import main
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    [split] = checkpoint.glob("global_step*")
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(split.name, "*.safetensors"), dirs_exist_ok=True)
+    arguments = Namespace(
+        input_folder=str(split), output_folder=str(folder / f"{split.name}_universal"), num_extract_workers=1,
+        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(arguments)
+    # ZeRO-3's loader gives all parameter groups the settings of the first, so that norms would get its weight decay; a
+    # setting that is not in the file stays as the trainer made it.
+    path = folder / f"{split.name}_universal" / "zero" / "optimizer_state.pt"
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for group in state["param_groups"]:
+        del group["weight_decay"]
+    torch.save(state, path)
+    return folder
+
+
+def is_universal(checkpoint: Path) -> bool:
+    return (checkpoint / _LATEST).is_file()

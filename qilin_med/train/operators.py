@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,17 @@ def load_operators(needed: dict[str, str], device: str) -> None:
 
 def library_of(operator: str, device: str) -> Path:
     """Where an operator's library is, or is to be: what it is compiled for is in its name."""
+    processor = platform.machine()
+    with suppress(OSError):  # its instruction set: DeepSpeed compiles for the processor at hand
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), processor)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
-    key = digest([versions, sys.implementation.cache_tag, _processor()])[:12]
+    key = digest([versions, sys.implementation.cache_tag, processor])[:12]
     return _folder() / f"{operator}-{device}-{key}.so"
 
 
 def _folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
-
-
-def _processor() -> str:
-    """Its instruction set: DeepSpeed compiles for the processor at hand."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 @contextmanager
@@ -112,36 +107,29 @@ def _alone() -> Iterator[None]:
 
 
 def _build(builder: str, operator: str, device: str) -> None:
-    compiler = os.environ.get("CXX", "c++")
+    compiler, remedy = os.environ.get("CXX", "c++"), "train without DeepSpeed (deepspeed=null in the stage's section)"
     if not shutil.which(compiler):
         raise UserError(
             f"{compiler}: not found, but DeepSpeed's {operator} has to be compiled; install g++ (Debian: apt-get install"
-            " g++), or train without DeepSpeed (deepspeed=null in the stage's section)"
+            f" g++), or {remedy}"
         )
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=_folder(), ignore_cleanup_errors=True) as scratch:
-        output = _run([sys.executable, "-c", _BUILD.format(builder)], scratch, device)
+        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja is in the environment
+        environment = {**os.environ, "TORCH_EXTENSIONS_DIR": scratch, "DS_ACCELERATOR": device, "PATH": tools}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        command = [sys.executable, "-c", _BUILD.format(builder)]
+        with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as process:
+            try:
+                output = process.communicate()[0]
+            except BaseException:
+                os.killpg(process.pid, signal.SIGTERM)  # on which ninja ends its compilers, each in a group of its own
+                raise
         made = Path(scratch) / operator / f"{operator}.so"
         if not made.exists():
             lines = [line.strip() for line in output.splitlines() if line.strip()]
             said = next((line for line in lines if "error:" in line), lines[-1] if lines else "no message")
-            raise UserError(
-                f"DeepSpeed's {operator} could not be compiled: {said}. Mend that, or train without DeepSpeed"
-                " (deepspeed=null in the stage's section)"
-            )
+            raise UserError(f"DeepSpeed's {operator} could not be compiled: {said}. Mend that, or {remedy}")
         made.rename(library_of(operator, device))
-
-
-def _run(command: list[str], scratch: str, device: str) -> str:
-    """The output of a build; where this process is interrupted, the compilers end with it."""
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja is in the environment
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": scratch, "DS_ACCELERATOR": device, "PATH": tools}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as process:
-        try:
-            return process.communicate()[0]
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)  # on which ninja ends its compilers, each in a group of its own
-            raise
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qilin_med.artifact import (
+    Artifact,
     digest,
     disk_errors_explained,
     exclusive,
     fingerprint_model,
-    provenance,
-    publish_folder,
     quarantine,
     read_manifest,
-    verify_folder,
     write_json,
 )
 from qilin_med.config.experiment import (
@@ -38,14 +36,14 @@ from qilin_med.config.experiment import (
 )
 from qilin_med.config.schedule import check_batch_size, check_rows, make_schedule
 from qilin_med.console.progress import progress
+from qilin_med.data.rows import prepare_rows, read_counts
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.train.checkpoints import COMPLETE, find_checkpoints, newest_complete, step_of
+from qilin_med.train.checkpoints import COMPLETE, convert_checkpoint, find_checkpoints, newest_complete, step_of
 from qilin_med.train.job import Job
 from qilin_med.train.launch import LAUNCHED_HERE, find_place, launch_ranks
 from qilin_med.train.metrics import checkpoint_cost, read_metrics
 from qilin_med.train.operators import build_operators, load_operators, needed_operators
 from qilin_med.train.ranks import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
-from qilin_med.train.universal import convert_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -210,9 +208,12 @@ class Stage:
             self.ranks.tell({"finished": True} if is_trained else {"job": digest(text), "resume": resume})
             if is_trained:
                 return checkpoint
+        import torch
+
         stopped_by = run_trainer(job, build_trainer, self.resume)
         if self.ranks.rank:
             end_rank()
+        torch.set_num_threads(os.cpu_count() or 1)  # rank 0 is alone now
         shutil.rmtree(job.folder / ".universal.part", ignore_errors=True)
         last = _complete(job.folder)[-1]
         if step_of(last) < job.schedule.steps:
@@ -235,8 +236,10 @@ class Stage:
         if ranks == job.schedule.ranks:
             return checkpoint, checkpoint
         print(f"{checkpoint.name} was written by {ranks} ranks: converting it for {job.schedule.ranks}", flush=True)
+        folder = job.folder / ".universal.part"
+        shutil.rmtree(folder, ignore_errors=True)
         with progress(f"converting {checkpoint.name}"):
-            return checkpoint, convert_checkpoint(checkpoint, _empty_folder(job.folder / ".universal.part"))
+            return checkpoint, convert_checkpoint(checkpoint, folder)
 
     def publish(self, job: Job, checkpoint: Path, model: "PreTrainedModel", ends_turns: bool) -> None:
         """Rank 0: hand the merged model over. The folder appears under its name only when it is whole. Generation ends at
@@ -245,17 +248,19 @@ class Stage:
         from qilin_med.prompt.template import ChatTemplate
 
         print("merging and publishing", flush=True)
+        adapter, merged = (Artifact(job.folder / name, job.identity()) for name in ("adapter", "merged"))
         with progress("merging and publishing"):
-            if job.section.lora and not (job.folder / "adapter").exists():
-                temporary = _empty_folder(job.folder / ".adapter.part")
-                for name in ("adapter_config.json", "adapter_model.safetensors"):
-                    shutil.copy2(checkpoint / name, temporary / name)
-                publish_folder(temporary, job.folder / "adapter", {"stage": job.stage, "job": job.fingerprint()})
-            settings, temporary = job.experiment.model, _empty_folder(job.folder / ".merged.part")
-            tokenizer = load_tokenizer(job.parent, settings.template)
-            ends = {ChatTemplate(tokenizer).end_id} if ends_turns else set()
-            save_whole_model(model, tokenizer, temporary, settings.dtype, {tokenizer.eos_token_id} | ends)
-            cost = publish_folder(temporary, job.merged, manifest_of(job))["checkpoints"]
+            if job.section.lora and not adapter.folder.exists():
+                with adapter.building() as folder:
+                    for name in ("adapter_config.json", "adapter_model.safetensors"):
+                        shutil.copy2(checkpoint / name, folder / name)
+            with merged.building() as folder:
+                tokenizer = load_tokenizer(job.parent, job.experiment.model.template)
+                ends = {ChatTemplate(tokenizer).end_id} if ends_turns else set()
+                dtype = job.experiment.model.dtype
+                save_whole_model(model, tokenizer, folder, dtype, {tokenizer.eos_token_id} | ends)
+                merged.facts = describe_making(job)
+        cost = merged.facts["checkpoints"]
         print(
             f"{job.stage}: finished, {job.merged}. Training waited {cost['seconds']:,} s for {cost['number']} checkpoints,"
             f" {cost['share']:.1%} of its time",
@@ -269,7 +274,6 @@ class Stage:
 def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[Job, tuple[int, int]]:
     """Verify the parent and prepare the rows: all that one process does alone while the others wait. Returns the job, and
     the numbers of parameters and of trainable ones."""
-    from qilin_med.data.rows import prepare_rows
     from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
     from qilin_med.model.load import check_packages, check_trackers, load_tokenizer
 
@@ -311,15 +315,13 @@ def _operators(experiment: Experiment, stage: StageName) -> tuple[dict[str, str]
 
 
 def is_published(job: Job) -> bool:
-    if not job.merged.exists():
-        return False
-    try:
-        manifest = verify_folder(job.merged)
-    except UserError as error:
-        print(f"{error}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again", flush=True)
-        return False
-    print(f"{job.stage}: already finished ({manifest['created']}): {job.merged}", flush=True)
-    return True
+    state = Artifact(job.merged, job.identity()).state()
+    if state.name == "damaged":
+        print(f"{state.why}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again", flush=True)
+    elif state.name in ("done", "differs"):  # merged folders made before 2026-11-25 name no inputs; job.json does
+        print(f"{job.stage}: already finished ({state.manifest['created']}): {job.merged}", flush=True)
+        return True
+    return False
 
 
 def refuse_what_cannot_fit(job: Job, nodes: int) -> None:
@@ -330,7 +332,7 @@ def refuse_what_cannot_fit(job: Job, nodes: int) -> None:
     from qilin_med.plan.preflight import check_machine
 
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    amount = Amount(job.schedule.rows, 0, 0, read_manifest(job.rows)["counts"]["longest"], str(job.rows))
+    amount = Amount(job.schedule.rows, 0, 0, read_counts(job.rows)["longest"], str(job.rows))
     ranks, memory = job.schedule.ranks, min(gpus, default=0)
     if note := check_machine(job.experiment, job.stage, job.parent, amount, ranks, nodes, memory):
         print(note, flush=True)
@@ -340,7 +342,7 @@ def describe(job: Job, parameters: int, trainable: int) -> None:
     """The summary before a run."""
     from qilin_med.model.load import attention_path
 
-    counts, schedule = read_manifest(job.rows)["counts"], job.schedule
+    counts, schedule = read_counts(job.rows), job.schedule
     lines = {
         "stage": f"{job.stage} of {job.experiment.name}",
         "starts from": str(job.parent),
@@ -437,25 +439,17 @@ def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: Pat
 # -------------------------------------------------------------------------------------------------------- publish
 
 
-def manifest_of(job: Job) -> dict[str, Any]:
+def describe_making(job: Job) -> dict[str, Any]:
     """How the merged folder was made: enough to trace every number measured on it."""
-    rows = read_manifest(job.rows)
     metrics = read_metrics(job.folder / "metrics.jsonl")
     return {
-        **provenance(),
         "stage": job.stage,
         "experiment": job.experiment.model_dump(mode="json"),
         "job": job.fingerprint(),
         "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
-        "data": {"fingerprint": rows["fingerprint"], "counts": rows["counts"]},
+        "data": {"fingerprint": read_manifest(job.rows)["fingerprint"], "counts": read_counts(job.rows)},
         "ranks": job.schedule.ranks,
         "steps": job.schedule.steps,
         "final_metrics": metrics[-1] if metrics else None,
         "checkpoints": checkpoint_cost(metrics),
     }
-
-
-def _empty_folder(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path

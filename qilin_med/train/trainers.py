@@ -33,9 +33,9 @@ from qilin_med.model.losses import (
     target_losses,
 )
 from qilin_med.train.callbacks import wait_for_all
+from qilin_med.train.checkpoints import is_universal
 from qilin_med.train.job import Job
 from qilin_med.train.reference_log_probs import ReferenceLogProbs
-from qilin_med.train.universal import is_universal
 
 
 class RowTrainer(Trainer):
