@@ -12,13 +12,13 @@ from qilin_med.train.stage import stage_script, training_arguments
 
 
 def main() -> None:
-    with stage_script("dpo", __doc__) as stage:
-        # Pairs: one prompt, and the ids of the chosen and of the rejected answer.
-        job = stage.prepare()
-        # The first step must show a loss of ln 2: policy and reference are still the same.
-        checkpoint = stage.train(job, build_trainer)
-        model = policy_as_one_model(job, checkpoint)
-        stage.publish(job, checkpoint, model, ends_turns=True)
+    with stage_script("dpo", __doc__) as dpo:
+        # A pair: one prompt, and the ids of the chosen and of the rejected answer.
+        job = dpo.prepare()
+        # Before the first step every pair is scored once by the SFT model. The first step must show a loss of ln 2, for
+        # policy and reference are still the same there.
+        checkpoint = dpo.train(job, build_trainer)
+        dpo.publish(job, checkpoint, policy(job, checkpoint), ends_turns=True)
 
 
 def build_trainer(job):
@@ -30,18 +30,18 @@ def build_trainer(job):
 
     # Truncation is ours (token limits per question and answer), and so is dropout (the paper trains with 0.05).
     arguments = training_arguments(job, DPOConfig, beta=job.section.beta, max_length=None, disable_dropout=False)
-    policy = load_for_training(job.parent, job.experiment.model, job.section)
+    sft_model = load_for_training(job.parent, job.experiment.model, job.section)
     set_seed(job.experiment.seed)  # TRL draws the adapter: the same on every rank
     return PreferenceTrainer(
         job,
-        policy,
+        sft_model,
         args=arguments,
         processing_class=load_tokenizer(job.parent, job.experiment.model.template),
         peft_config=lora_config(job.section.lora),
     )
 
 
-def policy_as_one_model(job, checkpoint):
+def policy(job, checkpoint):
     """The SFT model with the trained adapter merged in; the reference was the same model without it."""
     from qilin_med.model.load import merge_adapter
 

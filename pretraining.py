@@ -16,12 +16,12 @@ from qilin_med.train.stage import stage_script, training_arguments
 
 def main() -> None:
     with stage_script("pretraining", __doc__) as stage:
-        # Documents are joined, each ended by EOS, and cut into blocks; nothing is dropped.
+        # Documents are joined, each ended by EOS, and cut into blocks of equal length; nothing is dropped.
         job = stage.prepare()
+        # Every rank trains on its part of each step's blocks, next token at every position of every document.
         checkpoint = stage.train(job, build_trainer)
-        model = load_trained(job, checkpoint)
-        # Texts end with EOS; there are no turns of a conversation yet.
-        stage.publish(job, checkpoint, model, ends_turns=False)
+        # The text that was read has ends of documents, but no turns of a conversation.
+        stage.publish(job, checkpoint, trained_model(job, checkpoint), ends_turns=False)
 
 
 def build_trainer(job: Job):
@@ -36,8 +36,8 @@ def build_trainer(job: Job):
     return LanguageModelTrainer(job, model, arguments)
 
 
-def load_trained(job: Job, checkpoint: Path):
-    """The model of the last checkpoint, which holds all parameters, or the base model with the adapter merged in."""
+def trained_model(job: Job, checkpoint: Path):
+    """The last checkpoint holds all parameters; with LoRA it holds the adapter alone, which goes into the base model."""
     from qilin_med.model.load import DTYPES, load_checkpoint, merge_adapter
 
     if job.section.lora:

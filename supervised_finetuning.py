@@ -12,28 +12,31 @@ from qilin_med.train.stage import stage_script, training_arguments
 
 def main() -> None:
     with stage_script("sft", __doc__) as sft:
-        # Conversations become ids through the chat template; labels are -100 outside the answers.
+        # Conversations become ids through the chat template. Questions are cut to max_source_length tokens and answers to
+        # max_target_length; labels are -100 outside the answers, so that only they are learnt.
         job = sft.prepare()
+        # The frozen weights are those of stage 1; each step is a random draw of whole conversations.
         last = sft.train(job, build_trainer)
-        sft.publish(job, last, merged(job, last), ends_turns=True)
+        # From here on the model ends its turns by itself.
+        sft.publish(job, last, with_adapter(job, last), ends_turns=True)
 
 
 def build_trainer(job):
-    """Next-token training of a low-rank adapter; the weights below it stay frozen."""
+    """A low-rank adapter on every linear layer but the output head, its start drawn from the experiment's seed."""
     from qilin_med.model import load
-    from qilin_med.train.trainers import LanguageModelTrainer
+    from qilin_med.train import trainers
 
     settings = training_arguments(job)
     frozen = load.load_for_training(job.parent, job.experiment.model, job.section)
     adapted = load.add_adapter(frozen, job.section, job.experiment.seed)
-    return LanguageModelTrainer(job, adapted, settings)
+    return trainers.LanguageModelTrainer(job, adapted, settings)
 
 
-def merged(job, adapter):
+def with_adapter(job, folder):
     """Parent and adapter as one model, in fp32, rounded once: a merge in bf16 changes 1-2% of the predicted tokens."""
-    from qilin_med.model.load import merge_adapter
+    from qilin_med.model import load
 
-    return merge_adapter(job.parent, adapter)
+    return load.merge_adapter(job.parent, adapter=folder)
 
 
 if __name__ == "__main__":
