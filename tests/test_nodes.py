@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,61 @@ def submit(world: Path, slurm: Path) -> Callable[[], subprocess.Popen]:
     }
     del environment["NODES"]
     return lambda: start(job, **environment, **names)
+
+
+def on_both(machines: tuple[str, str], world: Path, *arguments: str, code: Path = ROOT) -> list[subprocess.Popen]:
+    """The same command on both machines, by hand; node 1 runs the code of another folder if `code` says so."""
+    started = []
+    for node, (machine, root) in enumerate(zip(machines, (ROOT, code), strict=True)):
+        script = [sys.executable, str(root / "pretraining.py"), *command(world, *arguments)[2:]]
+        variables = {"NODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": ADDRESSES[0], "PYTHONPATH": str(root)}
+        started.append(start(["ip", "netns", "exec", machine, *script], **variables))
+    return started
+
+
+def said_by(processes: list[subprocess.Popen]) -> list[str]:
+    """What each says last; none may hang, or end well."""
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert not any("Traceback" in output for output in outputs), outputs
+    return [output.splitlines()[-1] for output in outputs]
+
+
+def test_a_cut_link_ends_both_sides_within_the_timeout_and_the_run_continues(machines, world, tmp_path):
+    """At the first checkpoint the link goes down. gloo notices nothing then but its own time limit."""
+    arguments = [f"output_dir={tmp_path}/run", "launch.timeout_minutes=0.2", "pretraining.max_steps=400"]
+    folder = tmp_path / "run" / "pretraining"
+    both = on_both(machines, world, *arguments)
+    wait_until((folder / "checkpoints" / "checkpoint-10" / COMPLETE).exists, both[0])
+    ip(f"-n {machines[1]} link set eth0 down")
+    cut = time.monotonic()
+    try:
+        lines = said_by(both)
+    finally:
+        ip(f"-n {machines[1]} link set eth0 up")
+    assert time.monotonic() - cut < 60
+    for rank, line in enumerate(lines):
+        assert line.startswith(f"error: pretraining did not finish: rank {rank} lost its connection to another rank")
+        assert "run the same command on all nodes" in line and "checkpoint-" in line
+    steps = len(losses(tmp_path / "run"))
+    both = on_both(machines, world, *arguments)
+    wait_until(lambda: len(losses(tmp_path / "run")) > steps + 2, both[0])
+    both[1].send_signal(signal.SIGINT)  # Ctrl-C on any node stops all, with a checkpoint
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [130, 130], outputs
+    assert "continuing from checkpoint-" in outputs[0] and "stopped by another node at step" in outputs[0]
+
+
+def test_another_version_of_the_code_on_one_node_is_named_on_both(machines, world, tmp_path):
+    for part in ("qilin_med", "configs"):
+        shutil.copytree(ROOT / part, tmp_path / "older" / part)
+    shutil.copy(ROOT / "pretraining.py", tmp_path / "older")
+    with (tmp_path / "older/qilin_med/model/losses.py").open("a") as file:
+        file.write("# of last week\n")
+    both = on_both(machines, world, f"output_dir={tmp_path}/run", code=tmp_path / "older")
+    for line in said_by(both):
+        assert re.match(r"error: rank 1 \(.*\) is not like rank 0 \(code: \w+ -> \w+\); run the same command", line)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_host_that_cannot_be_reached_is_named_at_once(world, tmp_path):

@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,24 +109,47 @@ def _other_nodes_started(place: Place) -> Iterator[None]:
         )
     handed = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_OVER)}
     handed["HOSTFILE"] = str(Path(os.environ["HOSTFILE"]).resolve())
-    given = " ".join(f"{name}={shlex.quote(value)}" for name, value in handed.items()).replace("%", "%%")
-    command = shlex.join([sys.executable, *sys.argv]).replace("%", "%%")
-    # pdsh puts the host's number in its list, from 0, in place of %n.
-    line = f"cd {shlex.quote(str(Path.cwd()))} && {given} NODE_RANK=$((%n + 1)) {command}"
-    # A session of its own: Ctrl-C reaches the other nodes' ranks through rank 0.
-    process = subprocess.Popen(
-        ["pdsh", "-S", "-w", ",".join(place.to_start), line],
-        env={"PDSH_RCMD_TYPE": "ssh", **os.environ},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    given = " ".join(f"{name}={shlex.quote(value)}" for name, value in handed.items())
+    processes = {}
+    for node, host in enumerate(
+        place.to_start, 1
+    ):  # one pdsh each, so that a host that cannot be reached is known at once
+        line = (
+            f"cd {shlex.quote(str(Path.cwd()))} && {given} NODE_RANK={node} {shlex.join([sys.executable, *sys.argv])}"
+        )
+        processes[host] = subprocess.Popen(
+            ["pdsh", "-S", "-w", host, line.replace("%", "%%")],
+            env={"PDSH_RCMD_TYPE": "ssh", **os.environ},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the other nodes' ranks through rank 0
+        )
+    threading.Thread(target=_watch_the_start, args=(processes,), daemon=True).start()
     try:
         yield
     finally:
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        deadline = time.monotonic() + 30
+        for process in processes.values():
+            try:
+                process.wait(timeout=max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _watch_the_start(processes: dict[str, subprocess.Popen]) -> None:
+    """End this process if a node ends before ranks run here: torch's store would wait for it to the end of the timeout."""
+    import psutil
+
+    own = {process.pid for process in processes.values()}
+    while {child.pid for child in psutil.Process().children()} <= own:
+        for number, (host, process) in enumerate(processes.items(), 1):
+            if process.poll():
+                print(f"error: node {number} ({host}) ended before it joined (exit code {process.returncode}); its own lines"
+                      f" tell why. `ssh {host}` must work without a password, and this folder lie there under the same"
+                      " path", file=sys.stderr, flush=True)  # fmt: skip
+                for other in processes.values():
+                    other.kill()
+                os._exit(2)
+        time.sleep(0.2)
 
 
 def count_ranks(launch: LaunchConfig, gpus: int, slots: int | None = None) -> int:
