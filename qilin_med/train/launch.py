@@ -174,6 +174,7 @@ def count_ranks(launch: LaunchConfig, gpus: int, slots: int | None = None) -> in
 def launch_ranks(experiment: Experiment, place: Place) -> str:
     """Run this process's own command as the ranks of this node, and wait for them; returns who had them stopped ("": no
     one). UserError: the nodes do not meet, or a rank failed."""
+    logging.disable(logging.CRITICAL)  # the agent's own lines: what matters of them is told below
     import torch
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -182,7 +183,6 @@ def launch_ranks(experiment: Experiment, place: Place) -> str:
     from torch.distributed.launcher.api import LaunchConfig as AgentConfig
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     seconds = round(60 * experiment.launch.timeout_minutes)
     port = place.port or get_free_port()
     config = AgentConfig(
