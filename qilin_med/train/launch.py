@@ -206,7 +206,7 @@ def launch_ranks(experiment: Experiment, place: Place) -> str:
         try:
             elastic_launch(config, sys.executable)(*sys.argv)
         except (SignalException, KeyboardInterrupt):
-            return stop[-1]
+            return stop[-1] if stop else "SIGTERM"
         except ChildFailedError as error:
             _raise_failure(error.failures.values())
         except (DistNetworkError, DistStoreError) as error:
@@ -232,7 +232,6 @@ def _stop_signals() -> Iterator[list[str]]:
     try:
         yield heard
     finally:
-        heard or heard.append("SIGTERM")
         for number, handler in before.items():
             signal.signal(number, handler)
 
