@@ -90,7 +90,7 @@ def test_other_ranks_and_forked_workers_are_silent(often, capfd, monkeypatch):
             time.sleep(0.3)
         os._exit(0)
     os.waitpid(child, 0)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with progress("working"):
         time.sleep(0.3)
     assert capfd.readouterr() == ("", "")

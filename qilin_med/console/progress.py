@@ -25,7 +25,7 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
     forked from this process and threads in the background, behind what is shown anyway, say nothing.
     """
     in_background = threading.current_thread() is not threading.main_thread()
-    if os.environ.get("RANK", "0") != "0" or os.getpid() != _PROCESS or in_background:
+    if os.environ.get("LOCAL_RANK", "0") != "0" or os.getpid() != _PROCESS or in_background:
         yield lambda n: None
         return
     meter, is_over = _Meter(label, total, unit), threading.Event()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qilin_med.artifact import differences, versions
+from qilin_med.console.progress import progress
 from qilin_med.errors import UserError, in_one_line
 from qilin_med.train.launch import LAUNCHED_HERE, LostRank
 
@@ -83,7 +84,8 @@ class Ranks:
 
     def hear(self) -> dict[str, Any]:
         """Any other rank: what rank 0 tells, however long its work takes."""
-        word = json.loads(self._wait_for("word"))
+        with progress("waiting for rank 0 to prepare the stage"):
+            word = json.loads(self._wait_for("word"))
         if "error" in word:
             if LAUNCHED_HERE not in os.environ and os.environ["LOCAL_RANK"] != "0":
                 end_rank(2)  # one of each node tells it
@@ -130,8 +132,8 @@ def _bounded(seconds: float, what: str) -> Iterator[None]:
 
 
 def begin_rank() -> None:
-    """Rank 0 alone speaks on stdout; no rank outlives its launcher and goes on writing into the run's folder."""
-    if int(os.environ["RANK"]) > 0:
+    """One rank of each node speaks on stdout; none outlives its launcher and goes on writing into the run's folder."""
+    if int(os.environ["LOCAL_RANK"]) > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
