@@ -51,10 +51,13 @@ class Ranks:
     """All ranks of a stage, of which this process is one, met in torch's store."""
 
     def __init__(self, timeout_minutes: float) -> None:
-        from torch.distributed import PrefixStore, rendezvous
+        from torch.distributed import PrefixStore, distributed_c10d, rendezvous
 
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.seconds = 60 * timeout_minutes
+        # DeepSpeed makes groups without naming a time, so that over a cut link they would wait for torch's half an hour.
+        distributed_c10d.default_pg_timeout = timedelta(seconds=self.seconds)
+        distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=self.seconds)
         with _bounded(self.seconds + 60, "rank 0 did not answer"):
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=self.seconds)))
         self.store = PrefixStore("qilin_med", store)
