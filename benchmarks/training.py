@@ -151,7 +151,7 @@ def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[s
         }
         for name, measured in runs.items()
     }
-    return {"unit": UNITS[stage], "rows": job.row_count, "contenders": best}
+    return {"unit": UNITS[stage], "rows": job.schedule.rows, "contenders": best}
 
 
 def format_table(stages: dict[str, dict[str, Any]]) -> str:
