@@ -7,18 +7,12 @@ runs/<name>/eval/comparisons.json. Run it again after any interruption. On sever
 """
 
 import os
-from contextlib import nullcontext
 from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qilin_med.config.experiment import Experiment, TaskSettings, experiment_parser, parse_experiment
+from qilin_med.config.experiment import TaskSettings, experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.evaluate.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, existing_models, result_folder
-
-if TYPE_CHECKING:
-    from qilin_med.evaluate.harness import Retrieval
+from qilin_med.evaluate.results import HELD_OUT, existing_models
 
 
 def main() -> None:
@@ -42,90 +36,53 @@ def main() -> None:
     from qilin_med.train.stage import quiet_libraries
 
     quiet_libraries()
-
     folders = existing_models(experiment, arguments.models.split(",") if arguments.models else None)
     tasks = arguments.tasks.split(",") if arguments.tasks else [HELD_OUT, *experiment.evaluation.tasks]
-    if HELD_OUT in tasks and _is_first():
-        _measure_held_out(experiment, folders)
-    if asked := [task for task in tasks if task != HELD_OUT]:
-        _ask(experiment, folders, asked, arguments.submission, arguments.retrieval)
+    is_first = os.environ.get("RANK", "0") == "0"
 
+    if HELD_OUT in tasks and is_first:
+        with progress("held-out sets"):
+            from qilin_med.evaluate.held_out import measure_held_out
+            from qilin_med.report.tables import held_out_table, markdown_table
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+            measured = {name: measure_held_out(experiment, name, folder) for name, folder in folders.items()}
+        print(markdown_table(held_out_table(measured)))
 
-
-def _measure_held_out(experiment: Experiment, folders: dict[str, Path]) -> None:
-    with progress("held-out sets"):
-        from qilin_med.evaluate.held_out import evaluate_model
-        from qilin_med.report.tables import held_out_table, markdown_table
-
-        results = {
-            name: evaluate_model(experiment, folder, result_folder(experiment, name, HELD_OUT))
-            for name, folder in folders.items()
-        }
-    print(markdown_table(held_out_table(results)))
-
-
-def _ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], submission: bool, retrieval: bool) -> None:
+    if not (asked := [task for task in tasks if task != HELD_OUT]):
+        return
     with progress("loading libraries"):
         from qilin_med.evaluate.comparison import compare_models
-        from qilin_med.evaluate.harness import ModelUnderTest, describe_task, run_task, write_submission
+        from qilin_med.evaluate.harness import (
+            ModelUnderTest,
+            describe_task,
+            open_retrievals,
+            run_task,
+            write_submission,
+        )
 
-    settings = {task: _settings(experiment, task, submission) for task in tasks}
+    split = {"split": "test"} if arguments.submission else {}
+    settings = {task: experiment.evaluation.tasks.get(task, TaskSettings()).model_copy(update=split) for task in asked}
     # A wrong name or path is told before any model is loaded.
-    kinds = {task: describe_task(task, settings[task])["task"] for task in tasks}
-    with progress("opening the index") if retrieval else nullcontext():
-        sources = _open_retrievals(experiment) if retrieval else {"": None}
+    kinds = {task: describe_task(task, settings[task])["task"] for task in asked}
+    sources = open_retrievals(experiment) if arguments.retrieval else {"": None}
     for name, folder in folders.items():
         with progress(f"reading {folder}"):
             model = ModelUnderTest(experiment, name, folder)
-        for task, (suffix, passages) in product(tasks, sources.items()):
-            is_submitted = submission and kinds[task].startswith("ceval")
-            suffix = ("_test" if is_submitted else "") + suffix
+        for task, (ending, passages) in product(asked, sources.items()):
+            is_submitted = arguments.submission and kinds[task].startswith("ceval")
+            suffix = ("_test" if is_submitted else "") + ending
             with progress(f"{name} {task}{suffix}"):
                 result = run_task(model, task, settings[task], passages, suffix)
-            if result:
-                print(_line(name, task + suffix, result), flush=True)
-            if result and is_submitted:
-                print(f"submission: {write_submission(model, task + suffix)}")
-    if _is_first():
+            if result:  # on the first rank
+                shown = list(result["metrics"].items())[:4]
+                scores = ", ".join(f"{name} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in shown)
+                questions = result["counts"]["questions"]
+                print(f"{name} {task}{suffix}: {questions} questions; {scores or 'answers unknown'}", flush=True)
+                if is_submitted:
+                    print(f"submission: {write_submission(model, task + suffix)}")
+    if is_first:
         with progress("comparing the models"):
             compare_models(experiment)
-
-
-def _open_retrievals(experiment: Experiment) -> "dict[str, Retrieval]":
-    """By the suffix of their results: all sources, and all but those that stem from exams."""
-    opened = {RETRIEVAL: _open_retrieval(experiment)}
-    if exams := experiment.retrieval.exam_sources:
-        excluded = [*experiment.retrieval.exclude_sources, *exams]
-        retrieval = experiment.retrieval.model_copy(update={"exclude_sources": excluded})
-        opened[WITHOUT_EXAMS] = _open_retrieval(experiment.model_copy(update={"retrieval": retrieval}))
-    return opened
-
-
-def _open_retrieval(experiment: Experiment) -> "Retrieval":
-    from qilin_med.artifact import digest
-    from qilin_med.evaluate.harness import Retrieval
-    from qilin_med.retrieve.retriever import Retriever
-
-    retriever = Retriever(experiment)
-    settings = experiment.retrieval.model_dump(mode="json", exclude={"exam_sources"})
-    return Retrieval(
-        lambda questions: retriever.contexts([retriever.query(*question) for question in questions]),
-        digest([retriever.fingerprint, settings]),
-    )
-
-
-def _settings(experiment: Experiment, task: str, submission: bool) -> TaskSettings:
-    settings = experiment.evaluation.tasks.get(task, TaskSettings())
-    return settings.model_copy(update={"split": "test"}) if submission else settings
-
-
-def _line(model: str, task: str, result: dict) -> str:
-    shown = list(result["metrics"].items())[:4]
-    values = ", ".join(f"{name} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in shown)
-    return f"{model} {task}: {result['counts']['questions']} questions; {values or 'answers unknown'}"
 
 
 if __name__ == "__main__":

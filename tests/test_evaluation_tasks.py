@@ -25,7 +25,7 @@ from qilin_med.errors import UserError
 from qilin_med.evaluate.comparison import compare_models
 from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
 from qilin_med.evaluate.results import read_samples, write_result
-from qilin_med.evaluate.tasks.questions import load_ceval, load_exam
+from qilin_med.evaluate.tasks.questions import load_ceval, load_questions
 from qilin_med.evaluate.tasks.scoring import TASKS
 from qilin_med.evaluate.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS
 from qilin_med.model.load import load_for_inference
@@ -476,9 +476,9 @@ def test_real_ceval_has_all_questions(shared):
 
 
 def test_real_cmexam_has_all_questions(shared):
-    splits = load_exam([str(shared / "data/cmexam/cmexam_test.jsonl")])
+    splits = load_questions([str(shared / "data/cmexam/cmexam_test.jsonl")])
     assert len(splits["test"]) + sum(splits["skipped"].values()) == 6811
-    annotated = load_exam([str(shared / "data/cmexam/cmexam_test_01_clinical_depart.csv")])["test"]
+    annotated = load_questions([str(shared / "data/cmexam/cmexam_test_01_clinical_depart.csv")])["test"]
     assert {name for name, _ in annotated[0]["facets"]} >= {"Clinical Department", "Difficulty level"}
 
 

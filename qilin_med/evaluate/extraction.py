@@ -29,10 +29,12 @@ CORRECT = re.compile(rf"{RUN}\s*(?:选?项)?(?:均|都|是|为)?(?:正确|对的
 BRACKETED = re.compile(r"[(\[【]\s*([A-Ja-j])\s*[)\]】]")
 LISTED = re.compile(r"^\W*([A-J])(?:[.、:)]|\s)\s*\S", re.MULTILINE)
 ANSWER_LINE = re.compile(r"^\s*[【\[]?答案[】\]]?\s*[:：]?[A-JＡ-Ｊ、，,\s]+(?:[。.]|\n|$)")
+LAST_LINE = re.compile(rf"^{OPEN}{RUN}[^\w\n]*\Z", re.MULTILINE)
 EXPLANATION = re.compile(r"解释|解析|explanation", re.IGNORECASE)
+SHORTER = re.compile(r"(.*[A-Ja-j])[ \t,、;/和及与&+]+[A-Ja-j]")
 
 PUNCTUATION = re.compile(r"$|[\n,.:;、。!?)\]}】\"'”’》」』*|$<\\]")
-GOES_ON = re.compile(r"选项|项|正确|是|为|对|因|吧|最|的")
+AFTER = re.compile(r"选项|项|正确|是|为|对|因|吧|最|的")
 # What makes a term of the letter before it.
 TERM = re.compile(
     r"型|超|线|细胞|族|类|级|期|区|波|肽|链|抗原|抗体|受体|蛋白|淋巴|肝|段|点|值|组|照|光|片|染色体|病毒|群|因子|亚型|溶血|胺|峰|环"
@@ -51,8 +53,8 @@ def extract_letters(output: str, options: Options) -> str:
         or _first(ENGLISH, text, options)
         or _at_start(text, options)
         or _first(CHOOSE, text, options)
-        or _called_correct(text, options)
-        or _on_last_line(text, options)
+        or {letter for match in CORRECT.finditer(text) for letter in _letters(match, options, strict=False)}
+        or _first(LAST_LINE, text, options)
         or _by_text(text, options)
     )
     return "".join(sorted(found))
@@ -65,13 +67,9 @@ def split_explanation(output: str) -> str:
     return (explanation[0] if explanation else ANSWER_LINE.sub("", before)).strip()
 
 
-# ------------------------------------------------------------------------------------------------------- the rules
-
-
 def _first(pattern: re.Pattern[str], text: str, options: Options) -> str:
     """Letters of the first match whose run stands for options."""
-    matches = (_letters(text, match.start(1), match.end(1), options) for match in pattern.finditer(text))
-    return next((letters for letters in matches if letters), "")
+    return next(filter(None, (_letters(match, options) for match in pattern.finditer(text))), "")
 
 
 def _at_start(text: str, options: Options) -> str:
@@ -83,18 +81,7 @@ def _at_start(text: str, options: Options) -> str:
     match = ONLY.match(text)
     if not match or (match[1].islower() and not re.match(r"[.、:)。]|\s*$", text[match.end(1) :])):
         return ""  # "a patient" is no answer
-    return _letters(text, match.start(1), match.end(1), options)
-
-
-def _called_correct(text: str, options: Options) -> str:
-    runs = (_letters(text, match.start(1), match.end(1), options, strict=False) for match in CORRECT.finditer(text))
-    return "".join(set("".join(runs)))
-
-
-def _on_last_line(text: str, options: Options) -> str:
-    lines = text.splitlines()
-    match = re.fullmatch(rf"{OPEN}{RUN}\W*", lines[-1]) if lines else None
-    return _letters(lines[-1], match.start(1), match.end(1), options) if match else ""
+    return _letters(match, options)
 
 
 def _by_text(text: str, options: Options) -> str:
@@ -102,44 +89,43 @@ def _by_text(text: str, options: Options) -> str:
     answer = EXPLANATION.split(text)[0]
     whole = re.sub(r"^\W*(?:答案)?\W*|\W+$", "", answer)
     texts = {letter: unicodedata.normalize("NFKC", option).strip() for letter, option in options}
-    equal = [letter for letter, option in texts.items() if option == whole]
-    if equal:
+    if equal := [letter for letter, option in texts.items() if option == whole]:
         return equal[0] if len(equal) == 1 else ""
     quoted = {letter: option for letter, option in texts.items() if len(option) > 1 and option in answer}
     # "肺炎" within "支气管肺炎" is not quoted on its own.
     longest = [a for a, x in quoted.items() if not any(a != b and x in y for b, y in quoted.items())]
-    return longest[0] if len(longest) == 1 and not _is_denied(answer, quoted[longest[0]]) else ""
+    if len(longest) != 1:
+        return ""
+    before, _, after = answer.partition(quoted[longest[0]])
+    is_denied = re.search(r"(?:不是|不选|不应|排除|并非|而非)\W*$", before) or WRONG.match(after)
+    return "" if is_denied else longest[0]
 
 
-def _is_denied(text: str, option: str) -> bool:
-    before, _, after = text.partition(option)
-    return bool(re.search(r"(?:不是|不选|不应|排除|并非|而非)\W*$", before) or WRONG.match(after))
+def _letters(match: re.Match[str], options: Options, strict: bool = True) -> str:
+    """The option letters of a match's run, "" where they do not stand for options; shorter runs are tried too.
+
+    `strict`: what follows the run must leave it an answer, and be no end of a term that begins with the letter.
+    """
+    run, texts = match[1], dict(options)
+    while True:
+        rest = match.string[match.start(1) + len(run) :]
+        letters = re.sub(r"[^A-J]", "", run.upper())
+        is_set = len(set(letters)) == len(letters) and set(letters) <= set(texts)
+        # "CEA" or "BAD" is a word: answers come in order. Apart ("C、A") any order will do.
+        is_word = len(letters) > 1 and letters in run.upper() and letters != "".join(sorted(letters))
+        if is_set and not is_word and not WRONG.match(rest) and not (strict and _goes_on(rest, texts[letters[-1]])):
+            return letters
+        if not (shorter := SHORTER.fullmatch(run)):
+            return ""
+        run = shorter[1]
 
 
-# ------------------------------------------------------------------------------------------------- what a run is
-
-
-def _letters(text: str, start: int, end: int, options: Options, strict: bool = True) -> str:
-    """The option letters of text[start:end], "" where they do not stand for options; shorter runs are tried too."""
-    run, rest = text[start:end], text[end:]
-    letters = re.sub(r"[^A-J]", "", run.upper())
-    is_set = len(set(letters)) == len(letters) and set(letters) <= {letter for letter, _ in options}
-    # "CEA" or "BAD" is a word: answers come in order. Apart ("C、A") any order will do.
-    is_word = len(letters) > 1 and letters in run.upper() and letters != "".join(sorted(letters))
-    if is_set and not is_word and not WRONG.match(rest) and (not strict or _stands_alone(letters, rest, options)):
-        return letters
-    shorter = re.match(r"(.*[A-Ja-j])[ \t,、;/和及与&+]+[A-Ja-j]$", run)
-    return _letters(text, start, start + len(shorter[1]), options, strict) if shorter else ""
-
-
-def _stands_alone(letters: str, rest: str, options: Options) -> bool:
-    """Whether what follows a run of letters leaves it an answer, and no beginning of a term."""
+def _goes_on(rest: str, option: str) -> bool:
+    """Whether what follows a letter makes it the beginning of a term or word, unless it is the letter's own option."""
     after = rest.lstrip(" \t")
-    own = unicodedata.normalize("NFKC", dict(options)[letters[-1]]).strip()
-    if own and after.lstrip(".、:-) \t").startswith(own[:4]):
-        return True
-    if PUNCTUATION.match(rest):
-        return True
-    if after is not rest and rest[:1].isspace():
-        return not TERM.match(after) and not re.match(r"(?!because|since|is )[a-z]", after)
-    return bool(GOES_ON.match(rest))
+    own = unicodedata.normalize("NFKC", option).strip()
+    if (own and after.lstrip(".、:-) \t").startswith(own[:4])) or PUNCTUATION.match(rest):
+        return False
+    if after != rest and rest[:1].isspace():
+        return bool(TERM.match(after) or re.match(r"(?!because|since|is )[a-z]", after))
+    return not AFTER.match(rest)

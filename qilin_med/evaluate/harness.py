@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qilin_med.artifact import Artifact, digest, fingerprint_model, list_files, sha256_of, versions, write_json
 from qilin_med.config.experiment import Experiment, TaskSettings
+from qilin_med.console.progress import progress
 from qilin_med.errors import UserError
 from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval
 from qilin_med.evaluate.results import (
@@ -50,19 +51,21 @@ class Retrieval:
 
 def open_retrievals(experiment: Experiment) -> dict[str, Retrieval]:
     """By the ending of their results' names: from all sources, and from all but those that stem from exams."""
-    from qilin_med.retrieve.retriever import open_retriever
+    from qilin_med.retrieve.retriever import Retriever
 
-    settings, opened = experiment.retrieval, {}
+    settings = experiment.retrieval
     excluded = {RETRIEVAL: settings.exclude_sources}
     if settings.exam_sources:
         excluded[WITHOUT_EXAMS] = [*settings.exclude_sources, *settings.exam_sources]
+    opened = {}
     for ending, sources in excluded.items():
         chosen = settings.model_copy(update={"exclude_sources": sources})
-        retriever = open_retriever(experiment.model_copy(update={"retrieval": chosen}))
-        made_with = chosen.model_dump(mode="json", exclude={"exam_sources"})
+        with progress("opening the index"):
+            retriever = Retriever(experiment.model_copy(update={"retrieval": chosen}))
+        made_with = [retriever.fingerprint, chosen.model_dump(mode="json", exclude={"exam_sources"})]
         opened[ending] = Retrieval(
-            lambda questions, retriever=retriever: retriever.contexts([retriever.query(*each) for each in questions]),
-            digest([retriever.fingerprint, made_with]),
+            lambda questions, index=retriever: index.contexts([index.query(*question) for question in questions]),
+            digest(made_with),
         )
     return opened
 

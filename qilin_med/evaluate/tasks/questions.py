@@ -29,29 +29,27 @@ ROW_NUMBER = re.compile(r"[:#][0-9]+(?:~[0-9]+)?$")
 SUBJECT_FILE = re.compile(r"(\w+)_(dev|val|test)\.csv")
 
 
-def load_exam(
-    test: str | list[str], fewshot: str | list[str] = (), columns: dict[str, str] | None = None,
-    retrieve: Retrieve | None = None, **_: Any,
+def load_questions(
+    test: str | list[str], fewshot: str | list[str] = (), kind: Kind = "exam", columns: dict[str, str] | None = None,
+    retrieve: Retrieve | None = None, explained: bool = False, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Exam files as splits "test" and "fewshot", and the number of unusable rows by reason as "skipped".
+    """Exam files or consultations as splits "test" and "fewshot", and the number of unusable rows by reason as "skipped".
 
+    `explained`: only questions that have a reference explanation. A consultation's answer is the first of several.
     UserError: a test file is missing or holds no usable question. Missing worked examples are left out: a task that
     asks for none runs without them.
     """
-    asked, skipped = _read("exam", test, columns)
-    shots, _ = _read("exam", [path for path in _listed(fewshot) if Path(path).exists()], columns)
-    return {"test": _dataset(asked, test, retrieve), "fewshot": Dataset.from_list(shots), "skipped": skipped}
-
-
-def load_explained_exam(test: str | list[str], **settings: Any) -> dict[str, Any]:
-    """As `load_exam`, only the questions that have a reference explanation."""
-    splits = load_exam(test, **settings)
-    explained = [index for index, text in enumerate(splits["test"]["explanation"]) if text]
-    if not explained:
-        raise UserError(f"{_listed(test)}: no question has an explanation; name a file that tells explanations")
-    unexplained = {"no explanation": len(splits["test"]) - len(explained)}
-    skipped = splits["skipped"] | {reason: count for reason, count in unexplained.items() if count}
-    return {**splits, "test": splits["test"].select(explained), "skipped": skipped}
+    asked, skipped = _read(kind, test, columns)
+    shots, _ = _read(kind, [path for path in _listed(fewshot) if Path(path).exists()], columns)
+    if not asked:
+        raise UserError(f"{_listed(test)}: no usable question; look at the files, or map their columns")
+    if explained:
+        kept = [row for row in asked if row["explanation"]]
+        if not kept:
+            raise UserError(f"{_listed(test)}: no question has an explanation; name a file that tells explanations")
+        skipped |= {"no explanation": len(asked) - len(kept)} if len(kept) < len(asked) else {}
+        asked = kept
+    return {"test": _dataset(asked, retrieve), "fewshot": Dataset.from_list(shots), "skipped": skipped}
 
 
 def load_ceval(
@@ -76,15 +74,7 @@ def load_ceval(
                 asked.append({**row, **about, "role": "asked"})
     if not asked:
         raise UserError(f"{_listed(test)}: no C-Eval questions; expected files such as {split}/physician_{split}.csv")
-    return {"all": Dataset.from_list([*_with_context(asked, retrieve), *shots]), "skipped": skipped}
-
-
-def load_consultations(
-    test: str | list[str], columns: dict[str, str] | None = None, retrieve: Retrieve | None = None, **_: Any
-) -> dict[str, Any]:
-    """Huatuo-26M's questions with the first answer of each as split "test"."""
-    rows, skipped = _read("huatuo", test, columns)
-    return {"test": _dataset(rows, test, retrieve), "skipped": skipped}
+    return {"all": _dataset(asked, retrieve, shots), "skipped": skipped}
 
 
 def _read(kind: Kind, paths: str | Iterable[str], columns: dict[str, str] | None) -> tuple[list[Row], dict[str, int]]:
@@ -118,17 +108,12 @@ def _listed(paths: str | Iterable[str]) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
 
 
-def _with_context(rows: list[Row], retrieve: Retrieve | None) -> list[Row]:
-    if retrieve is None:
-        return rows
-    found = retrieve([(row["stem"], lettered(row)) for row in rows])
-    return [{**row, "context": text, "sources": ids} for row, (text, ids) in zip(rows, found, strict=True)]
-
-
-def _dataset(rows: list[Row], paths: str | list[str], retrieve: Retrieve | None) -> Dataset:
-    if not rows:
-        raise UserError(f"{_listed(paths)}: no usable question; look at the files, or map their columns")
-    return Dataset.from_list(_with_context(rows, retrieve))
+def _dataset(asked: list[Row], retrieve: Retrieve | None, further: Sequence[Row] = ()) -> Dataset:
+    """The questions after what is retrieved for them, and rows that are no questions."""
+    if retrieve:
+        found = retrieve([(row["stem"], lettered(row)) for row in asked])
+        asked = [{**row, "context": text, "sources": ids} for row, (text, ids) in zip(asked, found, strict=True)]
+    return Dataset.from_list([*asked, *further])
 
 
 def asked_questions(rows: Dataset) -> Dataset:
