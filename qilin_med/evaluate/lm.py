@@ -12,10 +12,9 @@ import os
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -67,14 +66,13 @@ class AnsweringLM(CachingLM):
         lm.set_cache_hook(self.get_cache_hook())
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """A prompt, and its choices with the indices of the requests that ask for them."""
 
     context: Ids
     choices: dict[Ids, list[int]]
 
-    def __len__(self) -> int:
+    def size(self) -> int:
         """Tokens of the row; the last token of a choice is predicted and never read."""
         return len(self.context) + sum(len(choice) - 1 for choice in self.choices)
 
@@ -87,7 +85,6 @@ class SharedPrefixLM(HFLM):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-        self._ids: dict[str, list[int]] = {}
         self._beginning: tuple[Ids, DynamicCache] | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Ranks wait for the slowest one, which may be measuring something else.
@@ -119,37 +116,25 @@ class SharedPrefixLM(HFLM):
     # --------------------------------------------------------------------------------------------- likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """As HFLM's, with all texts tokenised in one batch."""
-        texts = {text for request in requests for text in (request.args[0], "".join(request.args)) if text}
-        self._ids = dict(zip(texts, self.tokenizer(list(texts)).input_ids, strict=True)) if texts else {}
-        answers = super().loglikelihood(requests, disable_tqdm=True)
-        self._ids = {}
-        return answers
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Prompt and choice, tokenised apart where a token would span both."""
-        context_ids, whole = self._ids[context], self._ids[context + continuation]
-        if whole[: len(context_ids)] == context_ids and len(whole) > len(context_ids):
-            return context_ids, whole[len(context_ids) :]
-        return context_ids, self.tok_encode(continuation, add_special_tokens=False)
-
-    def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[Any, list[int], list[int]]],
-        disable_tqdm: bool = False,
-        override_bs: int | None = None,
-    ) -> list[Answer]:
-        """The answer to each (texts, prompt ids, choice ids), in the order asked."""
+        """The answer to each (prompt, choice), in the order asked; all texts are tokenised in one batch."""
+        texts = list({text for request in requests for text in (request.args[0], "".join(request.args))})
+        ids = dict(zip(texts, self.tokenizer(texts).input_ids, strict=True))
+        asked = []
+        for prompt, choice in (request.args for request in requests):
+            before, whole = ids[prompt] or [self.prefix_token_id], ids[prompt + choice]
+            if whole[: len(before)] == before and len(whole) > len(before):
+                asked.append((tuple(before), tuple(whole[len(before) :])))
+            else:  # a token would span both
+                asked.append((tuple(before), tuple(self.tok_encode(choice, add_special_tokens=False))))
+        trees = _plant(asked, self.max_length)
         answers: list[Answer | None] = [None] * len(requests)
-        trees = _plant(requests, self.max_length)
         with progress("scoring answers", len(trees), "prompts") as advance:
-            for batch, shared in _in_batches(trees, override_bs or self.batch_size):
+            for batch, shared in _in_batches(trees, self.batch_size):
                 for tree, scores in zip(batch, self._score(batch, shared), strict=True):
                     for indices, answer in zip(tree.choices.values(), scores, strict=True):
                         for index in indices:
                             answers[index] = answer
-                            if (texts := requests[index][0]) is not None:
-                                self.cache_hook.add_partial("loglikelihood", texts, answer)
+                            self.cache_hook.add_partial("loglikelihood", requests[index].args, answer)
                 self._write_cache()
                 advance(len(batch))
         return answers
@@ -160,20 +145,21 @@ class SharedPrefixLM(HFLM):
         cache = self._begin(batch[0].context[:shared], len(batch)) if shared else None
         ids, positions, branches, predictions = (tensor.to(self.device) for tensor in _lay_out(batch, shared))
         mask = _mask(branches, shared, self.model.dtype)
-        hidden = self.model.get_decoder()(
+        read = self.model.get_decoder()(
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=bool(shared)
-        ).last_hidden_state
+        )
         rows, indices, targets = predictions
-        head, found = self.model.get_output_embeddings(), []
-        for states, wanted in zip(
-            hidden[rows, indices].split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True
-        ):
-            logits = head(states).float()
-            log_probs = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
-            found += zip(log_probs.tolist(), (logits.argmax(1) == wanted).tolist(), strict=True)
-        tokens = iter(found)
-        chosen = [[list(itertools.islice(tokens, len(choice))) for choice in tree.choices] for tree in batch]
-        return [[(sum(p for p, _ in choice), all(g for _, g in choice)) for choice in choices] for choices in chosen]
+        hidden, log_probs, greedy = read.last_hidden_state[rows, indices], [], []
+        for states, wanted in zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True):
+            logits = self.model.get_output_embeddings()(states).float()
+            log_probs += (logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)).tolist()
+            greedy += (logits.argmax(1) == wanted).tolist()
+        # Token by token of every choice of every tree, as they were laid out.
+        tokens = iter(zip(log_probs, greedy, strict=True))
+        chosen = [
+            [zip(*itertools.islice(tokens, len(choice)), strict=True) for choice in tree.choices] for tree in batch
+        ]
+        return [[(sum(log_probs), all(greedy)) for log_probs, greedy in choices] for choices in chosen]
 
     # ---------------------------------------------------------------------------------------------- generation
 
@@ -221,12 +207,12 @@ class SharedPrefixLM(HFLM):
 # ---------------------------------------------------------------------------------------------------------- trees
 
 
-def _plant(requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int) -> list[Tree]:
+def _plant(asked: Sequence[tuple[Ids, Ids]], max_length: int) -> list[Tree]:
     """A tree for each prompt, or several if its choices are longer than the model together. A prompt that is too long for
     the model loses its beginning."""
     by_context: dict[Ids, dict[Ids, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index, (_, context, choice) in enumerate(requests):
-        by_context[tuple(context)][tuple(choice)].append(index)
+    for index, (context, choice) in enumerate(asked):
+        by_context[context][choice].append(index)
     trees = []
     for context, choices in by_context.items():
         room = max_length + 1 - max(map(len, choices))
@@ -246,7 +232,7 @@ def _in_batches(trees: list[Tree], size: int) -> Iterator[tuple[list[Tree], int]
         start = tree.context[:SHARED_TOKENS]
         groups[start if starts[start] >= size else ()].append(tree)
     for group in groups.values():
-        group.sort(key=len, reverse=True)
+        group.sort(key=Tree.size, reverse=True)
         shared = _common_length(
             [tree.context for tree in group]
         )  # of one group's length: computed once for its batches

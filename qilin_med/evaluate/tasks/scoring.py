@@ -22,56 +22,36 @@ Sample = dict[str, Any]
 """`answer` (what the model chose or wrote), `gold`, `score` (numbers by name), `facets` (value by name)."""
 
 
-def written_letters(row: Row, results: Results) -> str:
-    """The letters that a generated text chooses, "" if none."""
-    return extract_letters(results[0], lettered(row))
-
-
-def likeliest_letter(row: Row, results: Results) -> str:
-    """The letter of the choice with the highest summed log-probability."""
+def chosen_letters(row: Row, results: Results) -> str:
+    """The letters that a generated text names ("" if none), or that of the choice with the highest log-probability."""
+    if isinstance(results[0], str):
+        return extract_letters(results[0], lettered(row))
     return row["letters"][int(np.argmax([log_probability for log_probability, _ in results]))]
 
 
-def written_explanation(_: Row, results: Results) -> str:
-    return split_explanation(results[0])
+def score_letters(row: Row, results: Results) -> dict[str, int]:
+    letters = chosen_letters(row, results)
+    unparsed = {"unparsed": int(not letters)} if isinstance(results[0], str) else {}
+    return {"accuracy": exact_match(letters, row["answer"]), **unparsed}
 
 
-def written_answer(_: Row, results: Results) -> str:
-    return results[0].strip()
-
-
-# ------------------------------------------------------------------------------------- one question, by task file
-
-
-def score_written_letters(row: Row, results: Results) -> dict[str, int]:
-    letters = written_letters(row, results)
-    return {"accuracy": exact_match(letters, row["answer"]), "unparsed": int(not letters)}
-
-
-def score_likely_letter(row: Row, results: Results) -> dict[str, int]:
-    return {"accuracy": exact_match(likeliest_letter(row, results), row["answer"])}
-
-
-def score_likely_option(row: Row, results: Results) -> dict[str, int]:
+def score_options(row: Row, results: Results) -> dict[str, int]:
     """By log-probability, and by log-probability per character of the option: long options lose less."""
-    per_character = [
-        (result[0] / max(len(text), 1), None) for result, text in zip(results, row["options"], strict=True)
-    ]
-    letter = likeliest_letter(row, per_character)
-    return {**score_likely_letter(row, results), "accuracy_per_character": exact_match(letter, row["answer"])}
+    lengths = [max(len(text), 1) for text in row["options"]]
+    shares = [(result[0] / length, False) for result, length in zip(results, lengths, strict=True)]
+    return score_letters(row, results) | {
+        "accuracy_per_character": exact_match(chosen_letters(row, shares), row["answer"])
+    }
 
 
-def score_explanation(row: Row, results: Results) -> dict[str, Any]:
-    text = written_explanation(row, results)
-    return {**score_text(text, row["explanation"]), "empty": int(not text)}
+def written_text(row: Row, results: Results) -> str:
+    """The explanation in the answer to an exam question, or the answer to a consultation."""
+    return split_explanation(results[0]) if "explanation" in row else results[0].strip()
 
 
-def score_answer(row: Row, results: Results) -> dict[str, Any]:
-    text = written_answer(row, results)
-    return {**score_text(text, row["answer"]), "empty": int(not text)}
-
-
-# ---------------------------------------------------------------------------------------------------- a test set
+def score_writing(row: Row, results: Results) -> dict[str, Any]:
+    text = written_text(row, results)
+    return {**score_text(text, row.get("explanation", row["answer"])), "empty": int(not text)}
 
 
 def exam_scores(samples: list[Sample]) -> dict[str, Score]:
@@ -132,11 +112,11 @@ class Scoring:
 
 
 TASKS = {
-    "cmexam_generate": Scoring(written_letters, "answer", exam_scores),
-    "cmexam_letters": Scoring(likeliest_letter, "answer", exam_scores),
-    "cmexam_options": Scoring(likeliest_letter, "answer", exam_scores),
-    "cmexam_reasoning": Scoring(written_explanation, "explanation", written_scores),
-    "ceval_generate": Scoring(written_letters, "answer", ceval_scores),
-    "ceval_letters": Scoring(likeliest_letter, "answer", ceval_scores),
-    "huatuo26m_generate": Scoring(written_answer, "answer", written_scores),
+    "cmexam_generate": Scoring(chosen_letters, "answer", exam_scores),
+    "cmexam_letters": Scoring(chosen_letters, "answer", exam_scores),
+    "cmexam_options": Scoring(chosen_letters, "answer", exam_scores),
+    "cmexam_reasoning": Scoring(written_text, "explanation", written_scores),
+    "ceval_generate": Scoring(chosen_letters, "answer", ceval_scores),
+    "ceval_letters": Scoring(chosen_letters, "answer", ceval_scores),
+    "huatuo26m_generate": Scoring(written_text, "answer", written_scores),
 }
