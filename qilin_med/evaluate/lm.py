@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import sqlite3
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -166,14 +166,10 @@ class SharedPrefixLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Prompts that begin alike are handed to HFLM together, which batches them by length."""
         answers: list[str | None] = [None] * len(requests)
-        groups: dict[Ids, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            # Enough characters for the tokens wanted; the rest of a long prompt need not be tokenised.
-            groups[tuple(self.tok_encode(request.args[0][: 4 * SHARED_TOKENS])[:SHARED_TOKENS])].append(index)
-        large = [members for members in groups.values() if len(members) >= self.batch_size]
-        others = sorted(set(range(len(requests))).difference(*large))  # groups too small for a batch, together
+        # Enough characters for the tokens wanted; the rest of a long prompt need not be tokenised.
+        starts = [tuple(self.tok_encode(r.args[0][: 4 * SHARED_TOKENS])[:SHARED_TOKENS]) for r in requests]
         with progress("writing answers", len(requests), "prompts") as self._advance:
-            for members in [*large, others] if others else large:
+            for members in _alike(starts, self.batch_size):
                 texts = super().generate_until([requests[index] for index in members], disable_tqdm=True)
                 for index, text in zip(members, texts, strict=True):
                     answers[index] = text
@@ -189,7 +185,7 @@ class SharedPrefixLM(HFLM):
         # Room for the whole answer at once: a growing cache is copied for every token, a third of the time on a CPU.
         cache = StaticCache(config=self.model.config, max_cache_len=max_length)
         rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(context, attention_mask, strict=True)]
-        if (shared := _common_length(rows)) >= SHARED_TOKENS:
+        if shared := _shared_length(rows):
             # The padding moves behind the beginning; positions are counted by the mask, so they do not see it.
             beginning = torch.tensor(rows[0][:shared], device=context.device)
             for row, pad in enumerate((attention_mask.shape[1] - attention_mask.sum(1)).tolist()):
@@ -226,27 +222,30 @@ def _plant(asked: Sequence[tuple[Ids, Ids]], max_length: int) -> list[Tree]:
 
 def _in_batches(trees: list[Tree], size: int) -> Iterator[tuple[list[Tree], int]]:
     """(trees, length of the beginning that their prompts share), longest first within a group that begins alike."""
-    starts = Counter(tree.context[:SHARED_TOKENS] for tree in trees)
-    groups: dict[Ids, list[Tree]] = defaultdict(list)
-    for tree in trees:
-        start = tree.context[:SHARED_TOKENS]
-        groups[start if starts[start] >= size else ()].append(tree)
-    for group in groups.values():
-        group.sort(key=Tree.size, reverse=True)
-        shared = _common_length(
-            [tree.context for tree in group]
-        )  # of one group's length: computed once for its batches
+    for members in _alike([tree.context[:SHARED_TOKENS] for tree in trees], size):
+        group = sorted((trees[index] for index in members), key=Tree.size, reverse=True)
+        shared = _shared_length([tree.context for tree in group])  # one for the group: it is computed once
         for start in range(0, len(group), size):
-            yield group[start : start + size], shared if shared >= SHARED_TOKENS else 0
+            yield group[start : start + size], shared
 
 
-def _common_length(rows: Sequence[Ids]) -> int:
-    """Tokens at the start in which all rows agree, less than the shortest row has: its last token is read anew."""
-    if len(rows) < 2:
-        return 0
+def _alike(starts: Sequence[Ids], size: int) -> list[list[int]]:
+    """Indices of those that start alike, where they fill a batch of this size, and of all others together."""
+    groups: dict[Ids, list[int]] = defaultdict(list)
+    for index, start in enumerate(starts):
+        groups[start].append(index)
+    large = [members for members in groups.values() if len(members) >= size]
+    others = sorted(set(range(len(starts))).difference(*large))
+    return [*large, others] if others else large
+
+
+def _shared_length(rows: Sequence[Ids]) -> int:
+    """Tokens at the start in which all rows agree, less than the shortest row has: its last token is read anew. 0 where
+    they are too few to be worth it."""
     first, last = min(rows), max(rows)  # whatever these agree on, those between agree on too
-    agreeing = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return min(sum(1 for _ in agreeing), min(map(len, rows)) - 1)
+    agreeing = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    shared = min(agreeing, min(map(len, rows)) - 1)
+    return shared if shared >= SHARED_TOKENS and len(rows) > 1 else 0
 
 
 def _lay_out(batch: list[Tree], shared: int) -> tuple[torch.Tensor, ...]:
