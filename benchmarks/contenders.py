@@ -37,10 +37,6 @@ POSITIONS_PER_CHUNK = 256  # of the bare loop's loss: logits of 64 MiB with a vo
 SCRIPTS = {"pretraining": "pretraining", "sft": "supervised_finetuning", "dpo": "dpo_training"}
 
 
-def read_clocks() -> dict[str, float]:
-    return {name: clock() for name, clock in CLOCKS.items()}
-
-
 def process_memory(name: str) -> int:
     """Bytes that this process holds ("VmRSS") or has held at most ("VmHWM"), files mapped into it included."""
     # getrusage's ru_maxrss would not do: a child inherits the peak of the process that started it.
@@ -50,33 +46,24 @@ def process_memory(name: str) -> int:
 
 @dataclass
 class Window:
-    """Times optimizer steps: the clocks run from the end of the last warm-up step to the end of the last one of all."""
+    """Times optimizer steps: from the end of the last warm-up step to the end of the last one of all."""
 
     warmup: int
-    items: list[int] = field(default_factory=list)
-    """Useful tokens (or pairs) of each batch, in the order in which batches were made."""
-    ended: list[dict[str, float]] = field(default_factory=list)
-    """What the clocks read at the end of each step."""
-    reference: dict[str, float] | None = None
-    """Pairs, and seconds by each clock, of a reference pass made before the first step."""
-    memory: int = 0
+    clock: Callable[[], float]
+    items: list[int] = field(default_factory=list)  # useful tokens (or pairs) of each batch, in the order of making
+    ended: list[float] = field(default_factory=list)  # when each step ended
+    reference: float = 0.0  # seconds a pair of a reference pass made before the first step
+    memory: int = 0  # peak, in bytes
 
     def step_ended(self) -> None:
-        self.ended.append(read_clocks())
+        self.ended.append(self.clock())
         self.memory = process_memory("VmHWM")
 
     def results(self) -> dict[str, Any]:
-        """Rates are items a second; a reference pass is shared out among its pairs."""
-        items = sum(self.items[self.warmup : len(self.ended)])
-        seconds = {clock: self.ended[-1][clock] - self.ended[self.warmup - 1][clock] for clock in CLOCKS}
-        before = {clock: self.reference[clock] / self.reference["pairs"] if self.reference else 0 for clock in CLOCKS}
-        return {
-            "rates": {clock: 1 / (seconds[clock] / items + before[clock]) for clock in CLOCKS},
-            "steps": len(self.ended) - self.warmup,
-            "items": items,
-            "seconds": seconds,
-            "reference_pass": self.reference,
-        }
+        """The rate is items a second; a reference pass is shared out among its pairs."""
+        items, seconds = sum(self.items[self.warmup : len(self.ended)]), self.ended[-1] - self.ended[self.warmup - 1]
+        rate, steps = 1 / (seconds / items + self.reference), len(self.ended) - self.warmup
+        return {"rate": rate, "steps": steps, "items": items, "seconds": seconds, "reference_pass": self.reference}
 
 
 def count_items(rows: list[dict]) -> int:
@@ -109,10 +96,9 @@ def train_ours(job: Job, window: Window) -> None:
     compute_reference = PreferenceTrainer._compute_reference
 
     def timed(self: Any, store: Any, missing: Any) -> None:
-        start = read_clocks()
+        start = window.clock()
         compute_reference(self, store, missing)
-        seconds = {clock: now - start[clock] for clock, now in read_clocks().items()}
-        window.reference = {"pairs": len(missing), **seconds}
+        window.reference = (window.clock() - start) / len(missing)
         window.items.clear()  # its batches are none of training's
 
     PreferenceTrainer._compute_reference = timed
@@ -181,10 +167,8 @@ def arguments_for(job: Job, kind: type[TrainingArguments], **extra: Any) -> Trai
 
 def whole_rows(job: Job) -> Dataset:
     """`input_ids` and `labels` of one conversation (or one block) each."""
-    rows = open_rows(job.rows).dataset
-    return Dataset.from_dict(
-        {"input_ids": rows["input_ids"], "labels": rows["labels" if job.stage == "sft" else "input_ids"]}
-    )
+    rows, labels = open_rows(job.rows).dataset, "labels" if job.stage == "sft" else "input_ids"
+    return Dataset.from_dict({"input_ids": rows["input_ids"], "labels": rows[labels]})
 
 
 def trl_options(job: Job) -> dict[str, Any]:
@@ -215,10 +199,8 @@ class TokenDPOTrainer(DPOTrainer):
 
 def train_trl_dpo(job: Job, window: Window) -> None:
     """its defaults: reference pass in the step, no dropout, activation checkpointing"""
-    arguments, rows = (
-        arguments_for(job, DPOConfig, beta=job.section.beta),
-        open_rows(job.rows).dataset.remove_columns("ids"),
-    )
+    arguments = arguments_for(job, DPOConfig, beta=job.section.beta)
+    rows = open_rows(job.rows).dataset.remove_columns("ids")
     train(TokenDPOTrainer(args=arguments, train_dataset=rows, **trl_options(job)), window)
 
 
@@ -289,10 +271,10 @@ CONTENDERS: dict[str, dict[str, Callable[[Job, Window], None]]] = {
 """By stage. Their docstrings say in the table how they run."""
 
 
-def measure(job: Job, contender: str, warmup: int) -> dict[str, Any]:
-    """One contender's rates and memory; to be called in a process of its own."""
+def measure(job: Job, contender: str, warmup: int, clock: str) -> dict[str, Any]:
+    """One contender's rate and memory; to be called in a process of its own."""
     before = process_memory("VmRSS")  # everything is imported, no model is loaded
-    window, silence = Window(warmup), io.StringIO()
+    window, silence = Window(warmup, CLOCKS[clock]), io.StringIO()
     with (
         tempfile.TemporaryDirectory(dir=job.rows.parent) as copied,
         contextlib.redirect_stdout(silence),

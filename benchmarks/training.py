@@ -137,14 +137,14 @@ def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[s
     for turn in range(arguments.repeats):
         for name, measured in runs.items():
             with fresh_processes(1) as pool:
-                measured.append(pool.submit(measure, job, name, WARMUP).result())
+                measured.append(pool.submit(measure, job, name, WARMUP, arguments.clock).result())
             measured[-1]["load_after"] = os.getloadavg()[0]
-            rate, memory = measured[-1]["rates"][arguments.clock], measured[-1]["memory"] / 2**30
+            rate, memory = measured[-1]["rate"], measured[-1]["memory"] / 2**30
             told = f"{rate:.4g} {UNITS[stage]}, {memory:.2f} GiB"
             print(f"{stage} {turn + 1}/{arguments.repeats} {name}: {told}", flush=True)
     best = {
         name: {
-            "rate": max(run["rates"][arguments.clock] for run in measured),
+            "rate": max(run["rate"] for run in measured),
             "memory": max(run["memory"] for run in measured),
             "how": CONTENDERS[job.stage][name].__doc__,
             "runs": measured,
