@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.common import CLOCKS, ROOT, add_shared_arguments, count, describe_moment, write_result
 from qilin_med.config.experiment import Experiment, TaskSettings
+from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
-from qilin_med.train.stage import quiet_libraries
 
 TASKS = ("cmexam_letters", "cmexam_options", "cmexam_generate")
 PASSED_TO_RANKS = ("model", "questions", "limit", "max_new_tokens", "batch_size", "device", "clock")

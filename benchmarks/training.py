@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks.common import ROOT, add_shared_arguments, count, describe_machine, fresh_processes, write_result
 from qilin_med.config.experiment import Experiment
+from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
 from qilin_med.train.job import Job
-from qilin_med.train.stage import quiet_libraries
 
 STAGES = {"cpt": "pretraining", "sft": "sft", "dpo": "dpo"}
 UNITS = {"cpt": "tokens/s", "sft": "tokens/s", "dpo": "pairs/s"}

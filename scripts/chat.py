@@ -30,7 +30,7 @@ def main() -> None:
     )
     arguments, experiment = parse_experiment(parser)
 
-    from qilin_med.train.stage import quiet_libraries
+    from qilin_med.console.quiet import quiet_libraries
 
     folders = model_folders(experiment)
     [(name, folder)] = existing_models(experiment, [arguments.model or list(folders)[-1]]).items()

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="changes nothing: this command launches nothing anyway")
     arguments, experiment = parse_experiment(parser)
 
-    from qilin_med.train.stage import quiet_libraries
+    from qilin_med.console.quiet import quiet_libraries
 
     quiet_libraries()
 

@@ -33,7 +33,7 @@ def main() -> None:
     )
     arguments, experiment = parse_experiment(parser)
 
-    from qilin_med.train.stage import quiet_libraries
+    from qilin_med.console.quiet import quiet_libraries
 
     quiet_libraries()
     folders = existing_models(experiment, arguments.models.split(",") if arguments.models else None)

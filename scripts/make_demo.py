@@ -15,8 +15,8 @@ from pathlib import Path
 
 from demo.make import build_files, write_untrained_model, write_world
 from qilin_med.console.progress import progress
+from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.train.stage import quiet_libraries
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from qilin_med.config.experiment import load_experiment
-from qilin_med.train.stage import quiet_libraries
+from qilin_med.console.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"pretraining": "pretraining.py", "sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}

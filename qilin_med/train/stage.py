@@ -4,12 +4,10 @@ Every step can be killed and the same command run again: what is finished is ski
 from its newest complete checkpoint, and a folder begun with other settings is refused.
 """
 
-import logging
 import os
 import shutil
 import sys
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +34,7 @@ from qilin_med.config.experiment import (
 )
 from qilin_med.config.schedule import check_batch_size, check_rows, make_schedule
 from qilin_med.console.progress import progress
+from qilin_med.console.quiet import quiet_libraries
 from qilin_med.data.rows import prepare_rows, read_counts
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.train.checkpoints import COMPLETE, convert_checkpoint, find_checkpoints, newest_complete, step_of
@@ -48,30 +47,7 @@ from qilin_med.train.ranks import Ranks, begin_rank, end_rank, errors_handed_on,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-_QUIET = {
-    "HF_HUB_OFFLINE": "1",  # every model is a local folder; nothing is looked up or reported anywhere
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "true",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # qilin_med.console.progress draws the only bar
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
-    "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",  # of this environment, not one for all of the user's
-}
 _DELAY = 60.0  # seconds that a shared file system gets to show one node what another wrote
-
-
-def quiet_libraries() -> None:
-    """Libraries' notes on optional parts that this pipeline does not use only hide what matters.
-
-    Call before they are imported.
-    """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    for name in ("bitsandbytes", "DeepSpeed", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 @contextmanager
