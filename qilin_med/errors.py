@@ -8,18 +8,18 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what was found, what was expected and what to do, in one line."""
+    """A mistake that the user can correct. The message says in one line what was found, what was expected and what to do."""
 
 
 def in_one_line(error: Exception) -> str:
-    """A library's error as part of our own line: its first 200 characters, with its kind where it says little."""
+    """A library's error as part of our own line: its first 200 characters, after its type if it is a single word."""
     text = " ".join(str(error).split())
     return textwrap.shorten(text if " " in text else f"{type(error).__name__}: {text}", 200, placeholder=" ...")
 
 
 @contextmanager
 def user_errors_end_with_one_line() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2; anything else is our fault and keeps its traceback."""
+    """Turn a UserError into one line on stderr and exit code 2. Any other error is ours and keeps its traceback."""
     try:
         yield
     except UserError as error:

@@ -225,6 +225,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> P
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no {% generation %} marks"),
         (QILIN_TEMPLATE, "<reserved_102> is not a special token"),
         ("{% generation %}{{ messages[-1]['content'] }}{% endgeneration %}", "does not write a conversation"),
+        (CHATML + "{{ messages[0]['content'] }}", "does not write a conversation"),
         (CHATML.replace("{% for", "{{ raise_exception('no system') }}{% for", 1), "refuses a conversation of user"),
     ],
 )

@@ -1,8 +1,8 @@
 """The experiment file: one JSON for all stages, validated into frozen objects before anything else happens.
 
-Numbers that the paper states (arXiv:2310.09089, section 4.1) have no defaults here: a file that leaves one out is
-refused, so no run is ever "the paper" by accident. Every key's meaning stands once, in the docstring below its field;
-`configs/README.md` is generated from them (`python -m qilin_med.config.reference`).
+Numbers that the paper states (arXiv:2310.09089, section 4.1) have no defaults: a file that leaves one out is refused, so
+that no run passes for "the paper" by accident. Each key is described once, in the docstring below its field, from which
+`configs/README.md` is generated (`python -m qilin_med.config.reference`).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from qilin_med.errors import UserError
 StageName = Literal["pretraining", "sft", "dpo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 EXAMPLES: dict[StageName, str] = {"pretraining": "blocks", "sft": "conversations", "dpo": "pairs"}
-"""What a stage's batch sizes count."""
+"""What the batch sizes of a stage count."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,7 +50,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 class RawFiles(Section):
     name: str
-    """Name in tables and records. A name of the paper's Tables 1 to 3 sets our figures beside the paper's."""
+    """Name in tables and records. If it is one from the paper's Tables 1 to 3, the paper's figures are shown next to ours."""
     kind: Kind
     """Raw format; data/README.md describes each."""
     paths: Annotated[list[str], Field(min_length=1)]

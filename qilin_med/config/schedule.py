@@ -1,4 +1,4 @@
-"""The schedule of a stage: how many optimizer steps, of what. Computed here alone, for training, planner and report."""
+"""The schedule of a stage: how many optimizer steps of how many rows. The only place that computes it."""
 
 import math
 from dataclasses import dataclass

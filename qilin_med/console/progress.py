@@ -1,4 +1,4 @@
-"""Long work says how far it is: a bar on a terminal, elsewhere a line every ten seconds."""
+"""Progress of long work: a bar on a terminal, elsewhere a line every ten seconds."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_REDRAWS = 10.0, 0.5
 _PROCESS = os.getpid()
-_under_way: "list[_Meter]" = []  # from the outermost to the innermost, which alone is shown
+_under_way: "list[_Meter]" = []  # from the outermost to the innermost, which is shown
 _lock = threading.Lock()
 
 
@@ -20,9 +20,9 @@ _lock = threading.Lock()
 def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[int], None]]:
     """Yields a function that counts work done: `advance(n)`, in `unit`s out of `total`; "B" counts bytes.
 
-    Work without a total (one long call into a library) shows the time it has taken. Nothing is shown of work that ends
-    within ten seconds in a log. Of work within work, the inner is shown. Of several ranks only the first speaks; workers
-    forked from this process and threads in the background, behind what is shown anyway, say nothing.
+    Work without a total (one long call into a library) shows the time it has taken. In a log, nothing is shown of work that
+    takes less than ten seconds. Of nested work, the innermost is shown. Only the first rank shows anything; forked workers
+    and background threads, whose work is part of what is shown, do not.
     """
     in_background = threading.current_thread() is not threading.main_thread()
     if os.environ.get("LOCAL_RANK", "0") != "0" or os.getpid() != _PROCESS or in_background:
@@ -40,7 +40,7 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
                 if _under_way:
                     _under_way[-1].show()
 
-    # The outermost work has a thread to show all: a library that works for a minute does not come back to say so.
+    # A thread of the outermost work shows them all, since a library that works for a minute reports nothing meanwhile.
     thread = None if _under_way else threading.Thread(target=keep_showing, daemon=True)
     with _lock:
         _under_way.append(meter)
@@ -59,7 +59,7 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
 
 
 def counted(items: Iterable[Item], advance: Callable[[int], None]) -> Iterator[Item]:
-    """The items as they are taken, each counted."""
+    """Yields the items, and counts each as it is taken."""
     for item in items:
         advance(1)
         yield item
@@ -71,9 +71,9 @@ class _Meter:
         self.done, self.start = 0, time.monotonic()
         self.stream, self.bar = sys.stdout, None  # what a library prints may be caught in the meantime
         if sys.stderr.isatty():
-            from tqdm import tqdm  # on import it reads whether stages have turned off the libraries' bars
+            from tqdm import tqdm  # reads on import whether stages have turned off the libraries' bars
 
-            # "disable" is said for that reason; the position because a bar within another one takes its line.
+            # Hence "disable"; and the position, because a nested bar takes the line of the outer one.
             self.bar = tqdm(
                 desc=label, total=total, unit=unit and f" {unit}", unit_scale=unit == "B", leave=False, dynamic_ncols=True,
                 disable=False, position=0,

@@ -1,8 +1,9 @@
 """From cached rows to batches: which examples train together, and as what tensors.
 
 An example is a block, a conversation or a preference pair. An optimizer step is a random draw of `global_batch_size` of
-them, by seed and epoch alone. Ranks, accumulation and packing decide only how it is computed: its examples are dealt to
-micro-batches of about equal tokens, and each micro-batch is laid out in as few positions as its attention allows.
+them, which depends on seed and epoch only. Ranks, accumulation and packing merely decide how it is computed: its examples
+are dealt to micro-batches of about equal tokens, and each micro-batch is laid out in as few positions as its attention
+allows.
 """
 
 import heapq
@@ -24,7 +25,7 @@ PAD_ID = 0  # any id will do: padding is never seen and never a target
 _MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 Tokens = tuple[Sequence[int], Sequence[int]]
-"""Ids and labels (unshifted, IGNORED where nothing is learnt) of one sequence, which sees nothing but itself."""
+"""Ids and labels (unshifted, IGNORED where nothing is learnt) of one sequence, which sees no other."""
 
 
 def deal(costs: Sequence[int], bins: int, most: int | None = None) -> list[list[int]]:
@@ -105,10 +106,10 @@ class IndexedRows(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences become rows of a batch. Only speed and memory depend on it: each sequence sees itself alone."""
+    """How sequences become rows of a batch. It affects only speed and memory: no sequence ever sees another."""
 
     packing: bool
-    """False: one unit (a sequence, or a block of several) a row, padded to the longest."""
+    """False: one unit (a sequence, or a block of several) per row, padded to the longest."""
     varlen: bool
     """The attention takes cumulative lengths (FlashAttention), so that all units can lie in one row."""
     hidden_size: int
@@ -121,7 +122,7 @@ class Layout:
             return [list(range(len(lengths)))]
 
         def work(rows: list[list[int]]) -> int:
-            # Of a layer, up to a factor: a position meets 12 hidden^2 weights and 2 x width x hidden scores (PaLM, appendix B).
+            # Of one layer, up to a factor: 12 hidden^2 weights and 2 x width x hidden scores for each position (PaLM, app. B).
             width = max(sum(lengths[index] for index in row) for row in rows)
             return len(rows) * width * (6 * self.hidden_size + width)
 
@@ -132,11 +133,11 @@ class Layout:
 def lay_out(sequences: Sequence[Tokens], rows: Sequence[Sequence[int]], varlen: bool = False) -> dict[str, Any]:
     """Sequences, by their numbers in `rows`, as [B, T] tensors; T is the longest row's length.
 
-    A sequence's first token is never a target, since no token before it may be seen; what is left of a row is padding,
-    a sequence of its own. `sequence_index` [B, T] tells which sequence a token belongs to. How sequences are kept apart:
-    `varlen` by cumulative lengths over all B x T tokens; else by position_ids that restart at every sequence, from which
-    transformers builds a block-diagonal mask (only if no attention mask is passed). Rows of one sequence each need neither:
-    the causal mask hides the padding behind it.
+    A sequence's first token is never a target, since it may see no token before it. The rest of a row is padding, a sequence
+    of its own. `sequence_index` [B, T] says which sequence a token belongs to. With `varlen`, sequences are kept apart by
+    cumulative lengths over all B x T tokens; without, by position_ids that restart at every sequence, from which
+    transformers builds a block-diagonal mask (only if no attention mask is passed). Rows of a single sequence need neither:
+    the causal mask hides the padding after it.
     """
     # At least two tokens, so that an empty batch still has the shapes of a batch.
     width = max([2, *(sum(len(sequences[index][0]) for index in row) for row in rows)])

@@ -1,4 +1,4 @@
-"""What can be said of a model folder without reading its weights: whether it can be loaded whole, trained and scored."""
+"""Whether a model folder can be loaded whole, trained and scored: checked without reading its weights."""
 
 import contextlib
 import json
@@ -119,11 +119,11 @@ def _build_without_weights(folder: Path) -> PreTrainedModel:
 
 
 def _check_logits(model: PreTrainedModel, folder: Path) -> None:
-    """UserError if a meta model's logits are not what its head returns: our losses and likelihoods are computed in the head's
-    place, and would miss what comes after it."""
+    """UserError if a meta model's logits are not what its head returns. Losses and log-probabilities are computed in place of
+    the head's output, so they would miss whatever follows it."""
     returned, logits = [], []
     hook = model.get_output_embeddings().register_forward_hook(lambda *call: returned.append(call[-1]))
-    # Models with layers that look at values, which the meta device does not have, pass unchecked.
+    # The meta device has no values: models with layers that depend on them go unchecked.
     with torch.no_grad(), torch.device("meta"), contextlib.suppress(RuntimeError, ValueError):
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 1, 2, 2)}
         logits.append(model(**inputs, use_cache=False).logits)
@@ -155,5 +155,5 @@ def count_parameters(model: PreTrainedModel, lora: LoraSettings | None) -> tuple
 
 
 def max_positions(folder: Path) -> int | None:
-    """Tokens that the model's positions reach, None where its configuration names no limit."""
+    """The longest sequence in tokens that the model has positions for; None if its configuration names no limit."""
     return getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)

@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path, template: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="right")
     except Exception as error:
-        # The library advises to run the folder's own code; we never do.
+        # The library advises running the folder's own code, which we never do.
         why = "it needs code of its own" if "remote_code" in str(error) else in_one_line(error)
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({why}); get tokenizer.json again") from None
     if template == "qilin":
@@ -63,7 +63,7 @@ def load_for_inference(folder: Path, settings: ModelConfig, device: str) -> PreT
 
 
 def attention_path(settings: ModelConfig, apart: bool) -> str:
-    """Which kernel training's attention takes; `apart`: rows hold several sequences that must not see each other."""
+    """The attention kernel of training, in words. `apart`: rows hold several sequences that must not see each other."""
     if settings.attention == "flash_attention_2":
         return "flash_attention_2, variable-length kernel (sequences apart by cumulative lengths)"
     if settings.attention == "eager":
@@ -105,9 +105,9 @@ def check_trackers(stage: StageName, names: list[str]) -> None:
 
 
 def load_for_training(folder: Path, settings: ModelConfig, section: StageConfig) -> PreTrainedModel:
-    """A stage's parent as its ranks train it: precision, 4-bit storage and kernels as the settings say."""
+    """A stage's parent as its ranks train it, in the precision, storage and kernels of the settings."""
     lora = section.lora
-    # Where all parameters train, the optimiser needs fp32 ones: DeepSpeed keeps a copy of its own, plain PyTorch none.
+    # If all parameters train, the optimiser needs them in fp32: DeepSpeed keeps its own copy, plain PyTorch does not.
     dtype = DTYPES[settings.dtype] if lora or section.deepspeed else torch.float32
     quantization = {}
     if lora and lora.quantization:  # QLoRA (Dettmers et al. 2023): NF4 with double quantisation, arithmetic in `dtype`
@@ -121,11 +121,11 @@ def load_for_training(folder: Path, settings: ModelConfig, section: StageConfig)
 
 
 def add_adapter(model: PreTrainedModel, section: StageConfig, seed: int) -> "PeftModel":
-    """The model with the stage's LoRA adapter, its start drawn from the seed."""
+    """The model with the stage's LoRA adapter, initialised from the seed."""
     from peft import get_peft_model
 
     set_seed(seed)  # the same on every rank
-    # DeepSpeed wants one precision and keeps fp32 copies itself; without it PEFT makes the adapter fp32.
+    # DeepSpeed needs a single precision and keeps fp32 copies itself. Without it, PEFT makes the adapter fp32.
     return get_peft_model(model, lora_config(section.lora), autocast_adapter_dtype=not section.deepspeed)
 
 
@@ -151,7 +151,7 @@ def load_checkpoint(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
 def merge_adapter(parent: Path, adapter: Path) -> PreTrainedModel:
     """The parent with the adapter merged in, in fp32: a merge in bf16 changes 1-2% of the predicted tokens.
 
-    Also where the adapter trained on 4-bit weights: a folder that is handed on never holds rounded weights.
+    So is an adapter that was trained on 4-bit weights: a merged folder never holds rounded ones.
     """
     from peft import PeftModel
 

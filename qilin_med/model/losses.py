@@ -28,7 +28,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Ten
         zero = hidden.sum() * 0.0 + head.weight.sum() * 0.0
         return zero if reduction == "sum" else zero.expand(0)
     if reduction == "sum" and head.weight.dtype != torch.float32:
-        # The library rounds a sum to the weights' dtype, in bf16 by up to 0.4%; single losses average their rounding out.
+        # The library rounds a sum to the weights' dtype, in bf16 by up to 0.4%. Over single losses, rounding averages out.
         return token_losses(hidden, head, targets, "none").float().sum()
     chunk = max(64, _LOGITS_PER_CHUNK // head.weight.shape[0])
     options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk)
@@ -39,7 +39,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Ten
 
 
 def target_losses(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, reduction: str) -> torch.Tensor:
-    """`token_losses` at the target positions alone. hidden: [B, T, H]; labels: [B, T], unshifted, -100 elsewhere."""
+    """`token_losses` at the target positions only. hidden: [B, T, H]; labels: [B, T], unshifted, -100 elsewhere."""
     targets = labels[:, 1:]
     scored = targets != -100
     return token_losses(hidden[:, :-1][scored], head, targets[scored], reduction)
@@ -49,7 +49,7 @@ def sequence_log_probs(
     hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, sequence_index: torch.Tensor, sequences: int
 ) -> torch.Tensor:
     """log p(answer | prompt) of each sequence: [sequences]. sequence_index: [B, T], the sequence that a token belongs to;
-    else arguments as for `target_losses`."""
+    other arguments as for `target_losses`."""
     losses = target_losses(hidden, head, labels, reduction="none").float()
     owners = sequence_index[:, 1:][labels[:, 1:] != -100]
     return -torch.zeros(sequences, dtype=torch.float32, device=hidden.device).index_add(0, owners, losses)
@@ -84,10 +84,10 @@ HeadFunction = Callable[[torch.Tensor, torch.nn.Linear], torch.Tensor]
 def forward_through_head(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], compute: HeadFunction
 ) -> torch.Tensor:
-    """One forward pass in which the output head returns compute(hidden [B, T, H], head) in place of logits.
+    """One forward pass in which the output head returns compute(hidden [B, T, H], head) instead of logits.
 
-    So the full logits never exist, and what reads the head's weight runs inside the head's own call, where ZeRO-3
-    gathers that weight, in the backward pass too.
+    The full logits never exist, and the head's weight is read inside the head's own call, where ZeRO-3 gathers it, in the
+    backward pass too.
     """
     head = unwrap(model).get_output_embeddings()
 
@@ -116,8 +116,8 @@ def pair_log_probs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch
 def check_isolation(model: torch.nn.Module, layout: Layout) -> None:
     """A trial before training: UserError if a sequence's hidden states depend on its neighbour in the same row.
 
-    Whether attention keeps packed sequences apart depends on the architecture, the attention code and the library's
-    version, and a model that lets neighbours see each other trains on without a word.
+    Whether attention keeps packed sequences apart depends on the architecture, the attention implementation and the
+    library's version, and a model that lets neighbours see each other would train on without a warning.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()

@@ -1,9 +1,9 @@
 """A fast tokenizer made from a SentencePiece BPE model, giving SentencePiece's own ids.
 
-transformers' own conversion (LlamaTokenizer) supposes an identity normaliser and no user-defined pieces. Baichuan-7B
-has the nmt_nfkc normaliser and 390 user-defined pieces, so that conversion silently gives other ids for many texts.
-What SentencePiece does is in its normalizer.cc (Normalize, NormalizePrefix), bpe_model.cc (SampleEncode) and
-sentencepiece_processor.cc (Decode); here it is put together from public parts of `tokenizers`, so that the saved
+transformers' own conversion (LlamaTokenizer) assumes an identity normaliser and no user-defined pieces. Baichuan-7B has
+the nmt_nfkc normaliser and 390 user-defined pieces, so that conversion silently gives other ids for many texts. What
+SentencePiece does is in its normalizer.cc (Normalize, NormalizePrefix), bpe_model.cc (SampleEncode) and
+sentencepiece_processor.cc (Decode). Here it is composed from public parts of `tokenizers`, so that the saved
 tokenizer.json needs neither the .model file nor remote code.
 """
 
@@ -60,7 +60,7 @@ def fast_tokenizer_from_sentencepiece(
     # ignore_merges makes a user-defined piece, which no merge builds, one token.
     tokenizer = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, ignore_merges=True, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(normalizer_steps(spec, kept))
-    # User-defined pieces stand alone; then a stretch that only looks like a piece is kept from being taken for it.
+    # User-defined pieces are split off first; then text that only looks like a piece is kept from becoming that piece.
     patterns = [*([quick_any_of(kept)] if kept else []), false_wholes(vocabulary, merges, kept)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(p), "isolated") for p in patterns])
     # Bytes to characters, then "▁" to spaces, less the one that the normaliser had put before the text.
@@ -86,7 +86,7 @@ def fast_tokenizer_from_sentencepiece(
 
 
 def read_sentencepiece_bpe(model_file: Path) -> spm.ModelProto:
-    """Parse the model; UserError if it has what stands in the way of equal ids."""
+    """Parse the model; UserError if anything in it rules out equal ids."""
     model = spm.ModelProto()
     try:
         model.ParseFromString(Path(model_file).read_bytes())
@@ -136,7 +136,7 @@ def rule_steps(spec: spm.NormalizerSpec, kept: list[str]) -> list[normalizers.No
     """
     rules = dict(SentencePieceNormalizer(normalizer_spec=spec).decompile())
     singles = {key: value for key, value in rules.items() if len(key) == 1 and key not in kept}
-    sentencepiece.set_min_log_level(1)  # it tells of its progress on stderr
+    sentencepiece.set_min_log_level(1)  # it reports its progress on stderr
     blob = SentencePieceNormalizer(norm_map=list(singles.items())).serialized_normalizer_spec()
     joining = character_class(joining_characters(rules, singles))
     return [
@@ -151,10 +151,10 @@ def rule_steps(spec: spm.NormalizerSpec, kept: list[str]) -> list[normalizers.No
 
 
 def rules_beyond(rules: dict[str, str], singles: dict[str, str], kept: list[str]) -> dict[str, str]:
-    """Rules that single characters and NFC do not amount to, longest first: compositions newer than our NFC."""
+    """Rules that single characters and NFC do not cover, longest first: compositions newer than our NFC."""
 
     def composed(texts: Collection[str]) -> list[str]:
-        # As the library does it: Python's Unicode is another.
+        # By the library: Python has another version of Unicode.
         applied = ("".join(singles.get(character, character) for character in text) for text in texts)
         return normalizers.NFC().normalize_str(BARRIER.join(applied)).split(BARRIER) if texts else []
 
@@ -173,7 +173,7 @@ def rules_beyond(rules: dict[str, str], singles: dict[str, str], kept: list[str]
 
 
 def barrier_places(rules: dict[str, str], joining: str, kept: list[str]) -> str:
-    """A pattern that is found, empty, before every character that could join what stands before it, but must not.
+    """A pattern with an empty match before every character that could join the one before it, but must not.
 
     It walks as SentencePiece does from unit to unit (the end of a user-defined piece, else the longest rule, else one
     character), through each run of joining characters; a match over the whole text would meet Oniguruma's retry limit.
@@ -236,10 +236,10 @@ def quick_any_of(pieces: list[str]) -> str:
 
 
 def false_wholes(vocabulary: dict[str, int], merges: list[tuple[str, str]], kept: list[str]) -> str:
-    """A pattern for the first token of a stretch that reads like a piece, but which merges would not make it.
+    """A pattern for the first token of text that reads like a piece, but that merging would not turn into one.
 
-    These are the control and byte pieces ("</s>", "<0x0A>" typed as text) and the odd piece that greedy merging never
-    reaches; ignore_merges alone would take them whole. What merging leaves apart can be cut apart without changing ids.
+    These are the control and byte pieces ("</s>", "<0x0A>" typed as text) and the rare piece that greedy merging never
+    reaches; ignore_merges would take them whole. What merging leaves apart can be split without changing ids.
     """
     names = sorted(vocabulary.keys() - set(kept))
     merging = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, unk_token=UNKNOWN))

@@ -1,10 +1,10 @@
 """Messages -> token ids and loss mask: the one place that knows how a prompt becomes tokens.
 
-The format itself lies in the tokenizer, as a Jinja chat template. `{% generation %}` marks in it tell which text is an
-answer; without them (most published models) its generation prompt and the end token do. The template is rendered once
-per conversation shape, with a sentinel in place of every content, and taken apart at the sentinels. The literal pieces
-(role marks, EOS) are tokenised with special tokens parsed, contents always as plain text, so that no text can smuggle
-in a control token; and because only contents are ever cut, role marks survive every limit.
+The format itself is the tokenizer's Jinja chat template. Its `{% generation %}` marks say which text is an answer; if it
+has none, like most published models, its generation prompt and the end token do. The template is rendered once for each
+sequence of roles, with a sentinel in place of every content, and taken apart at the sentinels. The literals between them
+(role marks, EOS) are tokenised with special tokens parsed, contents always as plain text, so that no text can smuggle in
+a control token; and because only contents are ever cut, role marks survive every limit.
 """
 
 import json
@@ -32,15 +32,13 @@ QILIN_TEMPLATE = (
 )
 
 IGNORED = -100  # Hugging Face's label for positions without loss
-SENTINEL = (
-    "\ue0f0{}\ue0f1"  # around a message's number; private use: no template writes them, contents are not rendered
-)
+SENTINEL = "\ue0f0{}\ue0f1"  # around a message's index; private-use characters, which no template writes
 
 Ids: TypeAlias = list[int]
 Piece: TypeAlias = tuple[int, ...] | int
-"""Ids of a literal, or the index of the message whose content stands there."""
+"""Ids of a literal, or the index of the message whose content belongs there."""
 Layout: TypeAlias = tuple[list[tuple[list[Piece], list[Piece]]], Ids]
-"""How a template writes a conversation: of every turn the question (with the system text, if any) and the answer, and the
+"""How a template writes a conversation: for each turn the question (with the system text, if any) and the answer; then the
 literal after the last answer, outside the loss (Qwen's newline; most templates have none)."""
 
 
@@ -76,7 +74,7 @@ class EncodedPrompt:
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[Ids]:
-    """Ids of plain texts: no BOS or EOS, and what looks like a special token stays text. Uses all cores."""
+    """Ids of plain texts, without BOS or EOS; what looks like a special token stays text. Uses all cores."""
     if not texts:
         return []
     settings = {"add_special_tokens": False, "split_special_tokens": True}
@@ -94,15 +92,14 @@ def control_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
 class ChatTemplate:
     """Applies a tokenizer's own chat template to records, within token limits.
 
-    `max_source_length` limits a question: its content and all literals before the answer (role marks), for the first
-    turn with the system text. A question keeps its start. Where system text and question are too long together, the
-    system text is cut first, to no less than half of the limit's tokens that the marks leave, then the question.
-    `max_target_length` limits an answer with its EOS: a longer one is cut to exactly that many tokens and has no EOS.
-    Role marks are never cut. Contents are stripped of surrounding white space, as the readers do.
+    `max_source_length` limits a question: its content and all literals before the answer (role marks), in the first turn
+    also the system text. A question keeps its start. If system text and question together are too long, the system text is
+    cut first, to no less than half of the tokens that the marks leave, then the question. `max_target_length` limits an
+    answer with its EOS: a longer one is cut to exactly that many tokens and has no EOS. Role marks are never cut. White
+    space around contents is stripped, as by the readers.
 
-    For texts that were not cut, ids and loss mask equal `tokenizer.apply_chat_template`, provided that the tokenizer
-    treats the text between special tokens on its own (SentencePiece-like ones do, and templates whose marks are special
-    tokens or line ends).
+    If nothing is cut, ids and loss mask equal those of `tokenizer.apply_chat_template`, provided that the tokenizer treats
+    the text between special tokens separately (as SentencePiece does, and where marks are special tokens or line ends).
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
@@ -170,7 +167,7 @@ class ChatTemplate:
         self, preferences: Sequence[Preference], max_source_length: int, max_target_length: int
     ) -> list[EncodedPreference | Skipped]:
         """Prompt and answers of each preference. The prompt holds system text and last question, and as many whole
-        earlier turns, newest first, as fit into `max_source_length`; the others are counted as dropped."""
+        earlier turns as fit into `max_source_length`, the newest first; the others are counted as dropped."""
         answers = [[Message("assistant", text) for text in (pair.chosen, pair.rejected)] for pair in preferences]
         conversations = [[*pair.prompt, *both] for pair, both in zip(preferences, answers, strict=True)]
         tokenised = self._tokenise(conversations)
@@ -199,9 +196,9 @@ class ChatTemplate:
         return target[-1][-1]
 
     def encode_prompt(self, messages: Sequence[Message], max_source_length: int) -> EncodedPrompt:
-        """What a model answers the last question from: exactly the prompt part of a training row.
+        """The prompt to which a model answers the last question: exactly the prompt part of a training row.
 
-        Earlier turns as in `encode_preferences`. UserError: the text holds a role mark, or the last message is no
+        Earlier turns as in `encode_preferences`. UserError: a text contains a role mark, or the last message is no
         question."""
         if not messages or messages[-1].role != "user":
             raise UserError("a prompt must end with a question: expected the last message to have the role user")
@@ -215,8 +212,8 @@ class ChatTemplate:
     def _tokenise(
         self, conversations: Sequence[Sequence[Message]]
     ) -> Iterator[tuple[list[Ids], list[list[Ids]], str | None]]:
-        """Ids of each conversation's contents, all tokenised in one batch: the system text (none or one), turns of a question
-        and at most one answer, and why they cannot be used, which only their tokens tell."""
+        """For each conversation, all tokenised in one batch: the system text (none or one), the turns of a question and at most
+        one answer, and why they cannot be used, as far as only their tokens show."""
         texts = [message.content.strip() for messages in conversations for message in messages]
         ids = iter(encode_texts(self.tokenizer, texts))
         for messages in conversations:
@@ -271,7 +268,7 @@ class ChatTemplate:
                 for place, part in enumerate(parts)
                 if part
             ])  # fmt: skip
-        # Every content must stand once, in order, answers alone inside `{% generation %}`.
+        # Every content must occur once, in order, and answers must have a place of their own.
         first = roles.count("system")
         expected = [*([index] for index in range(first, len(roles))), []]
         expected[0] = list(range(first + 1))
@@ -300,8 +297,8 @@ class ChatTemplate:
     def _find_answers(self, text: str, roles: tuple[Role, ...]) -> Iterator[tuple[int, int]]:
         """Spans of the answers in a text without marks: from where a model begins to write to the end token.
 
-        A model begins after the template's own prompt for an answer, so whatever the template writes between that
-        prompt and the content (an empty thought, for example) is learnt as part of the answer, as it has to be written.
+        A model begins after the template's own generation prompt, so whatever the template writes between that prompt and the
+        content (an empty thought, for example) is learnt as part of the answer, since the model has to write it.
         """
         question = self._render(("user",), add_generation_prompt=False)[0]
         opening = self._render(("user",), add_generation_prompt=True)[0].removeprefix(question)
@@ -336,7 +333,7 @@ def _fill_source(source: list[Piece], contents: list[Ids], limit: int) -> tuple[
     if sum(len(contents[index]) for index in indices) <= room:
         return _filled(source, contents), False
     *system, question = indices
-    # Cutting the system text below half would lose the rules, cutting the question first would lose what is asked.
+    # Cutting the system text below half would lose the rules; cutting the question first would lose what is asked.
     for_system = max(room - len(contents[question]), room // 2)
     cut = {index: contents[index][:for_system] for index in system}
     cut[question] = contents[question][: room - sum(map(len, cut.values()))]

@@ -17,7 +17,7 @@ def exam_prompt(stem: str, options: Iterable[tuple[str, str]]) -> str:
 
 
 def without_frame(text: str) -> str:
-    """An exam prompt's question alone: the words around it are in every one, and would make strangers look alike."""
+    """Only the question of an exam prompt: the frame around it is in every one, and would make unrelated ones look similar."""
     return text.replace(f"{HEAD}\n", "").replace(f"\n{TAIL}", "")
 
 
@@ -27,7 +27,7 @@ def exam_answer(letters: str, explanation: str) -> str:
 
 
 def option_lines(options: Iterable[tuple[str, str]]) -> str:
-    """Options one a line, "A 能补、能缓"."""
+    """Options, one per line: "A 能补、能缓"."""
     return "\n".join(f"{letter} {text}" for letter, text in options)
 
 
