@@ -43,10 +43,13 @@ def main() -> None:
         retriever = Retriever(experiment) if arguments.retrieval else None
         model = None if arguments.web else ChatModel(experiment, name, folder, arguments.max_new_tokens)
     if arguments.web:
-        from qilin_med.chat.page import Models, serve
+        from qilin_med.chat.page import Models, build_page, launch
 
         there = {name: folder for name, folder in folders.items() if folder.is_dir()}
-        serve(Models(experiment, there, arguments.max_new_tokens), name, retriever, arguments.host, arguments.port)
+        page = build_page(Models(experiment, there, arguments.max_new_tokens), name, retriever)
+        launch(page, arguments.host, arguments.port)
+        print(f"http://{arguments.host}:{arguments.port} shows the page; Ctrl-C ends", flush=True)
+        page.block_thread()
         return
     from qilin_med.chat.terminal import talk
 

@@ -205,7 +205,9 @@ def test_a_pipe_gets_the_answers_and_errors_are_one_line(settings, experiment, f
     asked = look_up(retriever, QUESTIONS[0])
     assert run.returncode == 0, run.stderr.decode()
     assert run.stdout.decode() == whole(ChatModel(experiment, "sft", folders["sft"], LENGTH), [], asked) + "\n"
-    assert run.stderr.decode().splitlines() == [
+    # On a busy machine loading takes so long that the progress speaks up.
+    told = [line for line in run.stderr.decode().splitlines() if not line.startswith("loading libraries")]
+    assert told == [
         NOTICE, f"【1】{CORPUS[0]} (corpus.jsonl, 书0@0-{len(CORPUS[0])})",
         *(f"【{number}】{p.text} ({p.source}, {p.id})" for number, p in enumerate(asked.passages[1:], 2)),
     ]  # fmt: skip

@@ -2,15 +2,15 @@
 grows, greedily, which is how evaluation asks."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList
 
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
@@ -30,8 +30,7 @@ LEAST_ROOM = 16  # tokens; a shorter question is none
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
+class ChatPrompt(NamedTuple):
     ids: list[int]
     until: str | None
     """Text that ends the answer, beside EOS."""
@@ -40,7 +39,7 @@ class ChatPrompt:
 
 
 class ChatModel:
-    """A loaded model with its way of being asked: in its chat template or, by `evaluation.chat`, in plain text."""
+    """A loaded model that is asked in its chat template or, if evaluation.chat does not name it, in plain text."""
 
     def __init__(self, experiment: Experiment, name: str, folder: Path, max_new_tokens: int):
         """UserError: the folder holds no model, its tokenizer no usable template, or answers leave no room."""
@@ -48,8 +47,8 @@ class ChatModel:
         positions = max_positions(folder) or POSITIONS
         if not 1 <= max_new_tokens <= (most := positions - LEAST_ROOM):
             raise UserError(
-                f"--max-new-tokens is {max_new_tokens}; {folder} has {positions} positions for question and answer: expected"
-                f" 1 to {most}"
+                f"--max-new-tokens is {max_new_tokens}; {folder} has {positions} positions for question and answer:"
+                f" expected 1 to {most}"
             )
         self._room, self._max_new_tokens = positions - max_new_tokens, max_new_tokens
         self.tokenizer = load_tokenizer(folder, experiment.model.template)
@@ -61,24 +60,63 @@ class ChatModel:
         stopped at once, is left out.
 
         UserError: it holds a role mark, or passages crowd it out."""
-        encode = self._encode_chat if self._template else self._encode_plain
         turns = [(question, answer) for question, answer in turns if answer.strip()]
-        encoded = encode(turns, asked.text)
+        if self._template:
+            encoded = self._template.encode_prompt([*messages(turns), Message("user", asked.text)], self._room)
+        else:
+            for dropped in range(len(turns) + 1):
+                text = plain_dialogue(turns[dropped:], asked.text)
+                ids = self.tokenizer(text, split_special_tokens=True).input_ids
+                if len(ids) <= self._room:
+                    break
+            # The end is kept, as in evaluation.
+            encoded = EncodedPrompt(ids[-self._room :], len(ids) > self._room, dropped)
         if encoded.is_cut and asked.passages:
             raise UserError(
                 f"question and passages are longer than the {self._room} tokens that the model has for them; lower"
                 " retrieval.max_context_tokens or --max-new-tokens"
             )
-        goes_on = not self._template and len(turns) > encoded.dropped_turns
-        return ChatPrompt(encoded.ids, "\n\n" if goes_on else None, _note(encoded))
+        notes = ["the question is longer than the model can read and was cut"] if encoded.is_cut else []
+        if encoded.dropped_turns:
+            notes.append(f"no room for the oldest turns, {encoded.dropped_turns} left out")
+        # A model that continues text would go on with a question of its own after a blank line, as in the turns before.
+        continues = not self._template and len(turns) > encoded.dropped_turns
+        return ChatPrompt(encoded.ids, "\n\n" if continues else None, "; ".join(notes))
 
     def stream(self, prompt: ChatPrompt) -> Iterator[str]:
         """The answer so far, again and again until it is whole. Closing the iterator stops the model."""
-        streamer, stopped = _GrowingText(self.tokenizer), Event()
-        with ThreadPoolExecutor(1) as pool:
-            generation = pool.submit(self._generate, prompt.ids, streamer, stopped)
+        texts, stopped = SimpleQueue(), Event()
+        inputs = torch.tensor([prompt.ids], device=self._model.device)
+        own_ends = self._model.generation_config.eos_token_id
+        own_ends = own_ends if isinstance(own_ends, list) else [own_ends] if own_ends is not None else []
+
+        def decode(ids: torch.Tensor) -> str:
+            return self.tokenizer.decode(ids[0, len(prompt.ids) :], skip_special_tokens=True)
+
+        def watch(ids: torch.Tensor, *_, **__) -> bool:
+            # Decoded as a whole: pieces need not add up to it. Bytes become a character, or not, with those that follow.
+            text = decode(ids)
+            if not text.endswith("\ufffd") and not BYTE.fullmatch(
+                self.tokenizer.convert_ids_to_tokens(int(ids[0, -1]))
+            ):
+                texts.put(text)
+            return stopped.is_set()
+
+        def generate() -> None:
             try:
-                for text in streamer:
+                ids = self._model.generate(
+                    inputs, attention_mask=torch.ones_like(inputs), stopping_criteria=StoppingCriteriaList([watch]),
+                    max_new_tokens=self._max_new_tokens, do_sample=False, use_cache=True,
+                    eos_token_id=[self.tokenizer.eos_token_id, *own_ends], pad_token_id=self.tokenizer.pad_token_id,
+                )  # fmt: skip
+                texts.put(decode(ids))
+            finally:
+                texts.put(None)
+
+        with ThreadPoolExecutor(1) as pool:
+            generation = pool.submit(generate)
+            try:
+                for text in iter(texts.get, None):
                     answer, end, _ = text.partition(prompt.until) if prompt.until else (text, "", "")
                     yield answer
                     if end:
@@ -87,40 +125,9 @@ class ChatModel:
                 stopped.set()
             generation.result()  # raises what went wrong over there
 
-    def _encode_chat(self, turns: Sequence[Turn], question: str) -> EncodedPrompt:
-        roles = ("user", "assistant")
-        earlier = [Message(role, text) for turn in turns for role, text in zip(roles, turn, strict=True)]
-        return self._template.encode_prompt([*earlier, Message("user", question)], self._room)
 
-    def _encode_plain(self, turns: Sequence[Turn], question: str) -> EncodedPrompt:
-        for dropped in range(len(turns) + 1):
-            text = plain_dialogue(turns[dropped:], question)
-            ids = self.tokenizer(text, split_special_tokens=True).input_ids
-            if len(ids) <= self._room:
-                return EncodedPrompt(ids, False, dropped)
-        return EncodedPrompt(ids[-self._room :], True, len(turns))  # the end, as evaluation cuts it
-
-    def _ends(self) -> list[int]:
-        """The token that ends an answer in the template, and those that the model's folder names."""
-        own = self._model.generation_config.eos_token_id
-        return [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])]
-
-    def _generate(self, ids: list[int], streamer: "_GrowingText", stopped: Event) -> None:
-        inputs = torch.tensor([ids], device=self._model.device)
-        try:
-            self._model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-                max_new_tokens=self._max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=self._ends(),
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        finally:
-            streamer.end()
+def messages(turns: Iterable[Turn]) -> list[Message]:
+    return [Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
 
 
 def look_up(retriever: Retriever | None, question: str) -> Prompt:
@@ -129,36 +136,3 @@ def look_up(retriever: Retriever | None, question: str) -> Prompt:
         return Prompt(question, ())
     [passages] = retriever.search([question])
     return retriever.fill_prompt(question, passages)
-
-
-def _note(encoded: EncodedPrompt) -> str:
-    notes = ["the question is longer than the model can read and was cut"] if encoded.is_cut else []
-    if encoded.dropped_turns:
-        notes.append(f"no room for the oldest turns, {encoded.dropped_turns} left out")
-    return "; ".join(notes)
-
-
-class _GrowingText(TextIteratorStreamer):
-    """Iterates over the text so far, which the base class does in pieces that need not add up to the whole decoded text (a
-    space after a line end, characters made of several byte tokens)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.next_tokens_are_prompt:
-            self.next_tokens_are_prompt = False
-            return
-        self.token_cache += value.tolist()
-        text = self._decoded()
-        # Bytes become a character, or not, with those that follow.
-        if not text.endswith("\ufffd") and not BYTE.fullmatch(
-            self.tokenizer.convert_ids_to_tokens(self.token_cache[-1])
-        ):
-            self.on_finalized_text(text)
-
-    def end(self) -> None:
-        self.on_finalized_text(self._decoded(), stream_end=True)
-
-    def _decoded(self) -> str:
-        return self.tokenizer.decode(self.token_cache, **self.decode_kwargs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qilin_med.config.experiment import STAGES, StageName, flatten, load_experiment
 
@@ -43,65 +43,50 @@ CORPUS: dict[StageName, dict[str, tuple[str, Figures]]] = {
 }
 
 
-class PublishedTable(NamedTuple):
-    """Scores as printed."""
-
-    number: int
-    title: str
-    columns: tuple[str, ...]
-    printed: dict[str, str]
-    """Figures of a model by column, "-" where none is printed."""
-
-    def rows(self) -> list[dict[str, str]]:
-        """A missing figure is ""."""
-        return [
-            {"model": model, **dict(zip(self.columns, figures.replace("-", "").split(" "), strict=True))}
-            for model, figures in self.printed.items()
-        ]
+def _read(printed: str) -> list[dict[str, str]]:
+    """Rows by column; a figure that is not printed is ""."""
+    columns, *rows = [[cell.strip() for cell in line.split("|")] for line in printed.strip().splitlines()]
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-_TEXT_SCORES = ("BLEU-1", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L")
 # Tables 4 to 6 by how the names of our tasks begin.
-SCORES = {
-    "ceval": PublishedTable(
-        4, "C-Eval, 5 examples", ("average", "clinical medicine", "physician", "basic medicine"), {
-            "ChatGLM-6B": "38.0 34.0 35.0 36.6",
-            "Chinese-llama2-7B": "36.7 40.0 36.6 37.7",
-            "Chinese-alpaca2-7B": "37.1 31.5 38.8 36.6",
-            "Baichuan-7B": "42.8 43.0 46.7 45.1",
-            "Zhongjing-LLaMA-7B": "34.3 33.0 32.9 33.1",
-            "Qilin-Med CPT": "36.2 41.0 44.9 34.3",
-            "Qilin-Med SFT": "40.1 48.5 55.5 43.4",
-        },
-    ),
-    "cmexam": PublishedTable(
-        5, "CMExam: answers and explanations", ("accuracy", *_TEXT_SCORES), {
-            "ChatGLM-6B": "26.3 16.51 5.00 35.18 15.73 17.09",
-            "Llama-7B": "0.4 11.99 5.70 27.33 11.88 10.78",
-            "Vicuna-7B": "5.0 20.15 9.26 38.43 16.90 16.33",
-            "Alpaca-7B": "8.5 4.75 2.50 22.52 9.54 8.40",
-            "Baichuan-7B": "33.5 2.70 0.14 11.88 0.71 3.39",
-            "Huatuo": "12.9 0.21 0.12 25.11 11.56 9.73",
-            "DoctorGLM": "- 9.43 2.65 21.11 6.86 9.99",
-            "Zhongjing-LLaMA": "22.0 13.01 0.39 16.23 1.01 5.31",
-            "LLaMA-CMExam": "18.3 29.25 16.46 45.88 26.57 23.31",
-            "Alpaca-CMExam": "21.1 29.57 16.40 45.48 25.53 22.97",
-            "Vicuna-CMExam": "27.3 29.82 17.30 44.98 26.25 22.44",
-            "Qilin-Med CPT": "38.4 13.98 4.43 23.51 8.68 7.41",
-            "Qilin-Med SFT": "40.0 40.31 25.05 53.56 36.39 34.17",
-            "Qilin-Med RAG": "42.8 - - - - -",
-        },
-    ),
-    "huatuo": PublishedTable(
-        6, "Huatuo-26M", _TEXT_SCORES, {
-            "T5": "0.33 0.07 0.67 0.19 0.63",
-            "GPT2": "10.04 1.62 14.26 3.42 12.07",
-            "Baichuan-7B": "10.43 1.16 18.68 3.68 7.19",
-            "Qilin-Med CPT": "10.63 0.98 19.97 3.33 4.94",
-            "Qilin-Med SFT": "12.69 2.07 24.21 6.34 11.56",
-            "Qilin-Med DPO": "16.66 2.64 27.44 6.88 9.36",
-        },
-    ),
+SCORES: dict[str, tuple[str, list[dict[str, str]]]] = {
+    "ceval": ("Table 4: C-Eval, 5 examples", _read("""
+        model              | average | clinical medicine | physician | basic medicine
+        ChatGLM-6B         |    38.0 |              34.0 |      35.0 |           36.6
+        Chinese-llama2-7B  |    36.7 |              40.0 |      36.6 |           37.7
+        Chinese-alpaca2-7B |    37.1 |              31.5 |      38.8 |           36.6
+        Baichuan-7B        |    42.8 |              43.0 |      46.7 |           45.1
+        Zhongjing-LLaMA-7B |    34.3 |              33.0 |      32.9 |           33.1
+        Qilin-Med CPT      |    36.2 |              41.0 |      44.9 |           34.3
+        Qilin-Med SFT      |    40.1 |              48.5 |      55.5 |           43.4
+    """)),
+    "cmexam": ("Table 5: CMExam: answers and explanations", _read("""
+        model           | accuracy | BLEU-1 | BLEU-4 | ROUGE-1 | ROUGE-2 | ROUGE-L
+        ChatGLM-6B      |     26.3 |  16.51 |   5.00 |   35.18 |   15.73 |   17.09
+        Llama-7B        |      0.4 |  11.99 |   5.70 |   27.33 |   11.88 |   10.78
+        Vicuna-7B       |      5.0 |  20.15 |   9.26 |   38.43 |   16.90 |   16.33
+        Alpaca-7B       |      8.5 |   4.75 |   2.50 |   22.52 |    9.54 |    8.40
+        Baichuan-7B     |     33.5 |   2.70 |   0.14 |   11.88 |    0.71 |    3.39
+        Huatuo          |     12.9 |   0.21 |   0.12 |   25.11 |   11.56 |    9.73
+        DoctorGLM       |          |   9.43 |   2.65 |   21.11 |    6.86 |    9.99
+        Zhongjing-LLaMA |     22.0 |  13.01 |   0.39 |   16.23 |    1.01 |    5.31
+        LLaMA-CMExam    |     18.3 |  29.25 |  16.46 |   45.88 |   26.57 |   23.31
+        Alpaca-CMExam   |     21.1 |  29.57 |  16.40 |   45.48 |   25.53 |   22.97
+        Vicuna-CMExam   |     27.3 |  29.82 |  17.30 |   44.98 |   26.25 |   22.44
+        Qilin-Med CPT   |     38.4 |  13.98 |   4.43 |   23.51 |    8.68 |    7.41
+        Qilin-Med SFT   |     40.0 |  40.31 |  25.05 |   53.56 |   36.39 |   34.17
+        Qilin-Med RAG   |     42.8 |        |        |         |         |
+    """)),
+    "huatuo": ("Table 6: Huatuo-26M", _read("""
+        model         | BLEU-1 | BLEU-4 | ROUGE-1 | ROUGE-2 | ROUGE-L
+        T5            |   0.33 |   0.07 |    0.67 |    0.19 |    0.63
+        GPT2          |  10.04 |   1.62 |   14.26 |    3.42 |   12.07
+        Baichuan-7B   |  10.43 |   1.16 |   18.68 |    3.68 |    7.19
+        Qilin-Med CPT |  10.63 |   0.98 |   19.97 |    3.33 |    4.94
+        Qilin-Med SFT |  12.69 |   2.07 |   24.21 |    6.34 |   11.56
+        Qilin-Med DPO |  16.66 |   2.64 |   27.44 |    6.88 |    9.36
+    """)),
 }  # fmt: skip
 
 
@@ -112,27 +97,22 @@ HUB_BASE_MODEL = "baichuan-inc/Baichuan-7B"
 EXPERIMENT_FILE = Path(__file__).parents[2] / "configs/qilin_med_7b.json"
 _LENGTHS = {"max_source_length": 256, "max_target_length": 256}
 _RATES = {"learning_rate": 2e-5, "warmup_ratio": 0.05, "weight_decay": 0.05}
-STATED: dict[str, Any] = {
-    "model.path": BASE_MODEL,
-    "launch.device": "cuda",
-    **flatten(
-        {
-            "pretraining": {
-                "parent": None, "lora": None, "block_size": 1024, "epochs": 3, "global_batch_size": 1 * 8,
-                "learning_rate": 2e-4, "warmup_ratio": 0.05, "weight_decay": 0.01,
-            },
-            "sft": {
-                "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 64 * 8,
-                "deepspeed": "configs/deepspeed/zero2.json", "lora": {"rank": 8, "alpha": 32, "dropout": 0.05},
-            },
-            "dpo": {
-                "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 8 * 4,
-                "lora": {"rank": 8, "alpha": 16, "dropout": 0.05},
-            },
-            "retrieval": {"passages": 5},
-        }
-    ),
-}  # fmt: skip
+STATED: dict[str, Any] = flatten({
+    "model": {"path": BASE_MODEL}, "launch": {"device": "cuda"},
+    "pretraining": {
+        "parent": None, "lora": None, "block_size": 1024, "epochs": 3, "global_batch_size": 1 * 8, "learning_rate": 2e-4,
+        "warmup_ratio": 0.05, "weight_decay": 0.01,
+    },
+    "sft": {
+        "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 64 * 8, "deepspeed": "configs/deepspeed/zero2.json",
+        "lora": {"rank": 8, "alpha": 32, "dropout": 0.05},
+    },
+    "dpo": {
+        "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 8 * 4,
+        "lora": {"rank": 8, "alpha": 16, "dropout": 0.05},
+    },
+    "retrieval": {"passages": 5},
+})  # fmt: skip
 """Settings by key of the experiment file. `parent` null: each stage starts from the one before it. A global batch is the
 paper's batch per GPU times its GPUs: 8 A100s for the first two stages, 4 RTX 3090s for DPO."""
 

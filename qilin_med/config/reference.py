@@ -4,31 +4,8 @@ import json
 
 from pydantic import BaseModel
 
-from qilin_med.config.corpus import (
-    CleaningSettings,
-    CorpusSettings,
-    DeduplicationSettings,
-    ExecutorSettings,
-    RawSource,
-)
-from qilin_med.config.experiment import (
-    DataSource,
-    DecontaminationSettings,
-    DenseSettings,
-    DpoConfig,
-    EvaluationConfig,
-    Experiment,
-    InstructionConfig,
-    LaunchConfig,
-    LoraSettings,
-    ModelConfig,
-    PretrainingConfig,
-    RawFiles,
-    RetrievalConfig,
-    Section,
-    StageConfig,
-    TaskSettings,
-)
+from qilin_med.config import corpus, experiment
+from qilin_med.config.experiment import Section
 
 HEAD = """# Settings files
 
@@ -81,38 +58,37 @@ The variants extend qilin_med_7b.json, so each states only what it changes.
   Xeon, 2026-11-22). ZeRO-3 gathers the weights for every checkpoint.
 """
 EXPERIMENT: dict[str, type[Section]] = {
-    "(top level)": Experiment, "model": ModelConfig, "launch": LaunchConfig,
-    "every stage": StageConfig, "pretraining": PretrainingConfig, "sft and dpo": InstructionConfig,
-    "dpo": DpoConfig, "pretraining.lora, sft.lora, dpo.lora": LoraSettings, "evaluation": EvaluationConfig,
-    "evaluation.tasks, by the task's name": TaskSettings,
-    "retrieval": RetrievalConfig, "retrieval.dense": DenseSettings,
-    "an entry of data, documents, answers, preferences, corpus (or just its path)": DataSource,
+    "(top level)": experiment.Experiment, "model": experiment.ModelConfig, "launch": experiment.LaunchConfig,
+    "every stage": experiment.StageConfig, "pretraining": experiment.PretrainingConfig,
+    "sft and dpo": experiment.InstructionConfig, "dpo": experiment.DpoConfig,
+    "pretraining.lora, sft.lora, dpo.lora": experiment.LoraSettings, "evaluation": experiment.EvaluationConfig,
+    "evaluation.tasks, by the task's name": experiment.TaskSettings,
+    "retrieval": experiment.RetrievalConfig, "retrieval.dense": experiment.DenseSettings,
+    "an entry of data, documents, answers, preferences, corpus (or just its path)": experiment.DataSource,
 }  # fmt: skip
 CORPUS: dict[str, type[Section]] = {
-    "(top level)": CorpusSettings, "an entry of sources": RawSource,
-    "an entry of sources or of decontamination.files": RawFiles, "cleaning": CleaningSettings,
-    "deduplication": DeduplicationSettings, "decontamination": DecontaminationSettings, "executor": ExecutorSettings,
+    "(top level)": corpus.CorpusSettings, "an entry of sources": corpus.RawSource,
+    "an entry of sources or of decontamination.files": experiment.RawFiles, "cleaning": corpus.CleaningSettings,
+    "deduplication": corpus.DeduplicationSettings, "decontamination": experiment.DecontaminationSettings,
+    "executor": corpus.ExecutorSettings,
 }  # fmt: skip
 
 
 def reference() -> str:
     """Every key of both kinds of file, with its default and its meaning."""
-    parts = [HEAD]
-    for title, sections in (("Experiment files", EXPERIMENT), ("Corpus files", CORPUS)):
-        parts += [f"## {title}\n", *(_table(name, section) for name, section in sections.items())]
-    return "\n".join(parts)
-
-
-def _table(title: str, section: type[Section]) -> str:
-    inherited = section.__mro__[1].model_fields if section.__mro__[1] is not Section else {}
-    lines = [f"### {title}", "", "| key | default | meaning |", "|---|---|---|"]
-    for name, field in section.model_fields.items():
-        if name in inherited:
-            continue
-        is_section = isinstance(field.default, BaseModel)
-        default = "required" if field.is_required() else "none" if is_section else json.dumps(field.default)
-        lines.append(f"| `{name}` | {default} | {' '.join((field.description or '').split())} |")
-    return "\n".join([*lines, ""])
+    lines = [HEAD]
+    for kind, sections in (("Experiment files", EXPERIMENT), ("Corpus files", CORPUS)):
+        lines += [f"## {kind}", ""]
+        for title, section in sections.items():
+            lines += [f"### {title}", "", "| key | default | meaning |", "|---|---|---|"]
+            parent = section.__mro__[1]
+            for name in [name for name in section.model_fields if parent is Section or name not in parent.model_fields]:
+                field = section.model_fields[name]
+                default = "none" if isinstance(field.default, BaseModel) else json.dumps(field.default, default=str)
+                default = "required" if field.is_required() else default
+                lines.append(f"| `{name}` | {default} | {' '.join((field.description or '').split())} |")
+            lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

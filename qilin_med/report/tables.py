@@ -209,17 +209,18 @@ def facet_tables(results: list[Result]) -> Iterator[tuple[str, Table]]:
 
 def paper_tables(run: Run) -> Iterator[tuple[str, Table]]:
     """Tables 4 to 6 of the paper by title, with our rows below the published ones."""
-    for task, table in SCORES.items():
-        rows = [{**published, "protocol": "published"} for published in table.rows()]
+    for task, (title, published) in SCORES.items():
+        rows = [{**published_row, "protocol": "published"} for published_row in published]
+        columns = list(published[0])[1:]
         for model in run.models:
             results = [r for r in run.results if r.model == model and r.contents["task"].startswith(task)]
-            rows += [our_row for result in results for our_row in _our_rows(result, table.columns)]
+            rows += [our_row for result in results for our_row in _our_rows(result, columns)]
             if not results:
                 rows.append({"model": f"ours: {LABELS[model]}", "protocol": "not run"})
-        yield f"The paper's Table {table.number}: {table.title}", rows
+        yield f"The paper's {title}", rows
 
 
-def _our_rows(result: Result, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+def _our_rows(result: Result, columns: list[str]) -> Iterator[dict[str, str]]:
     """One; two of texts, whose scores are on characters and on words."""
     contents, measured = result.contents, result.contents["metrics"]
     is_text = "rougeL_char" in measured
