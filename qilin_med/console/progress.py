@@ -35,7 +35,7 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
             meter.done += n
 
     def keep_showing() -> None:
-        while not is_over.wait(SECONDS_BETWEEN_REDRAWS if meter.bar else SECONDS_BETWEEN_LINES):
+        while not is_over.wait(SECONDS_BETWEEN_REDRAWS if meter.bar is not None else SECONDS_BETWEEN_LINES):
             with _lock:
                 if _under_way:
                     _under_way[-1].show()
@@ -51,7 +51,7 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
     finally:
         with _lock:
             _under_way.remove(meter)
-            if meter.bar:
+            if meter.bar is not None:  # a bar without a total has no truth value
                 meter.bar.close()
         if thread:
             is_over.set()
@@ -80,7 +80,7 @@ class _Meter:
             )  # fmt: skip
 
     def show(self) -> None:
-        if self.bar:
+        if self.bar is not None:
             self.bar.n = self.done
             self.bar.refresh()
             return
