@@ -12,7 +12,7 @@ from demo.consultations import answers_heldout, consultations_heldout, preferenc
 from demo.faults import spoilt_files
 from demo.world import DISEASES, build_world, list_facts
 from qilin_med.artifact import Artifact, digest
-from qilin_med.data.read.formats.graphs import HEALTH39, ONE_TAIL_WORDINGS, TRIPLE_WORDINGS, XYWY
+from qilin_med.data.read.formats.documents import HEALTH39, ONE_TAIL_WORDINGS, TRIPLE_WORDINGS, XYWY
 from qilin_med.errors import UserError
 from qilin_med.prompt.template import QILIN_TEMPLATE, ROLE_MARKS
 from qilin_med.prompt.wording import HEAD, TAIL, exam_prompt

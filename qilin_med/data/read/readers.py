@@ -9,27 +9,27 @@ from zipfile import BadZipFile
 
 from qilin_med.config.experiment import Kind, RawFiles
 from qilin_med.data.read.files import list_files, not_text, open_parts
-from qilin_med.data.read.formats import chats, dialogues, exams, graphs, preferences, texts
+from qilin_med.data.read.formats import chats, documents, exams, preferences
 from qilin_med.data.read.formats.reading import Counted, Reader
 from qilin_med.errors import UserError
 from qilin_med.records import Skipped
 
 READERS: dict[Kind, Reader] = {
-    "text": texts.TEXT,
-    "huatuo": chats.HUATUO,
+    "text": documents.TEXT,
+    "huatuo": chats.huatuo,
     "exam": exams.EXAM,
-    "cpubmed_kg": graphs.CPUBMED_KG,
-    "xywy_kg": graphs.XYWY_KG,
-    "39health_kg": graphs.HEALTH39_KG,
-    "department_qa": chats.DEPARTMENT_QA,
-    "meddialog": dialogues.MEDDIALOG,
-    "chat": chats.CHAT,
-    "instruct_chat": chats.INSTRUCT_CHAT,
-    "multiturn_chat": chats.MULTITURN_CHAT,
-    "hc3": chats.HC3,
-    "safety_prompts": chats.SAFETY_PROMPTS,
-    "preference": preferences.PREFERENCE,
-    "zhongjing": preferences.ZHONGJING,
+    "cpubmed_kg": documents.CPUBMED_KG,
+    "xywy_kg": documents.xywy_kg,
+    "39health_kg": documents.health39_kg,
+    "department_qa": chats.department_qa,
+    "meddialog": chats.MEDDIALOG,
+    "chat": chats.chat,
+    "instruct_chat": chats.instruct_chat,
+    "multiturn_chat": chats.multiturn_chat,
+    "hc3": chats.hc3,
+    "safety_prompts": chats.safety_prompts,
+    "preference": preferences.preference,
+    "zhongjing": preferences.zhongjing,
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from qilin_med.config.experiment import DataSource, Kind, RawFiles
 from qilin_med.data.read.files import content_suffix, list_files
+from qilin_med.data.read.formats.documents import document_text
 from qilin_med.data.read.formats.reading import Fields, row_reader
-from qilin_med.data.read.formats.texts import document_text
 from qilin_med.data.read.readers import READERS, read_file
 from qilin_med.errors import UserError
 from qilin_med.records import Chat, Document, Preference, Skipped
@@ -59,7 +59,7 @@ def _read(sources: list[DataSource], kind: Kind, named: bool = False) -> Iterato
                 f"{file}: a .txt file holds only documents (pretraining); expected {', '.join(reader.suffixes)} files here"
             )
         if named:
-            reader = row_reader(partial(_named_document, file.name), reader.fields, reader.suffixes)
+            reader = row_reader(suffixes=reader.suffixes)(partial(_named_document, file.name))
         columns = {"text": source.text} if kind == "text" else {}
         raw = RawFiles(name=file.name, kind=kind, paths=[str(file)], columns=columns)
         for _, record in read_file(file, reader, raw, strict=True):

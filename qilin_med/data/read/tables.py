@@ -45,7 +45,8 @@ def read_rows(part: Part, nested: bool = False) -> Iterator[Row]:
         case ".txt":
             return (Row(f"{part.place}:{number}", {"text": line}, line) for number, line in read_lines(part))
         case ".csv" | ".tsv":
-            return _csv_rows(part, "\t" if part.suffix == ".tsv" else ",")
+            delimiter = "\t" if part.suffix == ".tsv" else ","
+            return _table(part.place, _csv_cells(part, delimiter), delimiter)
         case ".xlsx":
             return _xlsx_rows(part)
         case ".parquet":
@@ -167,22 +168,18 @@ def _line_and_column(part: Part, offset: int) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-def _csv_rows(part: Part, delimiter: str) -> Iterator[Row]:
-    with open_text(part, newline="") as stream:
-        yield from _table(part.place, _csv_cells(stream, delimiter), delimiter)
-
-
-def _csv_cells(stream: TextIO, delimiter: str) -> Iterator[tuple[int, Cells | None]]:
+def _csv_cells(part: Part, delimiter: str) -> Iterator[tuple[int, Cells | None]]:
     """Cells of each row and the line on which it starts; None for a row that does not end."""
-    reader = csv.reader(stream, delimiter=delimiter)
-    while True:
-        line = reader.line_num + 1
-        try:
-            yield line, next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield line, None
+    with open_text(part, newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter)
+        while True:
+            line = reader.line_num + 1
+            try:
+                yield line, next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                yield line, None
 
 
 def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: str) -> Iterator[Row]:

@@ -1,14 +1,19 @@
-"""Conversations: ShareGPT, messages, instructions, ChiMed, Huatuo-26M, department tables, safety prompts."""
+"""Conversations: ShareGPT, messages, instructions, ChiMed, Huatuo-26M, MedDialog, department tables, safety prompts."""
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from qilin_med.config.corpus import RawFiles
+from qilin_med.data.read.files import Part, read_lines
 from qilin_med.data.read.formats.reading import (
+    Counted,
     Fields,
+    Reader,
     UnusableRow,
+    convert_row,
     name_of,
     plain_text,
     row_reader,
@@ -16,6 +21,7 @@ from qilin_med.data.read.formats.reading import (
     texts_of,
     unknown_layout,
 )
+from qilin_med.data.read.tables import Row
 from qilin_med.records import Chat, Message, Role
 
 ROLES: dict[str, Role] = {
@@ -91,14 +97,10 @@ def join_turns(turns: Iterable[Message]) -> list[Message]:
     ]
 
 
-def without_empty_system(messages: list[Message]) -> list[Message]:
-    return [message for message in messages if message.role != "system" or message.content]
-
-
 def checked_turns(messages: list[Message], last: Role, reason: str) -> tuple[Message, ...]:
     """An optional system text, then questions and answers in turn, none of them empty, up to one by `last` (else
     UnusableRow with the reason)."""
-    messages = without_empty_system(messages)
+    messages = [message for message in messages if message.content or message.role != "system"]
     turns = messages[1:] if messages[0].role == "system" else messages
     if any(turn.role != ("user", "assistant")[number % 2] for number, turn in enumerate(turns)):
         raise UnusableRow("roles out of order")
@@ -118,10 +120,6 @@ def checked_chat(id_: str, messages: list[Message]) -> Chat:
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds
-
-
-def _chat(id_: str, row: Any) -> Chat:
-    return checked_chat(id_, _messages(row))
 
 
 def _messages(row: Any) -> list[Message]:
@@ -157,16 +155,32 @@ def _messages(row: Any) -> list[Message]:
     )
 
 
-CHAT_FIELDS = ("conversations", "messages", "conversation", "system", "history", "instruction", "input", "output",
-               "target", "question", "answer")  # fmt: skip
-CHAT = row_reader(_chat, CHAT_FIELDS, objects=False)
+@row_reader("conversations", "messages", "conversation", "system", "history", "instruction", "input", "output", "target",
+            "question", "answer", objects=False)  # fmt: skip
+def chat(id_: str, row: Any) -> Chat:
+    return checked_chat(id_, _messages(row))
+
+
+@row_reader("instruction", "input", "output", "history", "system")
+def instruct_chat(id_: str, row: Fields) -> Chat:
+    """An instruction, or parallel lists of questions and answers."""
+    if "instruction" in row:
+        return checked_chat(id_, _messages(row))
+    questions, answers = row.get("input"), row.get("output")
+    if not isinstance(questions, list) or not isinstance(answers, list):
+        raise UnusableRow("unknown layout")
+    if len(questions) != len(answers):
+        raise UnusableRow("not as many answers as questions")
+    turns = (text for pair in zip(questions, answers, strict=True) for text in pair)
+    return checked_chat(id_, _alternating(turns, "turn"))
 
 
 def _one_turn(id_: str, question: str, answer: str) -> Chat:
     return checked_chat(id_, [Message("user", question), Message("assistant", answer)])
 
 
-def _huatuo(id_: str, row: Fields) -> list[Chat]:
+@row_reader("questions", "answers", "instruction", "input", "output")
+def huatuo(id_: str, row: Fields) -> list[Chat]:
     """The first wording of the question with each of its answers."""
     if "instruction" in row:
         parts = [*texts_of(row["instruction"], "instruction")[:1], text_of(row, "input")]
@@ -180,10 +194,8 @@ def _huatuo(id_: str, row: Fields) -> list[Chat]:
     return [_one_turn(f"{id_}~{n}" if n > 1 else id_, question, answer) for n, answer in enumerate(several, 1)]
 
 
-HUATUO = row_reader(_huatuo, ("questions", "answers", "instruction", "input", "output"))
-
-
-def _department_qa(id_: str, row: Fields) -> Chat:
+@row_reader("department", "title", "ask", "answer")
+def department_qa(id_: str, row: Fields) -> Chat:
     """The title, then what the patient adds; neither says what the other says already."""
     if not {"title", "ask", "answer"} <= row.keys():
         raise UnusableRow("unknown layout")
@@ -195,26 +207,8 @@ def _department_qa(id_: str, row: Fields) -> Chat:
     return _one_turn(id_, "\n".join(text for text in (title, ask) if text), text_of(row, "answer"))
 
 
-DEPARTMENT_QA = row_reader(_department_qa, ("department", "title", "ask", "answer"))
-
-
-def _instruct_chat(id_: str, row: Fields) -> Chat:
-    """An instruction, or parallel lists of questions and answers."""
-    if "instruction" in row:
-        return _chat(id_, row)
-    questions, answers = row.get("input"), row.get("output")
-    if not isinstance(questions, list) or not isinstance(answers, list):
-        raise UnusableRow("unknown layout")
-    if len(questions) != len(answers):
-        raise UnusableRow("not as many answers as questions")
-    turns = (text for pair in zip(questions, answers, strict=True) for text in pair)
-    return checked_chat(id_, _alternating(turns, "turn"))
-
-
-INSTRUCT_CHAT = row_reader(_instruct_chat, ("instruction", "input", "output", "history", "system"))
-
-
-def _multiturn_chat(id_: str, row: Fields) -> Chat:
+@row_reader("instruction", "input", "output")
+def multiturn_chat(id_: str, row: Fields) -> Chat:
     """Turns inside `instruction`; `output` answers the last question."""
     if not {"instruction", "output"} <= row.keys():
         raise UnusableRow("unknown layout")
@@ -230,10 +224,8 @@ def _multiturn_chat(id_: str, row: Fields) -> Chat:
     return checked_chat(id_, [*(turn for turn in turns if turn.content), answer])
 
 
-MULTITURN_CHAT = row_reader(_multiturn_chat, ("instruction", "input", "output"))
-
-
-def _hc3(id_: str, row: Fields) -> Chat:
+@row_reader("question", "human_answers", "chatgpt_answers")
+def hc3(id_: str, row: Fields) -> Chat:
     """ChatGPT's first answer; people's first where it gave none."""
     if "question" not in row or not row.keys() & {"chatgpt_answers", "human_answers"}:
         raise UnusableRow("unknown layout")
@@ -241,13 +233,104 @@ def _hc3(id_: str, row: Fields) -> Chat:
     return _one_turn(id_, text_of(row, "question"), next(iter(answers), ""))
 
 
-HC3 = row_reader(_hc3, ("question", "human_answers", "chatgpt_answers"))
-
-
-def _safety_prompt(id_: str, row: Fields) -> Chat:
+@row_reader("prompt", "response", "type", nested=True)
+def safety_prompts(id_: str, row: Fields) -> Chat:
     if not {"prompt", "response"} <= row.keys():
         raise UnusableRow("unknown layout")
     return _one_turn(id_, text_of(row, "prompt"), text_of(row, "response"))
 
 
-SAFETY_PROMPTS = row_reader(_safety_prompt, ("prompt", "response", "type"), nested=True)
+# ------------------------------------------------------------------------------------------------------ MedDialog
+
+BLOCK = re.compile(r"\s*id\s*=\s*\d+\s*")
+SECTIONS = ("Doctor faculty", "Description", "Dialogue", "Diagnosis and suggestions")
+TOLD = ("疾病", "疾病名称", "病情描述", "希望获得的帮助")
+FORM = (*TOLD, "怀孕情况", "患病多久", "已就诊医院及科室", "用药情况", "过敏史", "既往病史", "预约医生", "检查医院",
+        "主诉", "现病史")  # fmt: skip
+ENTRY = re.compile(rf"\s*({'|'.join(sorted(FORM, key=len, reverse=True))})\s*[:：]\s*(.*)")
+# Left over from the form, in which doctors are named and the day is told on which it was filled in.
+FORM_LINE = re.compile(r"\s*预约医生\s*[:：].*|.*[（(]\d{4}-\d\d-\d\d填写[）)]\s*")
+
+
+def _read_meddialog(part: Part, source: RawFiles) -> Iterator[Counted]:
+    if part.suffix != ".txt":
+        yield from _dialogue_list.read(part, source)
+        return
+    for number, lines in _blocks(part):
+        row = Row(f"{part.place}:{number}", lines, "\n".join(lines))
+        yield from convert_row(row, {}, _block_chat, objects=False)
+
+
+def _blocks(part: Part) -> Iterator[tuple[int, list[str]]]:
+    """The lines of each block and the number of its first; a block begins with "id=7"."""
+    start, lines = 0, []
+    for number, line in read_lines(part):
+        if BLOCK.fullmatch(line) and lines:
+            yield start, lines
+            lines = []
+        start = start if lines else number
+        lines.append(line)
+    if lines:
+        yield start, lines
+
+
+def _block_chat(id_: str, lines: list[str]) -> Chat:
+    sections: list[tuple[str, list[str]]] = [("", [])]
+    for line in lines:
+        if line.strip() in SECTIONS:
+            sections.append((line.strip(), []))
+        else:
+            sections[-1][1].append(line)
+    names = [name for name, _ in sections]
+    if "Dialogue" not in names:
+        raise UnusableRow("no dialogue" if "Description" in names else "unknown layout")
+    turns: list[Message] = []
+    # From behind, because the patient's next words decide what of a description is new.
+    for name, body in reversed(sections):
+        if name == "Dialogue":
+            turns = read_turns(line for line in body if not FORM_LINE.fullmatch(line)) + turns
+        elif name == "Description":
+            turns = _described(body, turns)
+    return _trimmed_chat(id_, turns)
+
+
+@row_reader("description", "dialogue", objects=False)
+def _dialogue_list(id_: str, row: Any) -> Chat:
+    """A list of turns, or an object that holds one and perhaps a description."""
+    turns = row.get("dialogue") if isinstance(row, dict) else row
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise UnusableRow("unknown layout")
+    description = text_of(row, "description") if isinstance(row, dict) else ""
+    messages = read_turns(plain_text(turn, "dialogue") for turn in turns)
+    return _trimmed_chat(id_, _described(description.split("\n"), messages) if description else messages)
+
+
+def _described(body: list[str], turns: list[Message]) -> list[Message]:
+    """The turns after what the patient wrote before the talk, less what the patient says again in its first turn.
+
+    Of a form, the entries that tell the case; without a form all of the text."""
+    entries: list[tuple[str, str]] = []
+    for line in body:
+        if match := ENTRY.fullmatch(line):
+            entries.append((match[1], match[2].strip()))
+        elif entries:
+            label, text = entries[-1]
+            entries[-1] = (label, f"{text}\n{line.strip()}".strip())
+    if not entries:
+        entries = [("", "\n".join(line.strip() for line in body))]
+    first = turns[0].content if turns and turns[0].role == "user" else ""
+    told = [(label, text) for label, text in entries if label in ("", *TOLD) and text and text not in first]
+    return [Message("user", "\n".join(f"{label}：{text}" if label else text for label, text in told)), *turns]
+
+
+def _trimmed_chat(id_: str, turns: list[Message]) -> Chat:
+    """Without what the doctor says before the patient and what the patient says after the doctor's last turn."""
+    turns = join_turns(turns)
+    while turns and turns[0].role == "assistant":
+        turns = turns[1:]
+    while turns and turns[-1].role == "user":
+        turns = turns[:-1]
+    return checked_chat(id_, turns)
+
+
+MEDDIALOG = Reader(_read_meddialog, _dialogue_list.fields, (".txt", ".jsonl", ".json", ".parquet"))

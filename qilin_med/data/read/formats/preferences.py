@@ -4,18 +4,14 @@ import ast
 import json
 from typing import Any
 
-from qilin_med.data.read.formats.chats import (
-    checked_turns,
-    history_messages,
-    read_messages,
-    system_message,
-    without_empty_system,
-)
+from qilin_med.data.read.formats.chats import checked_turns, history_messages, read_messages, system_message
 from qilin_med.data.read.formats.reading import Fields, UnusableRow, plain_text, row_reader, text_of, unknown_layout
 from qilin_med.records import Message, Preference
 
 
-def _preference(id_: str, row: Fields) -> Preference:
+@row_reader("question", "response_chosen", "response_rejected", "conversations", "prompt", "chosen", "rejected", "system",
+            "history")  # fmt: skip
+def preference(id_: str, row: Fields) -> Preference:
     if {"question", "response_chosen", "response_rejected"} <= row.keys():
         question = Message("user", text_of(row, "question"))
         answers = (text_of(row, field) for field in ("response_chosen", "response_rejected"))
@@ -49,7 +45,7 @@ def _answer(value: Any, field: str) -> tuple[list[Message], str]:
     *before, answer = read_messages(value, field)
     if answer.role != "assistant":
         raise UnusableRow(f"roles out of order: '{field}' is no answer")
-    return without_empty_system(before), answer.content
+    return [message for message in before if message.content or message.role != "system"], answer.content
 
 
 def _checked_pair(id_: str, prompt: list[Message], chosen: str, rejected: str) -> Preference:
@@ -64,14 +60,8 @@ def _checked_pair(id_: str, prompt: list[Message], chosen: str, rejected: str) -
     return Preference(id_, turns, chosen, rejected)
 
 
-PREFERENCE = row_reader(
-    _preference,
-    ("question", "response_chosen", "response_rejected", "conversations", "prompt", "chosen", "rejected", "system",
-     "history"),
-)  # fmt: skip
-
-
-def _zhongjing(id_: str, row: Fields) -> Preference:
+@row_reader("instruction", "input", "output", "query", "history", "rank1", "rank2", "rank3", "rank4")
+def zhongjing(id_: str, row: Fields) -> Preference:
     """An instruction with two answers, the better one first, or a question with ranked answers: the best, and the worst
     that is another text."""
     if "rank1" in row:
@@ -99,8 +89,3 @@ def _history(value: Any) -> Any:
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
     raise UnusableRow("unreadable history")
-
-
-ZHONGJING = row_reader(
-    _zhongjing, ("instruction", "input", "output", "query", "history", "rank1", "rank2", "rank3", "rank4")
-)

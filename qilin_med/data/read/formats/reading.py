@@ -34,24 +34,22 @@ class Reader:
 
 
 def row_reader(
-    convert: Callable[[str, Any], Record | list[Record]],
-    fields: tuple[str, ...],
-    suffixes: tuple[str, ...] = ROW_SUFFIXES,
-    *,
-    objects: bool = True,
-    nested: bool = False,
-) -> Reader:
-    """A reader of a kind in which every row makes its records by itself.
+    *fields: str, suffixes: tuple[str, ...] = ROW_SUFFIXES, objects: bool = True, nested: bool = False
+) -> Callable[[Callable[[str, Any], Any]], Reader]:
+    """Makes a function the reader of a kind in which every row makes its records by itself.
 
-    `convert` is given the row's id and value; it raises UnusableRow, or returns one record or several, never none.
-    Unless `objects` is false, values are objects. `nested`: see `read_rows`.
+    The function is given a row's id and value, an object unless `objects` is false; it raises UnusableRow, or returns
+    one record or several, never none. `nested`: see `read_rows`.
     """
 
-    def read(part: Part, source: RawFiles) -> Iterator[Counted]:
-        for row in read_rows(part, nested):
-            yield from convert_row(row, source.columns, convert, objects)
+    def reader_of(convert: Callable[[str, Any], Any]) -> Reader:
+        def read(part: Part, source: RawFiles) -> Iterator[Counted]:
+            for row in read_rows(part, nested):
+                yield from convert_row(row, source.columns, convert, objects)
 
-    return Reader(read, fields, suffixes)
+        return Reader(read, fields, suffixes)
+
+    return reader_of
 
 
 def convert_row(

@@ -1,4 +1,7 @@
-"""Knowledge graphs: each head or disease becomes one passage of sentences, worded in ways that a hash chooses."""
+"""Documents: running text (books, web pages, guidelines), and knowledge graphs.
+
+Each head or disease of a graph becomes one passage of sentences, worded in ways that a hash chooses.
+"""
 
 import re
 import tempfile
@@ -11,10 +14,67 @@ import orjson
 
 from qilin_med.config.corpus import RawFiles
 from qilin_med.data.read.files import Part, read_lines
-from qilin_med.data.read.formats.reading import Counted, Fields, Reader, UnusableRow, row_reader, skipped, texts_of
+from qilin_med.data.read.formats.reading import (
+    LONE_SURROGATE,
+    Counted,
+    Fields,
+    Reader,
+    UnusableRow,
+    name_of,
+    row_reader,
+    skipped,
+    texts_of,
+)
+from qilin_med.data.read.tables import ROW_SUFFIXES
 from qilin_med.records import Document
 
 Wordings = tuple[str, ...]
+
+
+def document_text(row: Fields) -> str:
+    """The field `text`, a string or a list of strings (joined by newlines), as it stands."""
+    value = row.get("text")
+    if value is None:
+        raise UnusableRow("no field 'text'")
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        raise UnusableRow(f"wrong type: 'text' is {name_of(value)}, expected text")
+    if not value.strip():
+        raise UnusableRow("empty text")
+    if LONE_SURROGATE.search(value):
+        raise UnusableRow("not Unicode: half a surrogate pair")
+    return value
+
+
+@row_reader("text", suffixes=(".txt", *ROW_SUFFIXES))
+def _text_rows(id_: str, row: Fields) -> Document:
+    return Document(id_, document_text(row))
+
+
+def _read_text(part: Part, source: RawFiles) -> Iterator[Counted]:
+    """Lines of a .txt are joined to documents of at least `join_lines` characters (the last may be shorter)."""
+    characters = getattr(source, "join_lines", 0)
+    if not characters or part.suffix != ".txt":
+        yield from _text_rows.read(part, source)
+        return
+    lines: list[str] = []
+    place, length = "", 0
+    for number, line in read_lines(part):
+        place = place or f"{part.place}:{number}"
+        lines.append(line)
+        length += len(line) + 1
+        if length > characters:
+            yield len(lines), Document(place, "\n".join(lines))
+            lines, place, length = [], "", 0
+    if lines:
+        yield len(lines), Document(place, "\n".join(lines))
+
+
+TEXT = Reader(_read_text, _text_rows.fields, _text_rows.suffixes)
+
+
+# --------------------------------------------------------------------------------------------------------- graphs
 
 
 def word(name: str, relation: str, value: str, wordings: Wordings) -> str:
@@ -142,18 +202,17 @@ XYWY_FIELDS = ("desc", *XYWY, *XYWY_PARAGRAPHS)
 NO_CATEGORY = "疾病百科"
 
 
-def _xywy(id_: str, row: Fields) -> Document:
+@row_reader("name", *XYWY_FIELDS)
+def xywy_kg(id_: str, row: Fields) -> Document:
     name = _name(row)
     values = {field: list(map(_without_blanks, texts_of(row.get(field), field))) for field in XYWY_FIELDS}
     values["category"] = [category for category in values["category"] if category != NO_CATEGORY]
     description = "\n".join(values["desc"])
     if description and name not in description:
         description = f"{name}：{description}"
-    paragraphs = [_sentences(name, values, {field: wordings}) for field, wordings in XYWY_PARAGRAPHS.items()]
-    return _passage(id_, [description, _sentences(name, values, XYWY), *paragraphs])
+    paragraphs = ({field: wordings} for field, wordings in XYWY_PARAGRAPHS.items())
+    return _passage(id_, name, description, values, XYWY, *paragraphs)
 
-
-XYWY_KG = row_reader(_xywy, ("name", *XYWY_FIELDS))
 
 HEALTH39: dict[str, Wordings] = {
     "alias": ("{name}又称{value}。", "{name}也叫{value}。", "{name}的别名有{value}。"),
@@ -181,7 +240,8 @@ CUT_MARKS = re.compile(r"\[详细\]?|^>>|\.{3,}|…+")
 NOTHING_KNOWN = re.compile(r"暂无.*|关资料|应该如何用药？用什么药？")
 
 
-def _health39(id_: str, row: Fields) -> Document:
+@row_reader("name", *HEALTH39)
+def health39_kg(id_: str, row: Fields) -> Document:
     name = CUT_MARKS.sub("", _name(row)).strip()
     # A price in another column tells that cells have moved.
     if any("收费标准" in str(value) for field, value in row.items() if field != "money"):
@@ -192,10 +252,7 @@ def _health39(id_: str, row: Fields) -> Document:
         cell = _without_blanks(CUT_MARKS.sub("", text).strip())
         items = re.split(HEALTH39_LISTS[field], cell) if field in HEALTH39_LISTS else [cell]
         cells[field] = list(dict.fromkeys(item for item in items if item and not NOTHING_KNOWN.fullmatch(item)))
-    return _passage(id_, [_sentences(name, cells, HEALTH39)])
-
-
-HEALTH39_KG = row_reader(_health39, ("name", *HEALTH39))
+    return _passage(id_, name, "", cells, HEALTH39)
 
 
 def _name(row: Fields) -> str:
@@ -205,18 +262,20 @@ def _name(row: Fields) -> str:
     return name
 
 
-def _sentences(name: str, values: dict[str, list[str]], fields: dict[str, Wordings]) -> str:
-    told = {field: "、".join(values[field]) for field in fields if values[field]}
-    return "".join(word(name, field, value, fields[field]) for field, value in told.items())
-
-
 def _without_blanks(text: str) -> str:
     lines = (" ".join(line.split()) for line in text.split("\n"))
     return "\n".join(line for line in lines if line)
 
 
-def _passage(id_: str, paragraphs: list[str]) -> Document:
-    text = "\n".join(paragraph for paragraph in paragraphs if paragraph)
+def _passage(
+    id_: str, name: str, description: str, values: dict[str, list[str]], *paragraphs: dict[str, Wordings]
+) -> Document:
+    """The description, then paragraphs with a sentence for each field that has values."""
+    parts = [description]
+    for fields in paragraphs:
+        told = {field: "、".join(values[field]) for field in fields if values[field]}
+        parts.append("".join(word(name, field, value, fields[field]) for field, value in told.items()))
+    text = "\n".join(part for part in parts if part)
     if not text:
         raise UnusableRow("nothing but a name")
     return Document(id_, text)
