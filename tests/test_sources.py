@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 
@@ -211,34 +210,6 @@ def test_every_preference_layout(write_lines, row, prompt):
 def test_preferences_that_cannot_be_used(write_lines, row, reason):
     [record] = read_preferences(sources(write_lines(row)))
     assert record.reason == reason
-
-
-# ----------------------------------------------------------------------------------------------- published files
-
-
-@pytest.mark.parametrize(
-    ("name", "used", "skipped"),
-    [
-        ("sft_general/Belle_open_source_1k.json", 1000, {}),
-        ("sft_general/alpaca_zh_demo.json", 1000, {}),
-        ("sft_general/belle_dev1K.json", 1000, {}),
-        ("sft_general/chinese_vicuna_instruct_data_sample.jsonl", 10, {}),
-        ("sft_general/medical_sft_1K_format.jsonl", 1000, {}),
-        ("sft_general/sharegpt_zh_1K_format.jsonl", 985,
-         {"ends with a question": 6, "no answer": 1, "empty question": 1}),
-        ("huatuo26m/huatuo26M_test.json", 6000, {}),
-        ("preference/dpo_zh_500.jsonl", 498, {}),
-        ("preference/dpo_zh_demo.json", 300, {}),
-        ("preference/firefly_dummy_dpo.jsonl", 16, {}),
-        ("preference/medical_reward_test.json", 100, {}),
-    ],
-)  # fmt: skip
-def test_published_files_are_read_whole(shared, name, used, skipped):
-    read = read_preferences if name.startswith("preference") else read_chats
-    records = list(read(sources(shared / "data" / name)))
-    assert Counter(record.reason for record in records if isinstance(record, Skipped)) == skipped
-    assert len(records) == used + sum(skipped.values())
-    assert len({record.id for record in records}) == len(records)
 
 
 def test_data_modules_start_without_torch_and_transformers():
