@@ -57,20 +57,18 @@ def measure_held_out(experiment: Experiment, name: str, folder: Path) -> dict[st
     check_model_folder(folder)
     tokenizer = load_tokenizer(folder, experiment.model.template)
     cache, positions = Path(experiment.output_dir) / "cache", max_positions(folder)
-    sets = {
-        each: prepare_rows(each.stage, each.section, tokenizer, positions, cache) for each in held_out_sets(experiment)
-    }
+    sets = [(x, prepare_rows(x.stage, x.section, tokenizer, positions, cache)) for x in held_out_sets(experiment)]
     inputs = {
         "model": {"folder": str(folder), "fingerprint": fingerprint_model(folder)},
         "template": digest(tokenizer.chat_template),
-        "rows": {held_out.name: rows.folder.name for held_out, rows in sets.items()},
+        "rows": {held_out.name: rows.folder.name for held_out, rows in sets},
     }
     artifact = Artifact(result_folder(experiment, name, HELD_OUT), inputs)
     if artifact.state().name == "done":
         return read_result(artifact.folder)
     model = load_for_inference(folder, experiment.model, experiment.launch.device)
     measures = {}
-    for held_out, rows in sets.items():
+    for held_out, rows in sets:
         measure = preference_accuracy if held_out.stage == "dpo" else token_loss
         measures[held_out.name] = measure(model, rows, experiment.evaluation.batch_size)
         if held_out.stage == "pretraining":
