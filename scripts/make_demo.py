@@ -6,6 +6,8 @@ two cores).
 
     python scripts/make_demo.py
     python scripts/make_demo.py --seed 8 --restart     # another world; arguments not known here go to pretraining.py
+
+Another world's files, the corpus built from them and its untrained model are moved aside, not deleted.
 """
 
 import argparse
