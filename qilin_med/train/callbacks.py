@@ -1,4 +1,4 @@
-"""What happens around the updates: stop cleanly, refuse to go on with NaN, save checkpoints, write and show numbers."""
+"""What happens around the optimizer steps: stop cleanly, refuse to go on with NaN, save checkpoints, write and show numbers."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def wait_for_all() -> None:
 class Checkpoints(TrainerCallback):
     """Saves when it is due, and commits in the background what all ranks have written: training waits for the write alone.
 
-    An error met in the background (a full disk) is raised after the next update, or at the end of the `with` block in
+    An error met in the background (a full disk) is raised after the next step, or at the end of the `with` block in
     which training runs and behind which no thread is left.
     """
 
@@ -110,7 +110,7 @@ class Guard(TrainerCallback):
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        # Every rank sees the same global loss and norm here, before a checkpoint of this update could be written.
+        # Every rank sees the same global loss and norm here, before a checkpoint of this step could be written.
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise UserError(self._explain_non_finite(name, logs[name], state.global_step))
@@ -132,10 +132,10 @@ class Guard(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one line per update. After a resume the lines past the checkpoint are cut off and come again.
+    """metrics.jsonl: one line per optimizer step. After a resume the lines past the checkpoint are cut off and come again.
 
     `seconds` of a row is all the time since the one before, `checkpoint_seconds` the part of it for which training waited
-    for a checkpoint. The row of an update that is saved is on disk before its checkpoint can count.
+    for a checkpoint. The row of a step that is saved is on disk before its checkpoint can count.
     """
 
     def __init__(self, path: Path) -> None:
@@ -150,10 +150,10 @@ class MetricsFile(TrainerCallback):
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.update_end = time.monotonic()
+        self.step_end = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        state.log_history.clear()  # the file is the record; trainer_state.json would grow with every update
+        state.log_history.clear()  # the file is the record; trainer_state.json would grow with every step
         if state.is_world_process_zero and "loss" in logs:
             self.row = {"step": state.global_step, **logs}
             if not control.should_save:
@@ -161,7 +161,7 @@ class MetricsFile(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.row["checkpoint_seconds"] = round(time.monotonic() - self.update_end, 4)
+            self.row["checkpoint_seconds"] = round(time.monotonic() - self.step_end, 4)
             self._write()
 
     def _write(self) -> None:
