@@ -216,7 +216,7 @@ def said_by(processes: list[subprocess.Popen]) -> list[str]:
 
 def test_a_cut_link_ends_both_sides_within_the_timeout_and_the_run_continues(machines, world, tmp_path):
     """At the first checkpoint the link goes down. gloo notices nothing then but its own time limit."""
-    arguments = [f"output_dir={tmp_path}/run", "launch.timeout_minutes=0.2", "pretraining.max_steps=400"]
+    arguments = [f"output_dir={tmp_path}/run", "launch.timeout_minutes=0.6", "pretraining.max_steps=4000"]
     folder = tmp_path / "run" / "pretraining"
     both = on_both(machines, world, *arguments)
     wait_until((folder / "checkpoints" / "checkpoint-10" / COMPLETE).exists, both[0])
@@ -226,7 +226,7 @@ def test_a_cut_link_ends_both_sides_within_the_timeout_and_the_run_continues(mac
         lines = said_by(both)
     finally:
         ip(f"-n {machines[1]} link set eth0 up")
-    assert time.monotonic() - cut < 60
+    assert time.monotonic() - cut < 90
     for rank, line in enumerate(lines):
         assert line.startswith(f"error: pretraining did not finish: rank {rank} lost its connection to another rank")
         assert "run the same command on all nodes" in line and "checkpoint-" in line
