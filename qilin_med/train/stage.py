@@ -425,7 +425,7 @@ def describe_making(job: Job) -> dict[str, Any]:
         "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
         "data": {"fingerprint": read_manifest(job.rows)["fingerprint"], "counts": read_counts(job.rows)},
         "ranks": job.schedule.ranks,
-        "steps": job.schedule.steps,
+        "optimizer_steps": job.schedule.steps,
         "final_metrics": metrics[-1] if metrics else None,
         "checkpoints": checkpoint_cost(metrics),
     }
