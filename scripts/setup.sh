@@ -65,5 +65,5 @@ if [ ${#requirements[@]} -gt 1 ]; then
       "refused until .venv/bin/pip install -r requirements-gpu.txt --no-build-isolation succeeds" >&2
 fi
 pip_install --no-deps --editable .
-.venv/bin/python -m qilin_med.train.operators
+.venv/bin/python -m qilin_med.launch.operators
 echo "$wanted" >"$stamp"

@@ -11,7 +11,7 @@ from qilin_med.config.paper import CORPUS as PAPER_TABLES
 from qilin_med.config.reference import reference
 from qilin_med.config.schedule import check_batch_size
 from qilin_med.errors import UserError
-from qilin_med.train.launch import count_ranks
+from qilin_med.launch.agent import count_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "configs" / "qilin_med_7b.json"

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qilin_med.artifact import verify_folder
 from qilin_med.errors import UserError
+from qilin_med.launch.agent import Place, find_place, read_hostfile
 from qilin_med.train.checkpoints import COMPLETE
-from qilin_med.train.launch import Place, find_place, read_hostfile
 from qilin_med.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

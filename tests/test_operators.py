@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qilin_med.train.operators import ON_CPU, build_operators, library_of, needed_operators
+from qilin_med.launch.operators import ON_CPU, build_operators, library_of, needed_operators
 
 ROOT = Path(__file__).resolve().parents[1]
 OPERATOR = "deepspeed_shm_comm"
@@ -29,7 +29,7 @@ while [ "$1" != -o ]; do shift; done
 case "$2" in *.so) cp "$LIBRARY" "$2" ;; *) touch "$2" ;; esac
 """
 LOAD = """
-from qilin_med.train.operators import ON_CPU, load_operators
+from qilin_med.launch.operators import ON_CPU, load_operators
 load_operators(ON_CPU, "cpu")
 from deepspeed.comm.torch import build_shm_op
 print(build_shm_op().vector_kernel_level() in (0, 1, 2))
@@ -47,7 +47,7 @@ def start(tmp_path):
 
     def start(does: str, *command: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, *(command or ("-m", "qilin_med.train.operators"))], cwd=ROOT, text=True,
+            [sys.executable, *(command or ("-m", "qilin_med.launch.operators"))], cwd=ROOT, text=True,
             env={**os.environ, **places, "DOES": does}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip

@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from qilin_med.artifact import MANIFEST, verify_folder
 from qilin_med.config.experiment import load_experiment
 from qilin_med.errors import UserError
+from qilin_med.launch.agent import count_ranks
 from qilin_med.train.checkpoints import COMPLETE, find_checkpoints, step_of
-from qilin_med.train.launch import count_ranks
 from qilin_med.train.stage import prepare_job
 
 ROOT = Path(__file__).resolve().parents[1]

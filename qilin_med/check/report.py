@@ -17,10 +17,10 @@ from qilin_med.check.stages import (
 )
 from qilin_med.config.experiment import STAGES, Experiment, StageName
 from qilin_med.console.progress import progress
+from qilin_med.launch.agent import find_place
 from qilin_med.model.load import check_packages
 from qilin_med.plan.duration import Rates, stage_duration
 from qilin_med.plan.tables import format_table
-from qilin_med.train.launch import find_place
 
 
 @dataclass

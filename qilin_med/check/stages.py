@@ -12,6 +12,7 @@ from qilin_med.check.heads import Data, encode_heads, judge_format, judge_length
 from qilin_med.config.experiment import STAGES, Experiment, StageName
 from qilin_med.config.schedule import check_rows, make_schedule
 from qilin_med.errors import UserError
+from qilin_med.launch.agent import Place, count_ranks
 from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
 from qilin_med.model.load import attention_path, check_trackers, load_tokenizer
 from qilin_med.plan.architecture import read_architecture
@@ -21,7 +22,6 @@ from qilin_med.plan.plan import MARGIN, Machines, StagePlan, plan_stage
 from qilin_med.plan.preflight import check_memory, local_machine
 from qilin_med.prompt.template import ChatTemplate
 from qilin_med.train.job import Job
-from qilin_med.train.launch import Place, count_ranks
 
 GIB = 2**30
 

@@ -37,12 +37,12 @@ from qilin_med.console.progress import progress
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.data.rows import prepare_rows, read_counts
 from qilin_med.errors import UserError, user_errors_end_with_one_line
+from qilin_med.launch.agent import LAUNCHED_HERE, find_place, launch_ranks
+from qilin_med.launch.operators import build_operators, load_operators, needed_operators
+from qilin_med.launch.rank import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
 from qilin_med.train.checkpoints import COMPLETE, convert_checkpoint, find_checkpoints, newest_complete, step_of
 from qilin_med.train.job import Job
-from qilin_med.train.launch import LAUNCHED_HERE, find_place, launch_ranks
 from qilin_med.train.metrics import checkpoint_cost, read_metrics
-from qilin_med.train.operators import build_operators, load_operators, needed_operators
-from qilin_med.train.ranks import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments

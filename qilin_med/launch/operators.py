@@ -5,7 +5,7 @@ lock file: a process killed meanwhile leaves the file, and every later run waits
 process compiles, under a lock that the system releases with its owner, in a scratch folder; only the finished library
 gets its name, and ranks load that.
 
-python -m qilin_med.train.operators builds what a run on CPUs needs (scripts/setup.sh).
+python -m qilin_med.launch.operators builds what a run on CPUs needs (scripts/setup.sh).
 """
 
 import fcntl

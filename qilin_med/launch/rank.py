@@ -23,7 +23,7 @@ from typing import Any
 from qilin_med.artifact import differences, versions
 from qilin_med.console.progress import progress
 from qilin_med.errors import UserError, in_one_line
-from qilin_med.train.launch import LAUNCHED_HERE, LostRank
+from qilin_med.launch.agent import LAUNCHED_HERE, LostRank
 
 PACKAGE = Path(__file__).parents[1]
 _LOST = re.compile(

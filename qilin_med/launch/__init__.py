@@ -1,0 +1,1 @@
+"""The processes of a stage: started by torch's elastic agent or any other launcher, on one node or many."""
