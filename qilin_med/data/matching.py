@@ -11,6 +11,7 @@ import numpy as np
 
 SPACE = re.compile(r"\s+")
 BASE = np.uint64(0x9E3779B97F4A7C15)
+MODULUS = 1 << 64
 SIGNATURE_SEED = 1
 
 
@@ -28,23 +29,24 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def hash_windows(items: np.ndarray, width: int) -> np.ndarray:
-    """Hash of items[i : i + width] for every i: the polynomial sum of mix(item) * BASE**(items after it in the window).
+    """Hash of items[i : i + width] for every i: the sum of mix(item) * BASE**(number of items after it in the window).
 
-    Windows are doubled from half their width, so this takes log2(width) passes.
+    Takes log2(width) passes: windows double in size, and gain one item for every further 1 in the binary `width`.
     """
     if len(items) < width:
         return np.empty(0, np.uint64)
-    mixed = mix(items)
-
-    def hashes(width: int) -> np.ndarray:
-        if width == 1:
-            return mixed
-        half = width // 2
-        left = hashes(half)
-        even = left[:-half] * np.uint64(pow(int(BASE), half, 1 << 64)) + left[half:]
-        return even[:-1] * BASE + mixed[width - 1 :] if width % 2 else even
-
-    return hashes(width)
+    hashes, size, power = mix(items), 1, int(BASE)  # power = BASE ** size
+    mixed = hashes if width & (width - 1) else None  # not kept for a power of 2
+    for bit in f"{width:b}"[1:]:
+        doubled = hashes[:-size] * np.uint64(power)
+        doubled += hashes[size:]
+        hashes, size, power = doubled, 2 * size, power * power % MODULUS
+        if bit == "1":
+            hashes = hashes[:-1]
+            hashes *= BASE
+            hashes += mixed[size:]
+            size, power = size + 1, power * int(BASE) % MODULUS
+    return hashes
 
 
 def within(ends: np.ndarray, width: int) -> np.ndarray:
