@@ -12,7 +12,7 @@ import argparse
 
 from qilin_med.config.corpus import load_corpus_settings
 from qilin_med.console.progress import progress
-from qilin_med.data.build import build, plan_build
+from qilin_med.data.build import build
 from qilin_med.errors import user_errors_end_with_one_line
 
 OUTCOMES = {
@@ -38,7 +38,7 @@ def main() -> None:
         show_records(settings, arguments.inspect)
         return
     with progress("building the corpus"):
-        outcome = build(plan_build(settings, arguments.allow_missing), arguments.restart)
+        outcome = build(settings, arguments.allow_missing, arguments.restart)
     print(OUTCOMES[outcome].format(settings.output_dir))
 
 

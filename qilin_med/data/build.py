@@ -6,7 +6,6 @@ files, settings, tokenizer), so an interrupted build continues and a changed one
 
 import math
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,45 +27,20 @@ MARKER = "manifest.json"
 PART_BYTES = 64 * 2**20  # input bytes for each part of the hash values: bounds the memory of a matching task
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a build does, known before it starts."""
+def build(
+    settings: CorpusSettings, allow_missing: bool = False, restart: bool = False
+) -> Literal["built", "built before", "submitted"]:
+    """Build and publish, or continue where an earlier call was interrupted.
 
-    settings: CorpusSettings
-    tasks: tuple[Task, ...]
-    """One for each shard, in the order of stage, source, file."""
-    evaluation: dict[str, list[Path]]
-    """Files of each evaluation entry."""
-    artifact: Artifact
-    work: Workspace
-
-
-def plan_build(settings: CorpusSettings, allow_missing: bool = False) -> Plan:
-    """Find and fingerprint every input. UserError: a path is missing (unless allowed), nothing is left, no tokenizer."""
-    tokenizer = tokenizer_file(settings)
+    UserError: a path is missing (unless allowed) or nothing is left, the tokenizer is missing, the output folder holds
+    something else (`restart` moves it aside), another process builds there, or the disk is full.
+    """
+    tokenizer = Path(settings.tokenizer) / "tokenizer.json"
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: not found; tokenizer must name a model folder (Baichuan-7B: convert it first with"
                         " scripts/convert_baichuan.py)")  # fmt: skip
-    entries = [*settings.sources, *settings.decontamination.files]
-    missing = [f"{path} ({entry.name})" for entry in entries for path in entry.paths if not Path(path).exists()]
-    if missing and not allow_missing:
-        raise UserError(f"missing: {'; '.join(missing)}. Get them (data/README.md says where), take them out of the corpus"
-                        " file, or build without them: --allow-missing")  # fmt: skip
-    found = []
-    for entry in entries:
-        present = [path for path in entry.paths if Path(path).exists()]
-        found.append(raw_files(entry.model_copy(update={"paths": present})))
-    files, held_out = found[: len(settings.sources)], found[len(settings.sources) :]
-    tasks = []
-    for source in sorted(range(len(files)), key=lambda source: STAGES.index(settings.sources[source].stage)):
-        for file in sorted(files[source]):
-            stripes = max(1, math.ceil(file.stat().st_size / (settings.shard_megabytes * 2**20)))
-            tasks += [Task(source, file, stripe, stripes) for stripe in range(stripes)]
-    if not tasks:
-        raise UserError(
-            "none of the corpus file's paths exists: nothing to build; see data/README.md for where to get them"
-        )
-    paths = list(dict.fromkeys(file for group in found for file in sorted(group)))
+    tasks, evaluation = find_files(settings, allow_missing)
+    files = sorted({task.file for task in tasks} | {file for found in evaluation.values() for file in found})
     sources = {
         f"{source.stage}/{source.name}": {"place": place, **source.model_dump(mode="json")}
         for place, source in enumerate(settings.sources, 1)
@@ -76,34 +50,69 @@ def plan_build(settings: CorpusSettings, allow_missing: bool = False) -> Plan:
         # The result does not depend on where it lies and what made it.
         "settings": settings.model_dump(mode="json", exclude={"executor", "output_dir"}) | {"sources": sources},
         "tokenizer": sha256_of(tokenizer),
-        "files": dict(zip(map(str, paths), hash_files(paths, "hashing"), strict=True)),
+        "files": dict(zip(map(str, files), hash_files(files, "hashing"), strict=True)),
     }
     artifact = Artifact(Path(settings.output_dir), inputs, MARKER)
+    if artifact.finished(restart, "--restart moves it aside and builds anew, or set output_dir"):
+        return "built before"
     parts = max(1, math.ceil(sum(task.file.stat().st_size / task.stripes for task in tasks) / PART_BYTES))
     work = Workspace(artifact.work, tuple(settings.sources[task.source].stage for task in tasks), parts)
-    evaluation = dict(zip((entry.name for entry in settings.decontamination.files), held_out, strict=True))
-    return Plan(settings, tuple(tasks), evaluation, artifact, work)
+    with exclusive(artifact.folder, "building"), disk_errors_explained(artifact.folder):
+        (work.root / "out").mkdir(parents=True, exist_ok=True)
+        run_steps(steps_of(settings, tasks, evaluation, artifact, work), settings.executor, work.root / "log")
+    if not artifact.folder.exists():  # jobs of a cluster go on after this process
+        return "submitted"
+    shutil.rmtree(work.root.parent)
+    return "built"
 
 
-def tokenizer_file(settings: CorpusSettings) -> Path:
-    return Path(settings.tokenizer) / "tokenizer.json"
+def find_files(settings: CorpusSettings, allow_missing: bool) -> tuple[tuple[Task, ...], dict[str, list[Path]]]:
+    """(tasks, one for each shard in the order of stage, source, file; files of each evaluation entry)."""
+    held_out = settings.decontamination.files
+    entries = [*settings.sources, *held_out]
+    missing = [f"{path} ({entry.name})" for entry in entries for path in entry.paths if not Path(path).exists()]
+    if missing and not allow_missing:
+        raise UserError(f"missing: {'; '.join(missing)}. Get them (data/README.md says where), take them out of the corpus"
+                        " file, or build without them: --allow-missing")  # fmt: skip
+    found = []
+    for entry in entries:
+        present = [path for path in entry.paths if Path(path).exists()]
+        found.append(raw_files(entry.model_copy(update={"paths": present})))
+    tasks = []
+    in_order = sorted(enumerate(settings.sources), key=lambda numbered: STAGES.index(numbered[1].stage))
+    for number, _ in in_order:
+        for file in sorted(found[number]):
+            stripes = max(1, math.ceil(file.stat().st_size / (settings.shard_megabytes * 2**20)))
+            tasks += [Task(number, file, stripe, stripes) for stripe in range(stripes)]
+    if not tasks:
+        raise UserError(
+            "none of the corpus file's paths exists: nothing to build; see data/README.md for where to get them"
+        )
+    return tuple(tasks), {
+        entry.name: files for entry, files in zip(held_out, found[len(settings.sources) :], strict=True)
+    }
 
 
-def steps_of(plan: Plan) -> list[Step]:
+def steps_of(
+    settings: CorpusSettings,
+    tasks: tuple[Task, ...],
+    evaluation: dict[str, list[Path]],
+    artifact: Artifact,
+    work: Workspace,
+) -> list[Step]:
     """All steps of a build, each of which needs the ones before it."""
-    work, settings, tokenizer = plan.work, plan.settings, tokenizer_file(plan.settings)
-    repeated, shards, parts = settings.deduplication, len(plan.tasks), work.parts
+    repeated, shards, parts = settings.deduplication, len(tasks), work.parts
 
     def index_evaluation(_: int) -> None:
-        build_index(settings.decontamination, work.root / "evaluation", plan.evaluation)
+        build_index(settings.decontamination, work.root / "evaluation", evaluation)
 
     def publish(_: int) -> None:
-        plan.artifact.facts = describe(settings, plan.tasks, work, work.root / "out")
-        plan.artifact.publish()
+        artifact.facts = describe(settings, tasks, work, work.root / "out")
+        artifact.publish()
 
     steps = [
         Step("evaluation", 1, index_evaluation),
-        Step("clean", shards, partial(clean_shard, work, settings, plan.tasks)),
+        Step("clean", shards, partial(clean_shard, work, settings, tasks)),
         Step("exact", parts, partial(deduplication.find_exact, work)),
     ]
     if repeated.near:
@@ -111,10 +120,10 @@ def steps_of(plan: Plan) -> list[Step]:
     if repeated.substring_tokens and "pretraining" in work.stages:
         pretraining = work.stages.count("pretraining")  # these shards come first
         steps += [
-            Step("tokenise", pretraining, partial(deduplication.tokenise_shard, work, repeated, tokenizer)),
+            Step("tokenise", pretraining, partial(deduplication.tokenise_shard, work, settings)),
             Step("repeats", parts, partial(deduplication.find_repeats, work, repeated.substring_tokens)),
         ]
-    return [*steps, Step("write", shards, partial(write_shard, work, settings, tokenizer)), Step("publish", 1, publish)]
+    return [*steps, Step("write", shards, partial(write_shard, work, settings)), Step("publish", 1, publish)]
 
 
 def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
@@ -125,21 +134,3 @@ def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
         Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings)),
         Step("near", 1, partial(deduplication.find_near, work)),
     ]
-
-
-def build(plan: Plan, restart: bool = False) -> Literal["built", "built before", "submitted"]:
-    """Build and publish, or continue where an earlier call was interrupted.
-
-    UserError: the output folder holds something else (`restart` moves it aside), another process builds there, or the
-    disk is full.
-    """
-    artifact = plan.artifact
-    if artifact.finished(restart, "--restart moves it aside and builds anew, or set output_dir"):
-        return "built before"
-    with exclusive(artifact.folder, "building"), disk_errors_explained(artifact.folder):
-        (artifact.work / "out").mkdir(parents=True, exist_ok=True)
-        run_steps(steps_of(plan), plan.settings.executor, artifact.work / "log")
-    if not artifact.folder.exists():  # jobs of a cluster go on after this process
-        return "submitted"
-    shutil.rmtree(artifact.work.parent)
-    return "built"

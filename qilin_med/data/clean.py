@@ -43,10 +43,6 @@ EMPTY_LINES = re.compile("\n{3,}")
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code) not in "！（），：；？～"}
 
 
-def drop_invisible(text: str) -> str:
-    return text if text.isprintable() else STRAY_JOINER.sub("", INVISIBLE.sub("", text))
-
-
 def clean_space(text: str) -> str:
     """Blanks and line ends of one kind each; no paragraph indents, trailing blanks or runs of empty lines."""
     if not text.isprintable():
@@ -57,19 +53,11 @@ def clean_space(text: str) -> str:
     return text.strip()
 
 
-def narrow(text: str) -> str:
-    return text.translate(HALF_WIDTH)
-
-
 @cache
-def opencc():
+def simplifier() -> Rule:
     from opencc import OpenCC  # only corpora that ask for it need the package
 
-    return OpenCC("t2s")
-
-
-def simplify(text: str) -> str:
-    return text if text.isascii() else opencc().convert(text)
+    return OpenCC("t2s").convert
 
 
 # ------------------------------------------------------------------------------------------------ remains of pages
@@ -117,16 +105,6 @@ def drop_html(text: str) -> str:
     if "<" in text:
         text = TAG.sub(instead_of, POWER.sub(r"^\1", HIDDEN.sub("", text)))
     return text
-
-
-def drop_more_links(text: str) -> str:
-    """The link to more, "[详细]", with the dots of the cut before it."""
-    return MORE_LINK.sub("", text) if "[详细]" in text or "[更多]" in text else text
-
-
-def drop_cut_off(text: str) -> str:
-    """The dots with which a web page cut the text off."""
-    return CUT_OFF.sub("", text) if text.rstrip().endswith(("...", "…")) else text
 
 
 # -------------------------------------------------------------------------------------------------- personal data
@@ -181,40 +159,50 @@ WECHAT_NAME = re.compile(
 )
 
 
-def narrow_numbers(text: str) -> str:
-    """Long full-width numbers in ASCII digits, which the rules below look for."""
-    return LONG_FULL_WIDTH.sub(lambda match: narrow(match[0]), text)
-
-
 def mask_identity(match: re.Match[str]) -> str:
     """The mark, if the last character is the check digit of GB 11643 (ISO 7064 MOD 11-2)."""
     total = sum(int(digit) * weight for digit, weight in zip(match[0], IDENTITY_WEIGHTS, strict=False))
     return "〔证件号〕" if "10X98765432"[total % 11] == match[0][-1].upper() else match[0]
 
 
-def on_lines(suspect: re.Pattern[str], substitutions: tuple[Substitution, ...], text: str) -> str:
+def on_lines(suspect: re.Pattern[str], *substitutions: Substitution) -> Rule:
     """Substitutions in the lines in which `suspect` is found."""
-    if not suspect.search(text):
-        return text
-    lines = text.split("\n")
-    for index, line in enumerate(lines):
-        if suspect.search(line):
-            for pattern, mark in substitutions:
-                line = pattern.sub(mark, line)
-            lines[index] = line
-    return "\n".join(lines)
+
+    def rule(text: str) -> str:
+        if not suspect.search(text):
+            return text
+        lines = text.split("\n")
+        for index, line in enumerate(lines):
+            if suspect.search(line):
+                for pattern, mark in substitutions:
+                    line = pattern.sub(mark, line)
+                lines[index] = line
+        return "\n".join(lines)
+
+    return rule
 
 
-MASKS = {
-    "e-mail address": (AT, ((EMAIL, "〔邮箱〕"),)),
-    "identity number": (LONG_NUMBER, ((IDENTITY, mask_identity), (OLD_IDENTITY, r"\1〔证件号〕"))),
-    "phone number": (LONG_NUMBER, ((MOBILE, "〔电话〕"), (LANDLINE, "〔电话〕"), (NAMED_PHONE, r"\1〔电话〕"))),
-    "QQ number": (LONG_NUMBER, ((QQ, r"\1〔QQ〕"),)),
-    "WeChat number": (WECHAT, ((WECHAT_NUMBER, r"\1〔微信〕"), (WECHAT_NAME, r"\1〔微信〕"))),
+# --------------------------------------------------------------------------------------------------------- rules
+
+RULES: dict[str, Rule] = {
+    "HTML": drop_html,
+    "link to more": lambda text: MORE_LINK.sub("", text) if "[详细]" in text or "[更多]" in text else text,
+    "full-width characters": lambda text: text.translate(HALF_WIDTH),
+    "traditional characters": lambda text: text if text.isascii() else simplifier()(text),
+    "Unicode NFC": partial(unicodedata.normalize, "NFC"),
+    "invisible characters": lambda text: text if text.isprintable() else STRAY_JOINER.sub("", INVISIBLE.sub("", text)),
+    "white space": clean_space,
+    # What the rules below look for is written in ASCII digits.
+    "full-width numbers": partial(LONG_FULL_WIDTH.sub, lambda match: match[0].translate(HALF_WIDTH)),
+    "e-mail address": on_lines(AT, (EMAIL, "〔邮箱〕")),
+    "identity number": on_lines(LONG_NUMBER, (IDENTITY, mask_identity), (OLD_IDENTITY, r"\1〔证件号〕")),
+    "phone number": on_lines(LONG_NUMBER, (MOBILE, "〔电话〕"), (LANDLINE, "〔电话〕"), (NAMED_PHONE, r"\1〔电话〕")),
+    "QQ number": on_lines(LONG_NUMBER, (QQ, r"\1〔QQ〕")),
+    "WeChat number": on_lines(WECHAT, (WECHAT_NUMBER, r"\1〔微信〕"), (WECHAT_NAME, r"\1〔微信〕")),
+    "cut off by dots": lambda text: CUT_OFF.sub("", text) if text.rstrip().endswith(("...", "…")) else text,
 }
-
-
-# ---------------------------------------------------------------------------------------------------------- clean
+"""In the order in which they are applied."""
+MASKS = ("full-width numbers", "e-mail address", "identity number", "phone number", "QQ number", "WeChat number")
 
 # Every text that a rule changes is one of these, or not in NFC, or has blanks or dots at its ends: most texts need no
 # closer look. U+3000 and the like are not printable, and neither are line ends.
@@ -225,44 +213,35 @@ ODD_CHARACTER = re.compile(
 SUSPECTS = (ODD_CHARACTER, LOOSE_SPACE, LONG_NUMBER, WECHAT)
 
 
-def is_suspect(text: str) -> bool:
-    return (
-        any(pattern.search(text) for pattern in SUSPECTS)
-        or text.endswith(("...", "…"))
-        or text != text.strip()
-        or not unicodedata.is_normalized("NFC", text)
-    )
-
-
 class Cleaner:
-    """The cleaning of one corpus. Holds only settings and functions of this module, so it pickles to workers."""
+    """The cleaning of one corpus. It goes to workers as its settings."""
 
     def __init__(self, settings: CleaningSettings):
-        rules: dict[str, Rule] = {"HTML": drop_html, "link to more": drop_more_links}
-        if settings.full_width_to_half:
-            rules["full-width characters"] = narrow
-        if settings.traditional_to_simplified:
-            rules["traditional characters"] = simplify
-        rules["Unicode NFC"] = partial(unicodedata.normalize, "NFC")
-        rules |= {"invisible characters": drop_invisible, "white space": clean_space}
-        if settings.mask_personal_data:
-            rules["full-width numbers"] = narrow_numbers
-            rules |= {name: partial(on_lines, *mask) for name, mask in MASKS.items()}
-        self.settings, self.rules = settings, rules
-        self.skims = not (settings.full_width_to_half or settings.traditional_to_simplified)
+        converted = {
+            "full-width characters": settings.full_width_to_half,
+            "traditional characters": settings.traditional_to_simplified,
+        }
+        switched = {**converted, **dict.fromkeys(MASKS, settings.mask_personal_data)}
+        self.settings, self.skims = settings, not any(converted.values())
+        self.rules = {name: rule for name, rule in RULES.items() if switched.get(name, True)}
+
+    def __reduce__(self):
+        return Cleaner, (self.settings,)
 
     def clean(self, record: Record) -> tuple[Record, tuple[str, ...]]:
         """The record with its texts mended, and the names of the rules that changed something, in their order."""
-        is_document = isinstance(record, Document)
-        rules = {**self.rules, "cut off by dots": drop_cut_off} if is_document else self.rules
+        rules = self.rules.items()
+        if not isinstance(record, Document):
+            rules = [(name, rule) for name, rule in rules if name != "cut off by dots"]  # they may be meant
         changed: set[str] = set()
 
         def mend(text: str) -> str:
-            if self.skims and not is_suspect(text):
+            plain = not any(pattern.search(text) for pattern in SUSPECTS) and not text.endswith(("...", "…"))
+            if self.skims and plain and text == text.strip() and unicodedata.is_normalized("NFC", text):
                 return text
             for _ in range(MAX_PASSES):
                 before = text
-                for name, rule in rules.items():
+                for name, rule in rules:
                     mended = rule(text)
                     if mended != text:
                         changed.add(name)
@@ -285,7 +264,7 @@ class Cleaner:
             case Question(id_, stem, options, answer, explanation, facets):
                 options = tuple((letter, mend(text)) for letter, text in options)
                 record = Question(id_, mend(stem), options, answer, mend(explanation), facets)
-        return record, tuple(name for name in rules if name in changed)
+        return record, tuple(name for name, _ in rules if name in changed)
 
     def reject_reason(self, record: AnyRecord) -> str | None:
         """Why the record is rejected, in fixed words without numbers or contents; None if it stays."""

@@ -165,11 +165,11 @@ def _contents(record: AnyRecord) -> Row:
 # ------------------------------------------------------------------------------------------------- shards -> sets
 
 
-def write_shard(work: Workspace, settings: CorpusSettings, tokenizer_file: Path, shard: int) -> None:
+def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
     """Task: train and dev files of one shard; what duplicates others is appended to what was rejected."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = Tokenizer.from_file(f"{settings.tokenizer}/tokenizer.json")
     stage, number, out = work.stages[shard], work.index_in_stage(shard), work.root / "out"
     account = Account()
     with ExitStack() as files:

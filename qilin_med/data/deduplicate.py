@@ -12,11 +12,10 @@ import hashlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
-from qilin_med.config.corpus import DeduplicationSettings
+from qilin_med.config.corpus import CorpusSettings, DeduplicationSettings
 from qilin_med.config.experiment import StageName
 from qilin_med.data import matching
 from qilin_med.data.render import from_row, text_of
@@ -29,14 +28,6 @@ DUPLICATE = np.dtype([("record", np.uint64), ("kept", np.uint64), ("similarity",
 """A record that is rejected, the record that is kept for it, and their similarity."""
 REPEAT = np.dtype([("record", np.uint64), ("token", np.uint32), ("kept", np.uint64)])
 """A window of tokens, by its first token in a record, that another record keeps."""
-
-
-def table(dtype: np.dtype, *columns: np.ndarray) -> np.ndarray:
-    """A structured array of columns of equal length."""
-    rows = np.empty(len(columns[0]), dtype)
-    for name, column in zip(dtype.names, columns, strict=True):
-        rows[name] = column
-    return rows
 
 
 def equal_records(
@@ -80,7 +71,10 @@ def find_exact(work: Workspace, part: int) -> None:
         return keys[rows], rows
 
     members, heads, numbers = equal_records(work, range(len(work.stages)), keys_of)
-    save(work.path("exact", part), table(DUPLICATE, numbers[members], numbers[heads], np.ones(len(members))))
+    save(
+        work.path("exact", part),
+        np.rec.fromarrays([numbers[members], numbers[heads], np.ones(len(members))], DUPLICATE),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- near
@@ -143,7 +137,10 @@ def verify_pairs(work: Workspace, settings: DeduplicationSettings, part: int) ->
 
         similarity = np.array([matching.jaccard(shingles(a), shingles(b)) for a, b in pairs.tolist()], np.float32)
     same = similarity >= settings.threshold
-    save(work.path("near/verified", part), table(DUPLICATE, pairs[same, 1], pairs[same, 0], similarity[same]))
+    save(
+        work.path("near/verified", part),
+        np.rec.fromarrays([pairs[same, 1], pairs[same, 0], similarity[same]], DUPLICATE),
+    )
 
 
 def find_near(work: Workspace, _: int = 0) -> None:
@@ -165,7 +162,10 @@ def find_near(work: Workspace, _: int = 0) -> None:
     component = connected_components(graph, directed=False)[1] if len(pairs) else np.empty(0, np.int32)
     index, members, heads = matching.equal_groups(component, ranks, numbers)
     records = index[members]
-    save(work.path("near/found", 0), table(DUPLICATE, numbers[records], numbers[index[heads]], similarity[records]))
+    save(
+        work.path("near/found", 0),
+        np.rec.fromarrays([numbers[records], numbers[index[heads]], similarity[records]], DUPLICATE),
+    )
 
 
 def duplicates_of_shard(
@@ -185,12 +185,12 @@ def duplicates_of_shard(
 # ------------------------------------------------------------------------------------------------------ substrings
 
 
-def tokenise_shard(work: Workspace, settings: DeduplicationSettings, tokenizer_file: Path, shard: int) -> None:
+def tokenise_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
     """Task: tokens of the documents of a shard that are left, with the characters where they begin and end."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    gone = duplicates_of_shard(work, settings, shard)
+    tokenizer = Tokenizer.from_file(f"{settings.tokenizer}/tokenizer.json")
+    gone = duplicates_of_shard(work, settings.deduplication, shard)
     left = ((index, row["text"]) for index, row in enumerate(work.rows(shard)) if index not in gone)
     ids, offsets, rows, lengths = [np.empty(0, np.uint32)], [np.empty((0, 2), np.uint32)], [], []
     for chunk in chunks(left, SIGNED_AT_ONCE):
@@ -226,7 +226,7 @@ def find_repeats(work: Workspace, width: int, part: int) -> None:
     # What a record repeats of itself stays; that is for the cleaning rules to judge.
     other = numbers[members] != numbers[heads]
     members, heads = members[other], heads[other]
-    save(work.path("repeats", part), table(REPEAT, numbers[members], tokens[members], numbers[heads]))
+    save(work.path("repeats", part), np.rec.fromarrays([numbers[members], tokens[members], numbers[heads]], REPEAT))
 
 
 def cuts_of_shard(work: Workspace, width: int, shard: int) -> dict[int, list[tuple[int, int]]]:

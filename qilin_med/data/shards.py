@@ -94,11 +94,12 @@ class Workspace:
         Ranks (uint64) decide which of several records with the same text is kept: that of the earlier source, then that
         with the smaller content hash. They do not depend on the names or the order of files.
         """
-        save(self.path("clean", shard, "offsets.npy"), np.array(write_lines(self._records(shard), rows), np.uint64))
+        offsets = write_lines(self.path("clean", shard, "jsonl"), rows)
+        save(self.path("clean", shard, "offsets.npy"), np.array(offsets, np.uint64))
         save(self.path("clean", shard, "ranks.npy"), np.array(ranks, np.uint64))
 
     def rows(self, shard: int) -> Iterator[Row]:
-        return read_lines(self._records(shard))
+        return read_lines(self.path("clean", shard, "jsonl"))
 
     def ranks(self, shard: int) -> np.ndarray:
         return load(self.path("clean", shard, "ranks.npy"))
@@ -110,7 +111,7 @@ class Workspace:
 
             @cache
             def opened(shard: int) -> tuple[Any, np.ndarray]:
-                file = files.enter_context(self._records(shard).open("rb", buffering=0))
+                file = files.enter_context(self.path("clean", shard, "jsonl").open("rb", buffering=0))
                 return file, load(self.path("clean", shard, "offsets.npy"))
 
             def record(number: int) -> Row:
@@ -124,6 +125,3 @@ class Workspace:
 
     def load_all(self, step: str, tasks: int) -> np.ndarray:
         return np.concatenate([load(self.path(step, task)) for task in range(tasks)])
-
-    def _records(self, shard: int) -> Path:
-        return self.path("clean", shard, "jsonl")
