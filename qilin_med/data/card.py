@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from jinja2 import Environment, StrictUndefined
 
-from qilin_med.config.corpus import CorpusSettings
+from qilin_med.config.corpus import CorpusSettings, RawSource
 from qilin_med.config.experiment import STAGES, StageName
 from qilin_med.config.paper import CORPUS
 from qilin_med.data.curate import EVALUATION_REASON, Task
@@ -42,39 +42,24 @@ def describe(settings: CorpusSettings, tasks: tuple[Task, ...], work: Workspace,
     near_misses = [row for shard in range(len(tasks)) for row in read_lines(work.path("near_misses", shard, "jsonl"))]
     near_misses.sort(key=lambda row: (-row["coverage"], row["id"], row["place"]))
     write_lines(out / "near_misses.jsonl", near_misses)
-    by_stage = {stage: [source for source in sources if source["stage"] == stage] for stage in STAGES}
-    manifest = {
-        "name": settings.name,
-        "sources": sources,
-        "totals": {
-            stage: {name: sum(source[name] for source in mine) for name in SUMMED}
-            for stage, mine in by_stage.items()
-            if mine
-        },
-        "evaluation": describe_evaluation(settings, work, sources, near_misses),
-    }
-    template = Environment(trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    totals = {}
+    for stage in STAGES:
+        if mine := [source for source in sources if source["stage"] == stage]:
+            totals[stage] = {name: sum(source[name] for source in mine) for name in SUMMED}
+    evaluation = describe_evaluation(settings, work, sources, near_misses)
+    manifest = {"name": settings.name, "sources": sources, "totals": totals, "evaluation": evaluation}
+    text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    page = environment.from_string(text).render(
+        manifest,
+        sources=[
+            {**source, **type_and_paper(asked, source), "leaked": _leaked(source).total()}
+            for asked, source in zip(settings.sources, sources, strict=True)
+        ],
+        format=settings.format,
+        titles=TITLES,
+        licences={source.name: source.licence for source in settings.sources},
     )
-    shown = []
-    for asked, source in zip(settings.sources, sources, strict=True):
-        type_, paper = type_and_paper(asked, source)
-        leaked = _leaked(source).total()
-        skipped, duplicates = sum(source["rows_skipped"].values()), sum(source["duplicates"].values())
-        rejected = sum(source["rejected"].values()) - leaked
-        flow = (
-            source["rows"],
-            skipped,
-            source["records"],
-            rejected,
-            leaked,
-            duplicates,
-            source["train"],
-            source["dev"],
-        )
-        shown.append({**source, "type": type_, "paper": paper, "flow": [f"{figure:,}" for figure in flow]})
-    licences = {source.name: source.licence for source in settings.sources}
-    page = template.render(manifest, sources=shown, format=settings.format, titles=TITLES, licences=licences)
     (out / "README.md").write_text(page, encoding="utf-8")
     return manifest
 
@@ -128,12 +113,11 @@ def describe_evaluation(
 
 def _leaked(source: dict[str, Any]) -> Counter[str]:
     """Records of a source that repeat evaluation questions, by evaluation file."""
-    reasons = source["rejected"].items()
-    found = {r.removeprefix(EVALUATION_REASON): count for r, count in reasons if r.startswith(EVALUATION_REASON)}
-    return Counter(found)
+    prefix, reasons = EVALUATION_REASON, source["rejected"].items()
+    return Counter({reason.removeprefix(prefix): n for reason, n in reasons if reason.startswith(prefix)})
 
 
-def type_and_paper(asked: Any, source: dict[str, Any]) -> tuple[str, tuple[str, str, str]]:
+def type_and_paper(asked: RawSource, source: dict[str, Any]) -> dict[str, Any]:
     """The type of a data set and its figures as the paper prints them, "-" where it has none."""
     if source["stage"] == "pretraining":
         type_ = TYPES.get(source["kind"], "dialogue")
@@ -142,4 +126,5 @@ def type_and_paper(asked: Any, source: dict[str, Any]) -> tuple[str, tuple[str, 
     else:
         mostly = source["several_turns"] * 2 > source["train"] + source["dev"]
         type_ = "multi" if (mostly if asked.multi_turn is None else asked.multi_turn) else "single"
-    return CORPUS[source["stage"]].get(source["name"], (type_, ("-", "-", "-")))
+    type_, paper = CORPUS[source["stage"]].get(source["name"], (type_, ("-", "-", "-")))
+    return {"type": type_, "paper": paper}

@@ -48,21 +48,18 @@ def question_keys(record: AnyRecord) -> list[str]:
     return []
 
 
-def index_entry(record: AnyRecord) -> tuple[str, list[str], list[str]]:
-    """(stem, key, everything in the ways in which it is written down) of an evaluation item: stem and options with and
-    without letters (which break every n-gram that reaches over a short option), or question and answer."""
-    keys = question_keys(record)[:1]
+def written_down(record: AnyRecord) -> list[str]:
+    """Everything of an evaluation item, in the ways in which it is written down: stem and options with and without
+    letters (which break every n-gram that reaches over a short option), or question and answer."""
     match record:
         case Question(_, stem, options):
-            plain, lettered = "".join(text for _, text in options), "".join(letter + text for letter, text in options)
-            return bare(stem), keys, [bare(stem + plain), bare(stem + lettered)]
+            return [bare(stem + "".join(texts)) for texts in ([t for _, t in options], map("".join, options))]
         case Chat(_, messages):
-            whole = "".join(message.content for message in messages if message.role != "system")
+            return [bare("".join(message.content for message in messages if message.role != "system"))]
         case Preference(_, prompt):
-            whole = prompt[-1].content
+            return [bare(prompt[-1].content)]
         case Document(_, text):
-            whole = text
-    return "".join(keys), keys, [bare(whole)]
+            return [bare(text)]
 
 
 def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str, list[Path]]) -> None:
@@ -73,10 +70,11 @@ def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str
         for record in records:
             if isinstance(record, Skipped):
                 continue
-            stem, keys, wholes = index_entry(record)
-            long_enough = [text for text in wholes if len(text) >= settings.ngram]
+            long_enough = [text for text in written_down(record) if len(text) >= settings.ngram]
             texts += long_enough
             items_of_texts += [len(items)] * len(long_enough)
+            keys = question_keys(record)[:1]
+            stem = bare(record.stem) if isinstance(record, Question) else "".join(keys)
             items.append({"item": record.id, "file": source.name, "stem": stem, "keys": keys})
     hashes, starts = matching.shingle(texts, settings.ngram)
     owners = np.repeat(np.arange(len(texts)), np.diff(starts)).astype(np.uint64)

@@ -71,10 +71,8 @@ def find_exact(work: Workspace, part: int) -> None:
         return keys[rows], rows
 
     members, heads, numbers = equal_records(work, range(len(work.stages)), keys_of)
-    save(
-        work.path("exact", part),
-        np.rec.fromarrays([numbers[members], numbers[heads], np.ones(len(members))], DUPLICATE),
-    )
+    found = np.rec.fromarrays([numbers[members], numbers[heads], np.ones(len(members))], DUPLICATE)
+    save(work.path("exact", part), found)
 
 
 # ---------------------------------------------------------------------------------------------------------- near
@@ -137,10 +135,8 @@ def verify_pairs(work: Workspace, settings: DeduplicationSettings, part: int) ->
 
         similarity = np.array([matching.jaccard(shingles(a), shingles(b)) for a, b in pairs.tolist()], np.float32)
     same = similarity >= settings.threshold
-    save(
-        work.path("near/verified", part),
-        np.rec.fromarrays([pairs[same, 1], pairs[same, 0], similarity[same]], DUPLICATE),
-    )
+    found = np.rec.fromarrays([pairs[same, 1], pairs[same, 0], similarity[same]], DUPLICATE)
+    save(work.path("near/verified", part), found)
 
 
 def find_near(work: Workspace, _: int = 0) -> None:
@@ -162,10 +158,8 @@ def find_near(work: Workspace, _: int = 0) -> None:
     component = connected_components(graph, directed=False)[1] if len(pairs) else np.empty(0, np.int32)
     index, members, heads = matching.equal_groups(component, ranks, numbers)
     records = index[members]
-    save(
-        work.path("near/found", 0),
-        np.rec.fromarrays([numbers[records], numbers[index[heads]], similarity[records]], DUPLICATE),
-    )
+    found = np.rec.fromarrays([numbers[records], numbers[index[heads]], similarity[records]], DUPLICATE)
+    save(work.path("near/found", 0), found)
 
 
 def duplicates_of_shard(
