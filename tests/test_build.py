@@ -33,10 +33,10 @@ def build(corpus: Path, *arguments: str, code: int = 0) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes | dict]:
-    """All files of a build; of the manifest all but when it was written, and its sha256."""
+    """All files of a build; of the manifest all but when and at which commit it was written, and its sha256."""
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     about = json.loads(files["manifest.json"])
-    return {**files, "manifest.json": {key: about[key] for key in about.keys() - {"created", "digest"}}}
+    return {**files, "manifest.json": {key: about[key] for key in about.keys() - {"created", "commit", "digest"}}}
 
 
 def manifest(folder: Path) -> dict:
