@@ -153,6 +153,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is {what} there now; wait for it, or end it first") from None
+        os.register_at_fork(after_in_child=lock.close)  # a worker that outlives this process must not hold the lock
         yield
 
 
