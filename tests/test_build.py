@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from shared_corpus import shared_corpus
 
+from qilin_med.config.corpus import RawSource
+from qilin_med.data.card import type_and_paper
+
 ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = [chr(0x4E00 + index) for index in range(1500)]
 
@@ -156,6 +159,13 @@ def test_the_tables_are_the_papers(built):
         assert len({line.count("|") for line in table}) == 1, table[0]
 
 
+@pytest.mark.parametrize(("multi_turn", "type_"), [(None, "single"), (True, "multi"), (False, "single")])
+def test_the_corpus_file_may_say_which_row_a_source_counts_in(multi_turn, type_):
+    asked = RawSource(stage="sft", name="x", kind="chat", paths=["x"], licence="CC0", multi_turn=multi_turn)
+    source = {"stage": "sft", "name": "x", "kind": "chat", "several_turns": 1, "train": 9, "dev": 1}
+    assert type_and_paper(asked, source)["type"] == type_
+
+
 def test_a_second_build_gives_the_same_bytes(corpus, built):
     assert "already" in build(corpus)
     again = corpus.parent / "again"
@@ -256,6 +266,7 @@ def test_user_errors_are_one_line(corpus, built, tmp_path):
         sources=[source | {"paths": ["nowhere.jsonl"]}],
     )
     refused("partition", executor={"kind": "slurm"}, output_dir=str(tmp_path / "new"))
+    refused("'tasks'", executor={"options": {"tasks": 1}}, output_dir=str(tmp_path / "new"))
     assert contents(built)
 
 

@@ -62,8 +62,8 @@ def executor_of(step: Step, settings: ExecutorSettings, log: str) -> Any:
         leave_ctrl_c_to_this_process()
         workers = len(os.sched_getaffinity(0)) if settings.workers == "auto" else settings.workers
         # Forked workers inherit everything: nothing is imported again for each of the steps.
-        shared |= {"workers": min(workers, step.tasks), "start_method": "fork"}
-        return LocalPipelineExecutor(**{**shared, **settings.options})
+        defaults = {"start_method": "fork"}
+        return LocalPipelineExecutor(**shared, workers=min(workers, step.tasks), **{**defaults, **settings.options})
     shared["workers"] = -1 if settings.workers == "auto" else settings.workers
     if settings.kind == "slurm":
         from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -71,13 +71,13 @@ def executor_of(step: Step, settings: ExecutorSettings, log: str) -> Any:
         # The jobs see what this process sees: its environment's commands, and this package.
         paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).resolve().parents[2]}
         environment = " && ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items())
-        shared |= {"job_name": step.name, "slurm_logs_folder": f"{log}/slurm", "env_command": environment}
-        return SlurmPipelineExecutor(**{**shared, **settings.options})
+        defaults = {"job_name": step.name, "slurm_logs_folder": f"{log}/slurm", "env_command": environment}
+        return SlurmPipelineExecutor(**shared, **{**defaults, **settings.options})
     try:
         from datatrove.executor.ray import RayPipelineExecutor
     except ImportError:
         raise UserError("executor.kind is ray, but ray is not installed: .venv/bin/pip install ray") from None
-    return RayPipelineExecutor(**{**shared, **settings.options})
+    return RayPipelineExecutor(**shared, **settings.options)
 
 
 @cache
