@@ -229,6 +229,7 @@ def test_text_from_data_stays_text(run):
     html, markdown = page.read_text(encoding="utf-8"), page.with_suffix(".md").read_text(encoding="utf-8")
     assert "<script" not in html and "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;|`*_[x](y)<br># 甲" in html
     assert "<script" not in markdown and "\n# 甲" not in markdown and html.count("<h2") == 8
+    assert "### " not in html and "**" not in html and "| " not in html.replace("|`*_[x](y)", "")  # all of it was read
     assert html.count("<a ") == html.count("<h2")  # those of the contents
     row = markdown_table([{"a": "x|y\nz<b>", "n": 1234}]).splitlines()[2]
     assert row == "| x\\|y<br>z&lt;b> | 1,234 |"

@@ -50,17 +50,10 @@ class Run:
     """By task, model, and whether its answers with retrieval are compared with those without, not with the model before."""
     corpus: dict[str, Any] | None
     """Manifest of the corpus build that the first stage with one was trained on."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The experiment with each finished stage as it was trained, not as the file may say now."""
-        trained = {stage: manifest["experiment"][stage] for stage, manifest in self.manifests.items()}
-        return self.experiment.model_dump(mode="json") | trained
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """How many trained each finished stage."""
-        return {stage: manifest["ranks"] for stage, manifest in self.manifests.items()}
+    settings: dict[str, Any]
+    """The experiment with each finished stage as it was trained, not as the file may say now."""
+    ranks: dict[str, int]
+    """How many trained each finished stage."""
 
     @property
     def outdated(self) -> list[str]:
@@ -95,15 +88,19 @@ def collect_run(experiment: Experiment) -> Run:
     # A build (scripts/build_chimed.py) has its manifest beside the folders of its stages.
     sources = [Path(source.path) for stage in stages for source in experiment.stage(stage).data]
     builds = [read_json(path) for source in sources if (path := source.parent / "manifest.json").exists()]
+    manifests = {s: _renamed(read_manifest(models[s])) for s in stages if (models[s] / MANIFEST).exists()}
+    trained = {stage: manifest["experiment"][stage] for stage, manifest in manifests.items()}
     run = Run(
         experiment=experiment,
         models=models,
-        manifests={s: _renamed(read_manifest(models[s])) for s in stages if (models[s] / MANIFEST).exists()},
+        manifests=manifests,
         metrics={stage: rows for stage, rows in metrics.items() if rows},
         held_out=held_out,
         results=results,
         comparisons=comparisons,
         corpus=next((_renamed(build) for build in builds if "sources" in build), None),
+        settings=experiment.model_dump(mode="json") | trained,
+        ranks={stage: manifest["ranks"] for stage, manifest in manifests.items()},
     )
     if not (run.manifests or run.held_out or run.results):
         raise UserError(f"{folder}: no finished stage and no results; run a stage and scripts/evaluate.py first")

@@ -73,7 +73,7 @@ def _draw(title: str, lines: dict[str, Line]) -> Markup:
     parts.append(f'<text class="end" x="{RIGHT}" y="{HEIGHT - 3}">optimizer step</text>')
     for number, (name, line) in enumerate(lines.items()):
         band = [(step, high) for step, _, _, high in line] + [(step, low) for step, _, low, _ in reversed(line)]
-        parts.append(f'<polygon class="band line{number}" points="{corners(band)}"/>')
+        parts.append(f'<polygon class="band{number}" points="{corners(band)}"/>')
         parts.append(f'<polyline class="line{number}" points="{corners([point[:2] for point in line])}"/>')
         if name:
             place = LEFT + 4 + 70 * number

@@ -39,9 +39,9 @@ ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 ENVIRONMENT.filters["fenced"] = _fence
-ENVIRONMENT.globals |= {
-    "tables": tables, "table": tables.markdown_table, "header": tables.header, "row": tables.row, "labels": LABELS,
-}  # fmt: skip
+ENVIRONMENT.globals.update(
+    tables=tables, table=tables.markdown_table, header=tables.header, row=tables.row, labels=LABELS
+)
 
 
 def _fill(template: str, **contents: Any) -> str:
@@ -59,11 +59,6 @@ def write_report(run: Run, config: str, overrides: list[str]) -> Path:
         "run": run, "now": time.strftime("%Y-%m-%d %H:%M %z"), "summary": tables.summarise(run), "stages": STAGES,
         "is_papers_base": base.name.lower() == BASE_MODEL, "base_fingerprint": prints[0] if prints else "",
         "draw_curves": draw_curves, "published": CORPUS, "commands": _commands(run, config, overrides),
-        "skipped": [
-            {"stage": LABELS[stage], "reason": reason, "records": number}
-            for stage, manifest in run.manifests.items()
-            for reason, number in manifest["data"]["counts"]["skipped"].items()
-        ],
         "differences": tables.difference_table(settings, run.ranks),
         "changed_since": changes_between({s: settings[s] for s in run.manifests}, {s: in_file[s] for s in run.manifests}),
         "settings": json.dumps(settings, ensure_ascii=False, indent=2),

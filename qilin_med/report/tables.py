@@ -238,6 +238,13 @@ def _our_rows(result: Result, columns: list[str]) -> Iterator[dict[str, str]]:
         }  # fmt: skip
 
 
+def skipped_table(run: Run) -> Table:
+    counts = {LABELS[stage]: manifest["data"]["counts"]["skipped"] for stage, manifest in run.manifests.items()}
+    return [
+        {"stage": of, "reason": reason, "records": n} for of, reasons in counts.items() for reason, n in reasons.items()
+    ]
+
+
 def difference_table(settings: dict[str, Any], ranks: Mapping[str, int]) -> Table:
     """Settings that differ from the paper's; arguments as of `differences`."""
     table = []
