@@ -108,9 +108,8 @@ with user_errors_end_with_one_line():
 
 def test_hashing_shows_bytes(often, capsys, tmp_path):
     (tmp_path / "weights").open("wb").truncate(10**9)  # takes no room on the disk
-    assert (
-        sha256_of(tmp_path / "weights") == hashlib.file_digest((tmp_path / "weights").open("rb"), "sha256").hexdigest()
-    )
+    with (tmp_path / "weights").open("rb") as file:
+        assert sha256_of(tmp_path / "weights") == hashlib.file_digest(file, "sha256").hexdigest()
     commit_folder(tmp_path, MANIFEST, {})
     verify_folder(tmp_path)
     lines = shown(capsys)
