@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,12 @@ from tiny_models import write_model
 
 from qilin_med.artifact import Artifact
 from qilin_med.config.experiment import Experiment, TaskSettings
+from qilin_med.data.rows import prepare_rows
 from qilin_med.errors import UserError
+from qilin_med.evaluate import held_out as held_out_module
 from qilin_med.evaluate.comparison import compare_models
 from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
+from qilin_med.evaluate.held_out import held_out_sets, measure_held_out
 from qilin_med.evaluate.results import read_samples, write_result
 from qilin_med.evaluate.tasks.questions import load_ceval, load_questions
 from qilin_med.evaluate.tasks.scoring import TASKS
@@ -62,6 +67,11 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
+def write_lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return str(path)
+
+
 def write_ceval(path: Path) -> str:
     """An archive like C-Eval's with three subjects: 5 worked examples, 4 questions of val and of test."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -81,9 +91,8 @@ def world(tmp_path_factory, small_tokenizer) -> Experiment:
     folder = tmp_path_factory.mktemp("evaluation")
     data = folder / "data"
     test, val = write_csv(data / "test.csv", exam_rows(23)), write_csv(data / "val.csv", exam_rows(6, start=100))
-    huatuo = data / "huatuo.jsonl"
     rows = [{"questions": [f"{symptom}怎么办"], "answers": [f"{symptom}应当就诊。"]} for symptom in SYMPTOMS]
-    huatuo.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    huatuo = write_lines(data / "huatuo.jsonl", rows)
     write_model(folder / "base", small_tokenizer, seed=0)
     write_model(folder / "run/sft/merged", small_tokenizer, seed=1)
     exam = TaskSettings(test=[test], fewshot=[val], max_new_tokens=12)
@@ -92,7 +101,7 @@ def world(tmp_path_factory, small_tokenizer) -> Experiment:
     tasks = {
         "cmexam_generate": exam, "cmexam_reasoning": exam, "cmexam_letters": likely, "cmexam_options": likely,
         "ceval_generate": ceval, "ceval_letters": ceval,
-        "huatuo26m_generate": TaskSettings(test=[str(huatuo)], max_new_tokens=12),
+        "huatuo26m_generate": TaskSettings(test=[huatuo], max_new_tokens=12),
     }  # fmt: skip
     sft = {
         "data": ["none"], "epochs": 1, "batch_size_per_device": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0,
@@ -267,6 +276,66 @@ def test_results_name_what_made_them(results, world, models):
     assert result["template"] and results["base", "cmexam_letters"]["template"] is None
     assert (result["version"], result["shots"], result["experiment"]["name"]) == (1, 0, "evaluation")
     assert {"lm_eval", "sacrebleu", "torch"} <= set(result["versions"])
+
+
+# -------------------------------------------------------------------------------------------------- held-out sets
+
+
+def test_held_out_measures_are_those_of_each_row_alone(world, models, tmp_path, monkeypatch):
+    pairs = [{"prompt": f"{s}怎么办", "chosen": f"{s}应当就诊。", "rejected": f"{s}不必就诊。"} for s in SYMPTOMS]
+    chats = [{"instruction": pair["prompt"], "input": "", "output": pair["chosen"]} for pair in pairs]
+    files = {"texts": [{"text": pair["chosen"] * 9} for pair in pairs], "chats": chats, "pairs": pairs}
+    files = {name: [write_lines(tmp_path / f"{name}.jsonl", rows)] for name, rows in files.items()}
+    held_out = {"documents": {"notes": files["texts"]}, "answers": files["chats"], "preferences": files["pairs"]}
+    settings = world.model_dump(mode="json")
+    stage = {key: settings["sft"][key] for key in ("data", "epochs", "batch_size_per_device", "learning_rate")}
+    stage |= {"warmup_ratio": 0.0, "weight_decay": 0.0}
+    dpo = {"beta": 0.1, "lora": settings["sft"]["lora"], "max_source_length": 64, "max_target_length": 64}
+    experiment = Experiment.model_validate(settings | {
+        "output_dir": str(tmp_path / "run"), "pretraining": {**stage, "block_size": 32}, "dpo": {**stage, **dpo},
+        "evaluation": {"batch_size": 4, **held_out},
+    })  # fmt: skip
+    result = measure_held_out(experiment, "base", models["base"].folder)
+
+    model, tokenizer = models["base"].lm.lm.model, models["base"].tokenizer
+    ids = {stage: held_out_rows(experiment, stage, tokenizer) for stage in ("pretraining", "sft", "dpo")}
+    segments = [
+        ([-100, *row["input_ids"][end - length + 1 : end]], row["input_ids"][end - length : end])
+        for row in ids["pretraining"]
+        for length, end in zip(row["lengths"], accumulate(row["lengths"]), strict=True)
+    ]
+    log_probs = [value for labels, read in segments for value in label_log_probs(model, read, labels)]
+    measures = result["measures"]
+    assert measures["perplexity notes"]["value"] == pytest.approx(math.exp(-sum(log_probs) / len(log_probs)), rel=1e-4)
+    log_probs = [v for row in ids["sft"] for v in label_log_probs(model, row["input_ids"], row["labels"])]
+    assert measures["answer loss"] == {
+        "value": pytest.approx(-sum(log_probs) / len(log_probs), rel=1e-4), "tokens": len(log_probs),
+    }  # fmt: skip
+    margins = []
+    for row in ids["dpo"]:
+        prompt, answers = row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
+        chosen, rejected = (
+            sum(label_log_probs(model, prompt + answer, [-100] * len(prompt) + answer)) for answer in answers
+        )
+        margins.append(chosen - rejected)
+    assert measures["preference accuracy"]["margins"] == pytest.approx(margins, abs=2e-4)
+    assert measures["preference accuracy"]["value"] == sum(margin > 0 for margin in margins) / len(margins)
+
+    monkeypatch.setattr(held_out_module, "load_for_inference", lambda *_: pytest.fail("the model was loaded"))
+    assert measure_held_out(experiment, "base", models["base"].folder) == result
+
+
+def held_out_rows(experiment: Experiment, stage: str, tokenizer) -> list[dict]:
+    [found] = [held_out for held_out in held_out_sets(experiment) if held_out.stage == stage]
+    cache = Path(experiment.output_dir) / "cache"
+    return list(prepare_rows(stage, found.section, tokenizer, 512, cache).dataset)
+
+
+@torch.no_grad()
+def label_log_probs(model, ids: list[int], labels: list[int]) -> list[float]:
+    """Log-probability of every label that is one, given the ids before it."""
+    log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [log_probs[at - 1, label].item() for at, label in enumerate(labels) if at and label != -100]
 
 
 # -------------------------------------------------------------------------------------------------- once and again
