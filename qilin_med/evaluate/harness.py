@@ -93,7 +93,7 @@ class ModelUnderTest:
         from qilin_med.evaluate.lm import AnsweringLM
 
         lm = self.open_vllm() if self.experiment.evaluation.backend == "vllm" else self.open_hf()
-        # One file a rank; the folder's name holds whatever else changes an answer.
+        # One file per rank; its name holds whatever else changes an answer.
         cached = {key: self.facts[key] for key in ("template", "dtype", "backend")}
         key = digest([self.facts["model"]["fingerprint"], cached])[:16]
         return AnsweringLM(lm, self.results / "answers" / f"{key}-rank{lm.rank}.db")
@@ -236,7 +236,10 @@ def check_room(name: str, inputs: dict[str, Any], positions: int, folder: Path) 
 def _sample(task: str, raw: dict[str, Any]) -> Sample:
     """One question and its answer, from what the harness says of it."""
     row, results, scoring = raw["doc"], raw["filtered_resps"], TASKS[task]
-    choices = [arguments[1] for arguments in raw["arguments"]]
+    output = results[0]
+    if not isinstance(output, str):
+        choices = [arguments[1] for arguments in raw["arguments"]]
+        output = [[choice, log_prob] for choice, (log_prob, _) in zip(choices, results, strict=True)]
     # As a person reads it: without instructions, examples and passages, with its options.
     question = "\n".join([row["stem"], *([option_lines(lettered(row))] if "options" in row else [])])
     return {
@@ -244,9 +247,7 @@ def _sample(task: str, raw: dict[str, Any]) -> Sample:
         "number": row["number"],
         "question": question,
         "prompt": raw["arguments"][0][0],
-        "output": results[0]
-        if isinstance(results[0], str)
-        else [[c, r[0]] for c, r in zip(choices, results, strict=True)],
+        "output": output,
         "answer": scoring.answer(row, results),
         "gold": row[scoring.gold],
         "score": {metric: raw[metric] for metric in raw["metrics"]},

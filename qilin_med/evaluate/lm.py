@@ -182,7 +182,7 @@ class SharedPrefixLM(HFLM):
     ) -> torch.Tensor:
         """HFLM's own, after the beginning that all prompts [B, T] (padded on the left) share."""
         self._write_cache()  # what the last batch answered
-        # Room for the whole answer at once: a growing cache is copied for every token, a third of the time on a CPU.
+        # Room for the whole answer from the start: a growing cache is copied for every token, a third of the time on a CPU.
         cache = StaticCache(config=self.model.config, max_cache_len=max_length)
         rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(context, attention_mask, strict=True)]
         if shared := _shared_length(rows):

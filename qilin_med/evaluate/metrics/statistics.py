@@ -78,10 +78,8 @@ def _resample(score: Score, seed: int) -> np.ndarray:
 def _draw(questions: int, seed: int) -> np.ndarray:
     """How often each question is drawn, [resamples, questions]."""
     random = np.random.default_rng(seed)
-    offsets = questions * np.arange(_AT_ONCE)[:, None]  # so that one count serves many draws
-    draws = (random.integers(questions, size=(_AT_ONCE, questions)) + offsets for _ in range(RESAMPLES // _AT_ONCE))
-    counts = [np.bincount(draw.ravel(), minlength=draw.size).astype(np.uint8).reshape(draw.shape) for draw in draws]
-    return np.concatenate(counts)
+    draws = (random.integers(questions, size=(_AT_ONCE, questions)) for _ in range(RESAMPLES // _AT_ONCE))
+    return np.array([np.bincount(row, minlength=questions).astype(np.uint8) for draw in draws for row in draw])
 
 
 # -------------------------------------------------------------------------------------------------- exam answers
