@@ -212,17 +212,13 @@ class Progress(TrainerCallback):
         if self.on_terminal:
             self.bar.set_postfix_str(numbers, refresh=False)
             self.bar.update(state.global_step - self.bar.n)
-        elif self._line_is_due(state):
+            return
+        # About a line every ten seconds, beside the first and the last.
+        now, special = time.monotonic(), (self.first_step + 1, state.max_steps)
+        if now - self.last_line > 10 or state.global_step in special:
+            self.last_line = now
             left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
             print(f"step {state.global_step}/{state.max_steps}: {numbers}, {clock(left)} left", flush=True)
-
-    def _line_is_due(self, state: Any) -> bool:
-        """About a line every ten seconds, beside the first and the last."""
-        now = time.monotonic()
-        due = now - self.last_line > 10 or state.global_step in (self.first_step + 1, state.max_steps)
-        if due:
-            self.last_line = now
-        return due
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.speaks and self.on_terminal:

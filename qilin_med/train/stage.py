@@ -64,19 +64,17 @@ def stage_script(name: StageName, description: str) -> Iterator["Stage"]:
         with user_errors_end_with_one_line():
             options, experiment = parse_experiment(parser)
             experiment.stage(name)
-            sys.exit(_dry_run(name) if options.dry_run else _launch(name, experiment))
+            if options.dry_run:
+                check = str(Path(sys.argv[0]).with_name("scripts") / "check.py")
+                given = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
+                os.execv(sys.executable, [sys.executable, check, "--stage", name, *given])
+            sys.exit(_launch(name, experiment))
     begin_rank()
     with errors_handed_on():
         options, experiment = parse_experiment(parser)
         with Stage(name, experiment, options) as stage:
             yield stage
         end_rank()
-
-
-def _dry_run(name: StageName) -> None:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
-    command = [sys.executable, str(Path(sys.argv[0]).with_name("scripts") / "check.py"), "--stage", name, *arguments]
-    os.execv(sys.executable, command)
 
 
 def _launch(name: StageName, experiment: Experiment) -> int:
