@@ -27,6 +27,7 @@ from qilin_med.errors import UserError, in_one_line
 _PORT = 29500  # torchrun's default
 # What a shell on another host must know too; DeepSpeed's launcher hands over the same.
 _HANDED_OVER = ("NCCL_", "GLOO_", "UCX_", "PYTHON", "MASTER_")
+STOPPED = 130  # exit code of ranks that saved a checkpoint because one of them was asked to stop
 LAUNCHED_HERE = "QILIN_MED_LAUNCHED"  # set for ranks whose errors this module prints
 
 # ---------------------------------------------------------------------------------------------------------- nodes
@@ -208,6 +209,8 @@ def launch_ranks(experiment: Experiment, place: Place) -> str:
         except (SignalException, KeyboardInterrupt):
             return stop[-1] if stop else "SIGTERM"
         except ChildFailedError as error:
+            if {failure.exitcode for failure in error.failures.values()} == {STOPPED}:
+                return stop[-1] if stop else "another node"
             _raise_failure(error.failures.values())
         except (DistNetworkError, DistStoreError) as error:
             raise UserError(_explain_no_meeting(place, port, seconds, str(error))) from None

@@ -37,7 +37,7 @@ from qilin_med.console.progress import progress
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.data.rows import prepare_rows, read_counts
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.launch.agent import LAUNCHED_HERE, find_place, launch_ranks
+from qilin_med.launch.agent import LAUNCHED_HERE, STOPPED, find_place, launch_ranks
 from qilin_med.launch.operators import build_operators, load_operators, needed_operators
 from qilin_med.launch.rank import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
 from qilin_med.train.checkpoints import COMPLETE, convert_checkpoint, find_checkpoints, newest_complete, step_of
@@ -80,19 +80,16 @@ def stage_script(name: StageName, description: str) -> Iterator["Stage"]:
 def _launch(name: StageName, experiment: Experiment) -> int:
     """The exit code of a stage whose ranks this process starts: 0, or 130 where they were stopped."""
     folder = experiment.stage_folder(name)
-    place = find_place()
     try:
-        stopped_by = launch_ranks(experiment, place)
+        stopped_by = launch_ranks(experiment, find_place())
     except UserError as error:
         if not (folder / "job.json").exists():
             raise
         last = next(reversed(_complete(folder)), "none")
         raise UserError(f"{name} did not finish: {error}. Last complete checkpoint: {last}") from None
-    if not stopped_by and place.node == 0 and not (folder / "merged").exists():
-        stopped_by = "another node"
     if stopped_by:
         print(f"stopped by {stopped_by} {_where(folder)}", flush=True)
-    return 130 if stopped_by else 0
+    return STOPPED if stopped_by else 0
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -185,16 +182,15 @@ class Stage:
         import torch
 
         stopped_by = run_trainer(job, build_trainer, self.resume)
+        if stopped_by:
+            if self.ranks.rank == 0 and LAUNCHED_HERE not in os.environ:
+                print(f"stopped by {stopped_by} {_where(job.folder)}", flush=True)
+            end_rank(STOPPED)
         if self.ranks.rank:
             end_rank()
         torch.set_num_threads(os.cpu_count() or 1)  # rank 0 is alone now
         shutil.rmtree(job.folder / ".universal.part", ignore_errors=True)
-        last = _complete(job.folder)[-1]
-        if step_of(last) < job.schedule.steps:
-            if LAUNCHED_HERE not in os.environ:
-                print(f"stopped by {stopped_by} {_where(job.folder)}", flush=True)
-            end_rank(0 if "TORCHELASTIC_RUN_ID" in os.environ else 130)
-        return last
+        return _complete(job.folder)[-1]
 
     def _choose_checkpoint(self, job: Job) -> tuple[Path | None, Path | None]:
         """The newest complete checkpoint, and what the ranks load: where DeepSpeed split its optimizer among another number
@@ -407,7 +403,7 @@ def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: Pat
             trainer.train(resume_from_checkpoint=resume and str(resume))
     wait_for_all()
     unset_hf_deepspeed_config()  # else ZeRO-3 would split the merged model too
-    return guard.stopped_by
+    return (guard.stopped_by or "another rank") if trainer.stop_agreed else ""
 
 
 # -------------------------------------------------------------------------------------------------------- publish
