@@ -153,7 +153,7 @@ def arguments_for(job: Job, kind: type[TrainingArguments], **extra: Any) -> Trai
     return kind(
         output_dir=str(job.checkpoints),
         seed=job.experiment.seed,
-        max_steps=job.schedule.rows // job.section.batch_size_per_device,  # an epoch; of packed rows, several
+        max_steps=job.schedule.steps,  # an epoch; of packed rows, several
         per_device_train_batch_size=job.section.batch_size_per_device,
         learning_rate=job.section.learning_rate,
         bf16=False,

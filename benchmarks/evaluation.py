@@ -24,7 +24,6 @@ from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
 
 TASKS = ("cmexam_letters", "cmexam_options", "cmexam_generate")
-PASSED_TO_RANKS = ("model", "questions", "limit", "max_new_tokens", "batch_size", "device", "clock")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,10 +94,9 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
 
 def measure_ranks(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
     """Questions per second of this script's ranks together."""
-    options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in PASSED_TO_RANKS]
     threads = max(arguments.threads // arguments.ranks, 1)
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={arguments.ranks}"]
-    command = [*launcher, sys.argv[0], "evaluate", *options, f"--threads={threads}", f"--output={output}"]
+    command = [*launcher, *sys.argv, f"--threads={threads}", f"--output={output}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return json.loads(output.read_text(encoding="utf-8"))["questions_per_second"]["ours"]

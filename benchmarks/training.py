@@ -12,12 +12,12 @@ own, in turns, --repeats times; the best rate counts, as whatever else the machi
 import argparse
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, add_shared_arguments, count, describe_machine, fresh_processes, write_result
+from benchmarks.common import ROOT, add_shared_arguments, count, describe_moment, fresh_processes, write_result
 from qilin_med.config.experiment import Experiment
+from qilin_med.config.schedule import make_schedule
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
 from qilin_med.train.job import Job
@@ -125,7 +125,7 @@ def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
         writer.write_table(table)
     commit_folder(rows, MANIFEST, {"counts": {}})
     assert len(open_rows(rows).dataset) == wanted, rows
-    return Job(experiment, name, work / "model", "benchmark", rows, wanted, ranks=1)
+    return Job(experiment, name, work / "model", "benchmark", rows, make_schedule(name, section, wanted, ranks=1))
 
 
 def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not (arguments.tokenizer / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer: {arguments.tokenizer} holds no tokenizer.json; run scripts/make_demo.py, or name"
                         " a model folder")  # fmt: skip
-    started, load = time.strftime("%Y-%m-%d %H:%M:%S %z"), os.getloadavg()
+    moment = describe_moment()
     quiet_libraries()
     os.environ.update(
         OMP_NUM_THREADS=str(arguments.threads), TOKENIZERS_PARALLELISM="false"
@@ -188,12 +188,10 @@ def run(arguments: argparse.Namespace) -> None:
         parameters = make_model(arguments.tokenizer, work / "model")
         jobs = {stage: make_job(experiment, stage, WARMUP + arguments.steps, work) for stage in stages}
         results = {stage: measure_stage(job, stage, arguments) for stage, job in jobs.items()}
-    machine = describe_machine()
     print(
-        f"\n{format_table(results)}\n\n{started}; {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB;"
-        f" {parameters:,} parameters in fp32, {arguments.threads} threads; {arguments.steps} optimizer steps, best of"
-        f" {arguments.repeats} by the {arguments.clock} clock; load before {load[0]:.1f}"
+        f"\n{format_table(results)}\n\n{moment} before; {parameters:,} parameters in fp32, {arguments.threads} threads;"
+        f" {arguments.steps} optimizer steps, best of {arguments.repeats} by the {arguments.clock} clock"
     )
     settings = {name: getattr(arguments, name) for name in ("clock", "threads", "steps", "repeats")}
-    about = {"started": started, "load_before": load, "parameters": parameters, "warmup": WARMUP, **settings}
+    about = {"started": moment, "parameters": parameters, "warmup": WARMUP, **settings}
     write_result(arguments.output, **about, stages=results)
