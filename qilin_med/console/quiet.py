@@ -24,4 +24,6 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     for name in ("bitsandbytes", "DeepSpeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed's import sets its level anew, and whatever saves a model imports it.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     warnings.filterwarnings("ignore")
