@@ -41,24 +41,36 @@ def read_rows(part: Part, nested: bool = False) -> Iterator[Row]:
     A JSON object is one row; with `nested` its values are rows, and of values that are lists the elements.
     UserError: a .json that is neither lines nor a whole value; a broken .xlsx or .parquet.
     """
+    delimiter = "\t" if part.suffix == ".tsv" else ","
     match part.suffix:
-        case ".txt":
-            return (Row(f"{part.place}:{number}", {"text": line}, line) for number, line in read_lines(part))
         case ".csv" | ".tsv":
-            delimiter = "\t" if part.suffix == ".tsv" else ","
-            return _table(part.place, _csv_cells(part, delimiter), delimiter)
+            yield from _table(part.place, _csv_cells(part, delimiter), delimiter)
         case ".xlsx":
-            return _xlsx_rows(part)
+            yield from _xlsx_rows(part)
         case ".parquet":
-            return _parquet_rows(part)
-    _, head, whole = read_head(part)
-    head = head.lstrip()
-    if part.suffix == ".jsonl" or _holds_lines(head, whole, nested):
-        return _json_lines(part)
-    return _json_elements(part, head, keyed=nested and head.startswith("{"))
+            yield from _parquet_rows(part)
+        case ".txt":
+            for number, line in read_lines(part):
+                yield Row(f"{part.place}:{number}", {"text": line}, line)
+        case _:
+            yield from _json_rows(part, nested)
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON
+
+
+def _json_rows(part: Part, nested: bool) -> Iterator[Row]:
+    _, head, whole = read_head(part)
+    head = head.lstrip()
+    if part.suffix != ".jsonl" and not _holds_lines(head, whole, nested):
+        yield from _json_elements(part, head, keyed=nested and head.startswith("{"))
+        return
+    for number, line in read_lines(part):
+        try:
+            value, fault = _parse(line)
+        except json.JSONDecodeError as error:
+            value, fault = None, f"broken JSON: {error.msg}"
+        yield Row(f"{part.place}:{number}", value, line, fault)
 
 
 def _holds_lines(head: str, whole: bool, nested: bool) -> bool:
@@ -95,15 +107,6 @@ def _parse(text: str) -> tuple[Any, str | None]:
         raise
     except (ValueError, RecursionError):
         return None, "broken JSON: a number or nesting beyond all bounds"
-
-
-def _json_lines(part: Part) -> Iterator[Row]:
-    for number, line in read_lines(part):
-        try:
-            value, fault = _parse(line)
-        except json.JSONDecodeError as error:
-            value, fault = None, f"broken JSON: {error.msg}"
-        yield Row(f"{part.place}:{number}", value, line, fault)
 
 
 def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[Row]:

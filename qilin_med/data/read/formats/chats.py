@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from qilin_med.config.corpus import RawFiles
@@ -253,25 +253,17 @@ FORM_LINE = re.compile(r"\s*预约医生\s*[:：].*|.*[（(]\d{4}-\d\d-\d\d填�
 
 
 def _read_meddialog(part: Part, source: RawFiles) -> Iterator[Counted]:
+    """Blocks of a .txt, each of which begins with "id=7" and is placed where it begins; elsewhere lists of turns."""
     if part.suffix != ".txt":
         yield from _dialogue_list.read(part, source)
         return
-    for number, lines in _blocks(part):
-        row = Row(f"{part.place}:{number}", lines, "\n".join(lines))
-        yield from convert_row(row, {}, _block_chat, objects=False)
-
-
-def _blocks(part: Part) -> Iterator[tuple[int, list[str]]]:
-    """The lines of each block and the number of its first; a block begins with "id=7"."""
-    start, lines = 0, []
-    for number, line in read_lines(part):
+    place, lines = "", []
+    for number, line in chain(read_lines(part), [(0, "id=0")]):
         if BLOCK.fullmatch(line) and lines:
-            yield start, lines
+            yield from convert_row(Row(place, lines, "\n".join(lines)), {}, _block_chat, objects=False)
             lines = []
-        start = start if lines else number
+        place = place if lines else f"{part.place}:{number}"
         lines.append(line)
-    if lines:
-        yield start, lines
 
 
 def _block_chat(id_: str, lines: list[str]) -> Chat:

@@ -107,17 +107,22 @@ ONE_TAIL_WORDINGS = (
 
 def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
     """Triples are dealt out to temporary files by a hash of their head, and each of these is grouped in memory, so a
-    graph may be larger than memory and the triples of a head lie anywhere."""
+    graph may be larger than memory and the triples of a head lie anywhere. The first line may name the columns."""
+    names = {source.columns.get(field, field).lower(): field for field in TRIPLE_FIELDS}
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(number) for number in range(FILES_AT_A_TIME)]
         with ExitStack() as stack:
             streams = [stack.enter_context(file.open("wb")) for file in files]
-            header: list[str] | None = None
+            header: list[str] = []
             for count, (number, line) in enumerate(read_lines(part)):
-                if count == 0 and (header := _header(line, source.columns)):
+                cells = [" ".join(cell.split()) for cell in line.split("\t")]
+                if count == 0 and {"head", "relation", "tail"} <= set(
+                    named := [names.get(c.lower(), "") for c in cells]
+                ):
+                    header = named
                     continue
                 try:
-                    head, *others = _triple(line.split("\t"), header)
+                    head, *others = _triple(cells, header)
                 except UnusableRow as error:
                     yield 1, skipped(f"{part.place}:{number}", str(error), line)
                 else:
@@ -132,20 +137,12 @@ def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
                 yield len(found), Document(f"{part.place}:{found[0][0]}", _passage_of(head, found))
 
 
-def _header(line: str, columns: dict[str, str]) -> list[str] | None:
-    """The fields in the file's order, if the line names its columns."""
-    fields = {columns.get(field, field).lower(): field for field in TRIPLE_FIELDS}
-    names = [fields.get(cell.strip().lower(), "") for cell in line.split("\t")]
-    return names if {"head", "relation", "tail"} <= set(names) else None
-
-
-def _triple(cells: list[str], header: list[str] | None) -> tuple[str, str, str, str]:
+def _triple(cells: list[str], header: list[str]) -> tuple[str, str, str, str]:
     """(head, its type, relation, tail)."""
-    if header is None:
-        header = list(TRIPLE_FIELDS if len(cells) == len(TRIPLE_FIELDS) else ("head", "relation", "tail"))
+    header = header or list(TRIPLE_FIELDS if len(cells) == len(TRIPLE_FIELDS) else ("head", "relation", "tail"))
     if len(cells) != len(header):
         raise UnusableRow("not three or five columns" if len(header) == 3 else "not as many cells as columns")
-    row = dict(zip(header, (" ".join(cell.split()) for cell in cells), strict=True))
+    row = dict(zip(header, cells, strict=True))
     head, _, head_type = row["head"].partition("@@")
     tail = row["tail"].partition("@@")[0]
     if not (head and row["relation"] and tail):
