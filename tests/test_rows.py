@@ -1,5 +1,7 @@
 import copy
+import gzip
 import json
+import shutil
 
 import pytest
 
@@ -160,6 +162,16 @@ def test_rows_are_made_again_exactly_when_something_that_matters_changes(small_t
     twice = sft(copy).model_copy(update={"data": sft(copy).data * 2})
     edited = write_lines({"instruction": "发热", "output": "休息"}, name="edited.jsonl")
     assert len(same | changed | {folder(twice), folder(sft(edited))}) == 5
+
+
+def test_packed_rows_are_made_again_when_their_name_says_another_format(small_tokenizer, tmp_path):
+    packed = tmp_path / "rows.txt.gz"
+    packed.write_bytes(gzip.compress('{"text": "发热"}'.encode(), mtime=0))
+    renamed = shutil.copy(packed, tmp_path / "rows.jsonl.gz")
+    rows = [
+        prepare_rows("pretraining", pretraining(path), small_tokenizer, None, tmp_path) for path in (packed, renamed)
+    ]
+    assert rows[0].counts["tokens"] > rows[1].counts["tokens"] > 0
 
 
 def test_another_tokenizer_or_template_makes_other_rows(small_tokenizer, chats, tmp_path):

@@ -32,6 +32,7 @@ from qilin_med.config.experiment import (
     StageName,
 )
 from qilin_med.console.progress import progress
+from qilin_med.data.read.files import content_suffix
 from qilin_med.data.read.records import find_files, read_chats, read_documents, read_preferences
 from qilin_med.data.shards import chunks
 from qilin_med.errors import UserError
@@ -131,7 +132,8 @@ def prepare_rows(
         "row_format": ROW_FORMAT,
         # The suffix decides how a file is read; its name and place do not matter.
         "data": [
-            [h, file.suffix, source.text if is_text else None] for (file, source), h in zip(found, hashes, strict=True)
+            [checksum, content_suffix(file.name), source.text if is_text else None]
+            for (file, source), checksum in zip(found, hashes, strict=True)
         ],
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "eos": tokenizer.eos_token_id,
