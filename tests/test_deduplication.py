@@ -1,4 +1,4 @@
-"""Deduplication against brute force: what goes, who stays, and that neither order nor shards change it."""
+"""Deduplication against brute force: what is rejected, what is kept, and that neither order nor shards change it."""
 
 from itertools import combinations
 from random import Random

@@ -21,7 +21,7 @@ Record = TypeVar("Record", Document, Chat, Preference, Question)
 Rule = Callable[[str], str]
 Substitution = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
-# Rules may make work for each other (an entity decodes to a tag): they run until nothing changes, at most so often.
+# One rule may make work for another (an entity decodes to a tag), so they are repeated until nothing changes.
 MAX_PASSES = 5
 
 
@@ -214,7 +214,7 @@ SUSPECTS = (ODD_CHARACTER, LOOSE_SPACE, LONG_NUMBER, WECHAT)
 
 
 class Cleaner:
-    """The cleaning of one corpus. It goes to workers as its settings."""
+    """The cleaning of one corpus. Pickled as its settings alone."""
 
     def __init__(self, settings: CleaningSettings):
         converted = {

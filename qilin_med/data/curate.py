@@ -79,7 +79,7 @@ def hash_of(id_: str) -> int:
 
 
 def draw(id_: str) -> float:
-    """A number in [0, 1) that belongs to a record for ever: the one by which shares and splits are drawn."""
+    """A number in [0, 1) from a record's contents, the same in every build: it decides shares and splits."""
     return hash_of(id_) / 2**HASH_BITS
 
 

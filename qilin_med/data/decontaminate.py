@@ -87,21 +87,21 @@ def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str
 
 
 class Index:
-    """Evaluation questions, ready to be looked for. `near_miss`: the least coverage that is reported."""
+    """A searchable index of evaluation questions. `near_miss`: the least coverage that is reported."""
 
     def __init__(self, folder: Path, ngram: int, near_miss: float):
         self._ngram, self._near_miss = ngram, near_miss
         names = ("hashes", "owners", "totals", "items")
         self._hashes, self._owners, self._totals, self._items_of_texts = (np.load(folder / f"{n}.npy") for n in names)
-        # Most n-grams of a corpus are in no question: a look into this table spares the search for them.
+        # Most n-grams of a corpus are in no question: this table spares the search for them.
         self._known = np.zeros(1 << KNOWN_BITS, bool)
         self._known[self._hashes >> np.uint64(64 - KNOWN_BITS)] = True
         self._items = list(read_lines(folder / ITEMS))
-        # Shorter ones ("谢谢", "怎么治疗") are nobody's question in particular.
+        # Shorter ones ("谢谢", "怎么治疗") are no question in particular.
         self._by_key = {key: i for i in reversed(self._items) for key in i["keys"] if len(key) >= ngram}
 
     def find(self, records: Sequence[AnyRecord], texts: Iterable[str]) -> Iterator[Hit | None]:
-        """The evaluation question that each record repeats most, if at all. `texts`: all words of each record."""
+        """The evaluation question that each record repeats most, or None. `texts`: the full text of each record."""
         hits: list[Hit | None] = [None] * len(records)
         if len(self._hashes):
             hashes, starts = matching.shingle([bare(text) for text in texts], self._ngram)

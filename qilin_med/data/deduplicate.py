@@ -242,7 +242,7 @@ def cuts_of_shard(work: Workspace, width: int, shard: int) -> dict[int, list[tup
 
 
 def cut_out(text: str, spans: list[tuple[int, int]]) -> str:
-    """The text without the spans; what lay on both sides of one goes on in a new line."""
+    """The text without the spans; a line break takes the place of each."""
     borders = [0, *chain.from_iterable(spans), len(text)]
     pieces = (text[a:b].strip() for a, b in zip(borders[::2], borders[1::2], strict=True))
     return "\n".join(piece for piece in pieces if piece)

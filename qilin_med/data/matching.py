@@ -54,7 +54,7 @@ def within(ends: np.ndarray, width: int) -> np.ndarray:
     total = int(ends[-1]) if len(ends) else 0
     inside = np.ones(max(total - width + 1, 0), bool)
     for back in range(1, width):
-        starts = ends[:-1] - back  # a window that starts so shortly before an end reaches over it
+        starts = ends[:-1] - back  # a window that starts this close to an end reaches past it
         inside[starts[(starts >= 0) & (starts < len(inside))]] = False
     return inside
 

@@ -82,7 +82,7 @@ def executor_of(step: Step, settings: ExecutorSettings, log: str) -> Any:
 
 @cache
 def leave_ctrl_c_to_this_process() -> None:
-    """It reaches forked workers too; this process ends them, and speaks for all."""
+    """Ctrl-C reaches forked workers too; only this process reports it, and ends them."""
     os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
 
 
