@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from qilin_med.errors import UserError
-from qilin_med.prompt.template import IGNORED, QILIN_TEMPLATE, ROLE_MARKS, ChatTemplate
+from qilin_med.prompt.template import IGNORED, QILIN_TEMPLATE, ROLE_MARKS, ChatTemplate, EncodedChat, EncodedPreference
 from qilin_med.records import Chat, Message, Preference, Skipped
 
 TEXTS = [
@@ -31,6 +31,16 @@ def chat(*contents: str, system: str = "") -> Chat:
 
 def as_dicts(messages) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def rows_of(template: ChatTemplate, record: Chat, max_source: int, max_target: int) -> list[EncodedChat]:
+    [rows] = template.encode_chats([record], max_source, max_target)
+    return rows
+
+
+def pair_of(template: ChatTemplate, record: Preference, max_source: int, max_target: int) -> EncodedPreference:
+    [pair] = template.encode_preferences([record], max_source, max_target)
+    return pair
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +81,7 @@ def any_tokenizer(request) -> PreTrainedTokenizerFast:
 def test_two_turns_give_the_ids_and_mask_worked_out_by_hand(template, plain, marks):
     ask, answer, eos = marks
     q1, a1, q2, a2 = (plain(text) for text in ("发热三天", "先量体温", "如何用药", "每天三次"))
-    [row] = template.encode_chat(chat("发热三天", "先量体温", "如何用药", "每天三次"), 64, 64)
+    [row] = rows_of(template, chat("发热三天", "先量体温", "如何用药", "每天三次"), 64, 64)
     assert row.input_ids == [ask, *q1, answer, *a1, eos, ask, *q2, answer, *a2, eos]
     silent = [IGNORED] * (len(q1) + 2), [IGNORED] * (len(q2) + 2)
     assert row.labels == [*silent[0], *a1, eos, *silent[1], *a2, eos]
@@ -82,7 +92,7 @@ def test_two_turns_give_the_ids_and_mask_worked_out_by_hand(template, plain, mar
 @pytest.mark.parametrize("contents", [TEXTS[:2], TEXTS[:6], ["  CT \n scan ", "a  b"]])
 def test_whole_texts_equal_the_tokenizers_own_template(any_tokenizer, system, contents):
     record = chat(*(text.strip() for text in contents), system=system)
-    [row] = ChatTemplate(any_tokenizer).encode_chat(record, 1000, 1000)
+    [row] = rows_of(ChatTemplate(any_tokenizer), record, 1000, 1000)
     own = any_tokenizer.apply_chat_template(
         as_dicts(record.messages), return_dict=True, return_assistant_tokens_mask=True
     )
@@ -102,7 +112,7 @@ def test_marks_survive_every_source_limit_and_the_start_of_the_question_stays(te
     ask, answer, _ = marks
     question = plain(TEXTS[0] * 3)
     for limit in range(2, 2 + len(question) + len(plain(system)) * bool(system) + 3):
-        [row] = template.encode_chat(chat(TEXTS[0] * 3, "好", system=system), limit, 8)
+        [row] = rows_of(template, chat(TEXTS[0] * 3, "好", system=system), limit, 8)
         source = row.input_ids[: row.labels.index(next(label for label in row.labels if label != IGNORED))]
         assert len(source) == min(limit, 2 + len(question) + len(plain(system)) * bool(system))
         assert source[-1] == answer and source.count(ask) == source.count(answer) == 1
@@ -115,7 +125,7 @@ def test_marks_survive_every_source_limit_and_the_start_of_the_question_stays(te
 
 def test_answers_are_found_in_a_template_without_marks(unmarked_tokenizer):
     record = chat(*TEXTS[:4])
-    [row] = ChatTemplate(unmarked_tokenizer).encode_chat(record, 1000, 1000)
+    [row] = rows_of(ChatTemplate(unmarked_tokenizer), record, 1000, 1000)
     messages = as_dicts(record.messages)
     assert row.input_ids == unmarked_tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     answers = [list(group) for learnt, group in groupby(row.labels, lambda label: label != IGNORED) if learnt]
@@ -128,13 +138,13 @@ def test_answers_are_found_in_a_template_without_marks(unmarked_tokenizer):
 
 def test_a_limit_below_the_marks_is_refused(template):
     with pytest.raises(UserError, match=r"max_source_length 1 is less than the 2 tokens"):
-        template.encode_chat(chat("发热", "休息"), 1, 8)
+        rows_of(template, chat("发热", "休息"), 1, 8)
 
 
 def test_an_answer_has_its_eos_exactly_if_it_is_whole(template, plain, marks):
     answer = plain(TEXTS[1])
     for limit in range(1, len(answer) + 4):
-        [row] = template.encode_chat(chat("头痛", TEXTS[1]), 32, limit)
+        [row] = rows_of(template, chat("头痛", TEXTS[1]), 32, limit)
         trained = [label for label in row.labels if label != IGNORED]
         assert trained == [*answer, marks[2]] if limit > len(answer) else trained == answer[:limit]
         assert row.cut_targets == (limit <= len(answer))
@@ -145,7 +155,7 @@ def test_an_end_of_several_tokens_is_kept_whole_or_left_out(chatml_tokenizer):
     tokenizer = with_template(chatml_tokenizer, ending)
     answer = tokenizer(TEXTS[1]).input_ids
     for limit in range(len(answer) - 1, len(answer) + 4):
-        [row] = ChatTemplate(tokenizer).encode_chat(chat("头痛", TEXTS[1]), 64, limit)
+        [row] = rows_of(ChatTemplate(tokenizer), chat("头痛", TEXTS[1]), 64, limit)
         trained = [label for label in row.labels if label != IGNORED]
         assert trained == answer[:limit] + [tokenizer.eos_token_id] * 2 * (limit >= len(answer) + 2)
 
@@ -153,7 +163,7 @@ def test_an_end_of_several_tokens_is_kept_whole_or_left_out(chatml_tokenizer):
 def test_a_long_chat_continues_in_further_rows_and_loses_no_turn(template, plain, marks):
     ask, answer, eos = marks
     turns = [f"第{number}个问题" if place % 2 == 0 else f"答{number}" for number in range(9) for place in range(2)]
-    rows = template.encode_chat(chat(*turns, system="医生"), 24, 16)
+    rows = rows_of(template, chat(*turns, system="医生"), 24, 16)
     assert len(rows) > 2 and all(len(row.input_ids) <= 40 for row in rows)
     written = [
         token
@@ -181,12 +191,12 @@ def test_a_prompt_keeps_the_newest_earlier_turns_that_fit_and_counts_the_others(
     ask, answer, eos = marks
     history = chat("一问", "一答", "二问", "二答", "三问").messages
     pair = Preference("f:1", history, "好的答案", "坏的答案")
-    whole = template.encode_preference(pair, 100, 16)
+    whole = pair_of(template, pair, 100, 16)
     lengths = [len(plain(text)) + 2 - place % 2 for place, text in enumerate(("一问", "一答", "二问", "二答"))]
     assert len(whole.prompt_ids) == sum(lengths) + len(plain("三问")) + 2 and whole.dropped_turns == 0
     last = [ask, *plain("三问"), answer]
     for limit in range(len(last), len(whole.prompt_ids)):
-        cut = template.encode_preference(pair, limit, 16)
+        cut = pair_of(template, pair, limit, 16)
         kept_both = limit >= len(last) + sum(lengths[2:])
         assert cut.prompt_ids == whole.prompt_ids[-len(last) - sum(lengths[2:]) * kept_both :]
         assert (cut.dropped_turns, cut.cut_sources) == (2 - kept_both, 0)
@@ -196,10 +206,8 @@ def test_a_prompt_keeps_the_newest_earlier_turns_that_fit_and_counts_the_others(
 
 def test_prompts_of_preferences_and_chats_are_the_same_also_when_cut(template):
     for limit in (8, 12, 1000):
-        [row] = template.encode_chat(chat(TEXTS[0], "好", system=TEXTS[2]), limit, 8)
-        pair = template.encode_preference(
-            Preference("f:1", chat(TEXTS[0], system=TEXTS[2]).messages, "好", "坏"), limit, 8
-        )
+        [row] = rows_of(template, chat(TEXTS[0], "好", system=TEXTS[2]), limit, 8)
+        pair = pair_of(template, Preference("f:1", chat(TEXTS[0], system=TEXTS[2]).messages, "好", "坏"), limit, 8)
         assert row.input_ids == pair.prompt_ids + pair.chosen_ids
 
 
@@ -231,5 +239,5 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> P
 )
 def test_templates_that_cannot_be_trained_with_are_refused(chatml_tokenizer, template, message):
     with pytest.raises(UserError) as error:
-        ChatTemplate(with_template(chatml_tokenizer, template)).encode_chat(chat("问", "答"), 32, 32)
+        rows_of(ChatTemplate(with_template(chatml_tokenizer, template)), chat("问", "答"), 32, 32)
     assert message in str(error.value)

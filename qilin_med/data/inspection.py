@@ -12,8 +12,8 @@ from qilin_med.data.read.tables import ROW_SUFFIXES, read_rows
 from qilin_med.data.render import TrainingRecord, from_row
 from qilin_med.errors import UserError
 from qilin_med.model.load import load_tokenizer
-from qilin_med.prompt.template import IGNORED, ChatTemplate, encode_texts
-from qilin_med.records import Document, Preference
+from qilin_med.prompt.template import IGNORED, ChatTemplate, EncodedPreference, encode_texts
+from qilin_med.records import Document, Preference, Skipped
 
 OPEN, CLOSE = "⟦", "⟧"  # around what the loss is taken on
 WHOLE = 100_000  # tokens: nothing is cut here
@@ -43,10 +43,13 @@ def encode(record: TrainingRecord, template: ChatTemplate) -> Iterator[tuple[str
     if isinstance(record, Document):
         [ids] = encode_texts(template.tokenizer, [record.text])
         yield "", [*ids, template.tokenizer.eos_token_id], [0] * (len(ids) + 1)
-    elif isinstance(record, Preference):
-        pair = template.encode_preference(record, WHOLE, WHOLE)
-        for name, answer in (("[chosen] ", pair.chosen_ids), ("[rejected] ", pair.rejected_ids)):
-            yield name, pair.prompt_ids + answer, [IGNORED] * len(pair.prompt_ids) + answer
+        return
+    encode_all = template.encode_preferences if isinstance(record, Preference) else template.encode_chats
+    [encoded] = encode_all([record], WHOLE, WHOLE)
+    if isinstance(encoded, Skipped):
+        yield f"[skipped in training: {encoded.reason}]", [], []
+    elif isinstance(encoded, EncodedPreference):
+        for name, answer in (("[chosen] ", encoded.chosen_ids), ("[rejected] ", encoded.rejected_ids)):
+            yield name, encoded.prompt_ids + answer, [IGNORED] * len(encoded.prompt_ids) + answer
     else:
-        for row in template.encode_chat(record, WHOLE, WHOLE):
-            yield "", row.input_ids, row.labels
+        yield from (("", row.input_ids, row.labels) for row in encoded)

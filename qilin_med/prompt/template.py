@@ -129,11 +129,6 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------------------- records
 
-    def encode_chat(self, chat: Chat, max_source_length: int, max_target_length: int) -> list[EncodedChat]:
-        """As `encode_chats`, for one chat; UserError says why it cannot be used."""
-        [rows] = self.encode_chats([chat], max_source_length, max_target_length)
-        return _usable(rows)
-
     def encode_chats(
         self, chats: Sequence[Chat], max_source_length: int, max_target_length: int
     ) -> list[list[EncodedChat] | Skipped]:
@@ -155,13 +150,6 @@ class ChatTemplate:
                 turns = turns[taken:]
             encoded.append(_skipped(chat.id, chat.messages, reason) if reason else rows)
         return encoded
-
-    def encode_preference(
-        self, preference: Preference, max_source_length: int, max_target_length: int
-    ) -> EncodedPreference:
-        """As `encode_preferences`, for one; UserError says why it cannot be used."""
-        [pair] = self.encode_preferences([preference], max_source_length, max_target_length)
-        return _usable(pair)
 
     def encode_preferences(
         self, preferences: Sequence[Preference], max_source_length: int, max_target_length: int
@@ -352,9 +340,3 @@ def _fill_target(target: list[Piece], contents: list[Ids], limit: int) -> tuple[
 def _skipped(record_id: str, messages: Sequence[Message], reason: str) -> Skipped:
     raw = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
     return Skipped(record_id, reason, raw[:RAW_CHARACTERS])
-
-
-def _usable(encoded):
-    if isinstance(encoded, Skipped):
-        raise UserError(f"{encoded.id}: {encoded.reason}")
-    return encoded
