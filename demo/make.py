@@ -102,7 +102,7 @@ def make_tokenizer(lines: list[str], characters: str, folder: Path) -> Any:
     general text, as a general model's is; of the medicine it knows the characters only."""
     import sentencepiece
 
-    from qilin_med.model.tokenizer import fast_tokenizer_from_sentencepiece
+    from qilin_med.convert.tokenizer import fast_tokenizer_from_sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -16,7 +16,7 @@ def main() -> None:
 
     with user_errors_end_with_one_line():
         with progress("converting"):
-            from qilin_med.model.baichuan import convert_baichuan
+            from qilin_med.convert.baichuan import convert_baichuan
             from qilin_med.prompt.template import QILIN_TEMPLATE
 
             made = convert_baichuan(

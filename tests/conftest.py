@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from qilin_med.model.tokenizer import fast_tokenizer_from_sentencepiece
+from qilin_med.convert.tokenizer import fast_tokenizer_from_sentencepiece
 from qilin_med.prompt.template import QILIN_TEMPLATE, ROLE_MARKS
 
 SENTENCES = [

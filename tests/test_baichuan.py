@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qilin_med.artifact import MANIFEST, verify_folder
+from qilin_med.convert.baichuan import convert_baichuan
 from qilin_med.errors import UserError
-from qilin_med.model.baichuan import convert_baichuan
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "baichuan7b-tiny-original"

@@ -14,8 +14,8 @@ import sentencepiece
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qilin_med.convert.tokenizer import fast_tokenizer_from_sentencepiece
 from qilin_med.errors import UserError
-from qilin_med.model.tokenizer import fast_tokenizer_from_sentencepiece
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 BAICHUAN = SHARED / "baichuan7b-tiny-original" / "tokenizer.model"
@@ -171,7 +171,7 @@ def test_settings_survive_saving(pair):
 def test_same_file_in_every_process(trained, tmp_path):
     """The fingerprint of a model folder holds its tokenizer, so no set's order may show in the file."""
     code = (
-        "import sys; from pathlib import Path; from qilin_med.model.tokenizer import fast_tokenizer_from_sentencepiece as make;"
+        "import sys; from pathlib import Path; from qilin_med.convert.tokenizer import fast_tokenizer_from_sentencepiece as make;"
         " make(Path(sys.argv[1])).save_pretrained(sys.argv[2])"
     )
     for seed in "12":

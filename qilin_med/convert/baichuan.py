@@ -20,8 +20,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from qilin_med.artifact import Artifact, digest, hash_files
 from qilin_med.console.progress import progress
+from qilin_med.convert.tokenizer import fast_tokenizer_from_sentencepiece
 from qilin_med.errors import UserError, in_one_line
-from qilin_med.model.tokenizer import fast_tokenizer_from_sentencepiece
 
 TOKENIZER = "tokenizer.model"
 PACKED = "self_attn.W_pack.weight"
