@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports only from rooms before it; demo, benchmarks and scripts are imported by none.
-ROOMS = ["errors", "records", "console", "config", "artifact", "launch", "prompt", "model", "convert", "data", "plan", "retrieve", "train",
+ROOMS = ["errors", "records", "console", "config", "artifact", "launch", "prompt", "model", "convert", "data",
+         "plan", "retrieve", "train",
          "evaluate", "check", "report", "chat"]  # fmt: skip
 WITHOUT_TORCH = ["config.experiment", "records", "errors", "console.progress", "artifact", "train.job", "launch.operators",
                  "prompt.template", "data.rows", "data.build", "retrieve.index", "retrieve.retriever", "retrieve.recall",
