@@ -233,6 +233,7 @@ def test_text_from_data_stays_text(run):
     assert html.count("<a ") == html.count("<h2")  # those of the contents
     row = markdown_table([{"a": "x|y\nz<b>", "n": 1234}]).splitlines()[2]
     assert row == "| x\\|y<br>z&lt;b> | 1,234 |"
+    assert markdown_table([{"a": "x\u2028y\r\n\\|"}]).splitlines()[2] == "| x<br>y<br>\\\\\\| |"
 
 
 def test_cards_leave_seal_and_fingerprint_alone(run):

@@ -38,7 +38,7 @@ def escape(value: Any) -> Markup:
     text = "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"([\\`*|]|(?<!\w)_|_(?!\w)|\](?=[(\[]))", r"\\\1", text)
-    return Markup(re.sub(r"\s*\n\s*", "<br>", text.strip()))
+    return Markup("<br>".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def row(*cells: Any) -> Markup:
@@ -64,7 +64,7 @@ def align_tables(markdown: str) -> str:
 
 
 def _align(table: re.Match) -> str:
-    header, _, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table[0].splitlines()]
+    header, _, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table[0].split("\n")]
     columns = [[cell.strip() for cell in column] for column in zip(header, *rows, strict=True)]
     for column in columns:
         width, cells = max(3, *map(len, column)), [cell for cell in column[1:] if cell]
