@@ -12,9 +12,7 @@ class Findings:
 
     def __init__(self, made_first: list[str] | tuple[str, ...] = ()):
         # Dicts are sets that keep their order: what several stages share is told once.
-        self._problems: dict[str, None] = {}
-        self._notes: dict[str, None] = {}
-        self._awaited: dict[str, None] = {}
+        self._problems, self._notes, self._awaited = ({} for _ in range(3))
         self._made_first = [Path(path) for path in made_first]
 
     @property
@@ -42,13 +40,12 @@ class Findings:
         try:
             yield
         except UserError as error:
-            tell = self.problem if matters else self.note
-            tell(f"{where}: {error}" if where else str(error))
+            (self.problem if matters else self.note)(f"{where}: {error}" if where else str(error))
 
     def is_awaited(self, path: str | Path) -> bool:
         """Whether a path is missing because it will be made first."""
         whole = Path(path).absolute()
-        awaited = not whole.exists() and any(whole.is_relative_to(parent.absolute()) for parent in self._made_first)
-        if awaited:
-            self._awaited[str(path)] = None
-        return awaited
+        if whole.exists() or not any(whole.is_relative_to(parent.absolute()) for parent in self._made_first):
+            return False
+        self._awaited[str(path)] = None
+        return True
