@@ -3,7 +3,7 @@
 python scripts/check.py --config configs/qilin_med_7b.json [key.path=value ...]
 python scripts/check.py --config configs/qilin_med_7b.json --gpus 4 --gpu 3090-24g
 
-One table tells records, updates, memory, disk and hours of every stage, and the questions of the evaluation; every
+One table tells records, optimizer steps, memory, disk and hours of every stage, and the questions of the evaluation; every
 problem of any stage is named on a line of its own, with exit code 2. `bash run_all.sh` begins with it, and with --dry-run
 ends there. Amounts of large data are estimated from the first records of each file.
 """

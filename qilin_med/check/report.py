@@ -21,18 +21,8 @@ from qilin_med.plan.tables import format_table
 from qilin_med.records import Skipped
 from qilin_med.retrieve.search import check_encoder_folder, check_encoder_package
 
-STAGE_COLUMNS = [
-    "stage",
-    "starts from",
-    "records",
-    "unusable",
-    "cut",
-    "updates",
-    "tokens",
-    "GiB/rank",
-    "GiB disk",
-    "hours",
-]
+STAGE_COLUMNS = ["stage", "starts from", "records", "unusable", "cut", "steps", "tokens", "GiB/rank", "GiB disk",
+                 "hours"]  # fmt: skip
 SET_COLUMNS = ["evaluation and retrieval", "records", "unusable", "cut", ""]
 
 
