@@ -10,16 +10,13 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from qilin_med.prompt.template import IGNORED
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 PAD_ID = 0  # any id will do: padding is never seen and never a target
 _MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -89,19 +86,6 @@ class StepSampler(Sampler[list[int]]):
             parts = np.array_split(longest_first, self.accumulation)
         bins, most = self.ranks * self.accumulation // len(parts), None if self.packing else self.batch_size
         return [part[group].tolist() for part in parts for group in deal(self.costs[part], bins, most)]
-
-
-@dataclass(frozen=True)
-class IndexedRows(torch.utils.data.Dataset):
-    """Rows, each with its index."""
-
-    rows: "Dataset"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "index": index}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from qilin_med.console.progress import progress
 from qilin_med.data.rows import open_rows, row_costs
 from qilin_med.model.batches import (
     Collator,
-    IndexedRows,
     Layout,
     PairCollator,
     StepSampler,
@@ -58,6 +57,7 @@ class RowTrainer(Trainer):
         self.stop_requested = self.stop_agreed = self.save_agreed = False
         self.save_is_due: Callable[[], bool] = lambda: False  # by rank 0's clock
         rows = open_rows(job.rows).dataset
+        rows = rows.add_column("index", np.arange(len(rows)))  # what a batch holds is told by it, and found again
         super().__init__(model=model, train_dataset=rows, data_collator=collator(self.layout), **kwargs)
         self.add_callback(_Beginning(self))
 
@@ -74,7 +74,7 @@ class RowTrainer(Trainer):
         )  # fmt: skip
         # The sampler gives each rank its own micro-batches, so accelerate has nothing to divide.
         return DataLoader(
-            IndexedRows(self.train_dataset),
+            self.train_dataset,
             batch_sampler=self.step_sampler,
             collate_fn=self.data_collator,
             pin_memory=args.dataloader_pin_memory,
@@ -181,7 +181,6 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
         learn all of them; rank 0 writes."""
         batches = self._reference_batches(missing)
         rank, ranks, size = self.args.process_index, self.args.world_size, self.args.per_device_train_batch_size
-        rows = IndexedRows(self.train_dataset)
         self.model.eval()
         with (
             disk_errors_explained(store.path),
@@ -191,7 +190,7 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
         ):
             for start in range(0, len(batches), ranks):
                 indices = batches[start + rank]
-                inputs = self._prepare_inputs(self.data_collator([rows[index] for index in indices]))
+                inputs = self._prepare_inputs(self.data_collator([self.train_dataset[index] for index in indices]))
                 own = torch.full((size, 3), -1.0, dtype=torch.float64, device=self.args.device)  # row, chosen, rejected
                 own[: len(indices), 0] = inputs["rows"]
                 own[: len(indices), 1:] = torch.stack(pair_log_probs(self.model, inputs), dim=1).double()
