@@ -309,8 +309,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what `written_whole` left of processes that were killed."""
-    for part in folder.rglob(".*.part"):
-        part.unlink()
+    for part in list(folder.rglob(".*.part")):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
