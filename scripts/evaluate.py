@@ -8,79 +8,74 @@ runs/<name>/eval/comparisons.json. Run it again after any interruption. On sever
 
 import os
 from itertools import product
+from pathlib import Path
 
-from qilin_med.config.experiment import TaskSettings, experiment_parser, parse_experiment
+from qilin_med.config.experiment import Experiment, TaskSettings, experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
+from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.evaluate.results import HELD_OUT, existing_models
+
+IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:
     parser = experiment_parser(__doc__)
     parser.add_argument("--models", help="comma-separated: base, pretraining, sft, dpo (default: all)")
-    parser.add_argument(
-        "--tasks",
-        help="comma-separated: heldout and names of evaluation.tasks or configs/tasks (default: the experiment's)",
-    )
+    parser.add_argument("--tasks", help="comma-separated: heldout and names of evaluation.tasks or configs/tasks (default:"
+                        " the experiment's)")  # fmt: skip
     parser.add_argument(
         "--submission", action="store_true", help="answer C-Eval's test split and write its official file"
     )
-    parser.add_argument(
-        "--retrieval",
-        action="store_true",
-        help="ask after passages of the index: results <task>_retrieval, and with"
-        " retrieval.exam_sources <task>_retrieval_without_exams",
-    )
-    arguments, experiment = parse_experiment(parser)
-
-    from qilin_med.console.quiet import quiet_libraries
-
+    parser.add_argument("--retrieval", action="store_true", help="ask after passages of the index: results"
+                        " <task>_retrieval, and with retrieval.exam_sources <task>_retrieval_without_exams")  # fmt: skip
+    options, experiment = parse_experiment(parser)
     quiet_libraries()
-    folders = existing_models(experiment, arguments.models.split(",") if arguments.models else None)
-    tasks = arguments.tasks.split(",") if arguments.tasks else [HELD_OUT, *experiment.evaluation.tasks]
-    is_first = os.environ.get("RANK", "0") == "0"
+    folders = existing_models(experiment, options.models.split(",") if options.models else None)
+    tasks = options.tasks.split(",") if options.tasks else [HELD_OUT, *experiment.evaluation.tasks]
+    if HELD_OUT in tasks and IS_FIRST_RANK:
+        measure(experiment, folders)
+    if asked := [task for task in tasks if task != HELD_OUT]:
+        ask(experiment, folders, asked, options.submission, options.retrieval)
 
-    if HELD_OUT in tasks and is_first:
-        with progress("held-out sets"):
-            from qilin_med.evaluate.held_out import measure_held_out
-            from qilin_med.report.tables import held_out_table, markdown_table
 
-            measured = {name: measure_held_out(experiment, name, folder) for name, folder in folders.items()}
-        print(markdown_table(held_out_table(measured)))
+def measure(experiment: Experiment, folders: dict[str, Path]) -> None:
+    """Perplexities, answer loss and preference accuracy of each model, as a table."""
+    with progress("held-out sets"):
+        from qilin_med.evaluate.held_out import measure_held_out
+        from qilin_med.report.tables import held_out_table, markdown_table
 
-    if not (asked := [task for task in tasks if task != HELD_OUT]):
-        return
+        measured = {name: measure_held_out(experiment, name, folder) for name, folder in folders.items()}
+    print(markdown_table(held_out_table(measured)))
+
+
+def ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], submission: bool, retrieval: bool) -> None:
+    """Ask each model the questions of each task, then test what the stages changed."""
     with progress("loading libraries"):
+        from qilin_med.evaluate import harness
         from qilin_med.evaluate.comparison import compare_models
-        from qilin_med.evaluate.harness import (
-            ModelUnderTest,
-            describe_task,
-            open_retrievals,
-            run_task,
-            write_submission,
-        )
 
-    split = {"split": "test"} if arguments.submission else {}
-    settings = {task: experiment.evaluation.tasks.get(task, TaskSettings()).model_copy(update=split) for task in asked}
+    split = {"split": "test"} if submission else {}
+    settings = {task: experiment.evaluation.tasks.get(task, TaskSettings()).model_copy(update=split) for task in tasks}
     # A wrong name or path is told before any model is loaded.
-    kinds = {task: describe_task(task, settings[task])["task"] for task in asked}
-    sources = open_retrievals(experiment) if arguments.retrieval else {"": None}
+    kinds = {task: harness.describe_task(task, settings[task])["task"] for task in tasks}
+    sources = harness.open_retrievals(experiment) if retrieval else {"": None}
     for name, folder in folders.items():
         with progress(f"reading {folder}"):
-            model = ModelUnderTest(experiment, name, folder)
-        for task, (ending, passages) in product(asked, sources.items()):
-            is_submitted = arguments.submission and kinds[task].startswith("ceval")
+            model = harness.ModelUnderTest(experiment, name, folder)
+        for task, (ending, passages) in product(tasks, sources.items()):
+            is_submitted = submission and kinds[task].startswith("ceval")
             suffix = ("_test" if is_submitted else "") + ending
             with progress(f"{name} {task}{suffix}"):
-                result = run_task(model, task, settings[task], passages, suffix)
+                result = harness.run_task(model, task, settings[task], passages, suffix)
             if result:  # on the first rank
                 shown = list(result["metrics"].items())[:4]
                 scores = ", ".join(f"{name} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in shown)
                 questions = result["counts"]["questions"]
                 print(f"{name} {task}{suffix}: {questions} questions; {scores or 'answers unknown'}", flush=True)
                 if is_submitted:
-                    print(f"submission: {write_submission(model, task + suffix)}")
-    if is_first:
+                    print(f"submission: {harness.write_submission(model, task + suffix)}")
+    if IS_FIRST_RANK:
         with progress("comparing the models"):
             compare_models(experiment)
 
