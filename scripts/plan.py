@@ -4,40 +4,41 @@ python scripts/plan.py --config configs/qilin_med_7b.json --gpus 8 --gpu a100-80
 python scripts/plan.py --config configs/qilin_med_7b.json --gpus 4 --gpu 3090-24g --stage dpo \\
     --model-config configs/architectures/baichuan-7b.json --rows dpo=6000
 
-Formulas and how well they agree with what is measured: docs/scaling.md.
+How it is planned, and how well that agrees with what is measured: docs/scaling.md.
 """
 
 import argparse
 from pathlib import Path
 
-from qilin_med.config.experiment import STAGES, Experiment, StageName, experiment_parser, parse_experiment
+from qilin_med.config.experiment import STAGES, Experiment, experiment_parser, parse_experiment
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.plan.architecture import read_architecture
-from qilin_med.plan.data import Amount, find_amount, stated_amount
+from qilin_med.plan.data import find_amount, stated_amount
 from qilin_med.plan.duration import Rates
-from qilin_med.plan.gpus import GPUS
-from qilin_med.plan.plan import Machines, plan_stage
-from qilin_med.plan.preflight import local_machine
+from qilin_med.plan.machines import GPUS, Machines, local_machine
+from qilin_med.plan.plan import plan_stage
 from qilin_med.plan.tables import format_plan, format_total
 
 
 def main() -> None:
-    arguments, experiment = parse_experiment(_parser())
+    arguments, experiment = parse_experiment(parser())
     stages = arguments.stage or [stage for stage in STAGES if getattr(experiment, stage)]
-    architecture = read_architecture(arguments.model_config or Path(experiment.model.path))
-    rows, tokens = _amounts(arguments.rows), _amounts(arguments.tokens)
-    machines, device = _machines(arguments, experiment)
+    rows, tokens = amounts(arguments.rows), amounts(arguments.tokens)
+    machines, device = machines_of(arguments, experiment)
     rates = Rates(arguments.efficiency, arguments.disk_gbs * 1e9, arguments.mfu)
     plans = []
     for stage in stages:
-        amount = _amount(experiment, stage, rows.get(stage), tokens.get(stage))
-        plans.append(plan_stage(experiment, stage, architecture, machines, amount))
-        print(format_plan(plans[-1], device, rates), end="\n\n")
+        if stage in rows or stage in tokens:
+            amount = stated_amount(experiment, stage, rows.get(stage), tokens.get(stage))
+        else:
+            amount = find_amount(experiment, stage)
+        model_config = arguments.model_config or Path(experiment.model.path)
+        plans.append(plan_stage(experiment, stage, model_config, machines, amount))
+        print(format_plan(plans[-1], device, rates), end="\n\n", flush=True)
     if len(plans) > 1 and (total := format_total(plans, rates)):
         print(total)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = experiment_parser(__doc__)
     parser.add_argument("--gpus", type=int, help="GPUs of a machine (default: launch.processes, or 8)")
     parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="which GPU (default: %(default)s)")
@@ -47,12 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         ("disk-gbs", Rates.disk / 1e9, "GB/s at which checkpoints are written"),
         ("network-gbs", 25.0, "GB/s between machines, each way, of all cards of a machine together"),
     ):
-        parser.add_argument(f"--{name}", type=_positive, default=default, help=f"{what} (default: %(default)s)")
-    parser.add_argument(
-        "--mfu",
-        type=_positive,
-        help="model FLOPs utilisation of whole runs, known from elsewhere: replaces the estimate",
-    )
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{what} (default: %(default)s)")
+    mfu = "model FLOPs utilisation of whole runs, known from elsewhere: replaces the estimate"
+    parser.add_argument("--mfu", type=positive, help=mfu)
     parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage (may be repeated)")
     parser.add_argument("--model-config", type=Path, help="a model's config.json, where its folder is not there yet")
     for what in ("rows", "tokens"):
@@ -60,36 +58,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
     number = float(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
     return number
 
 
-def _amounts(values: list[str]) -> dict[str, float]:
-    amounts = {}
+def amounts(values: list[str]) -> dict[str, float]:
+    found = {}
     for value in values:
         stage, _, number = value.partition("=")
         try:
-            amounts[STAGES[STAGES.index(stage)]] = float(number)
-        except ValueError:
+            found[STAGES[STAGES.index(stage)]] = positive(number)
+        except (ValueError, argparse.ArgumentTypeError):
             raise UserError(f"'{value}': expected STAGE=NUMBER, for example pretraining=2.122e9") from None
-    return amounts
+    return found
 
 
-def _amount(experiment: Experiment, stage: StageName, rows: float | None, tokens: float | None) -> Amount | None:
-    if rows or tokens:
-        return stated_amount(experiment, stage, rows, tokens)
-    return find_amount(experiment, stage)
-
-
-def _machines(arguments: argparse.Namespace, experiment: Experiment) -> tuple[Machines, str]:
+def machines_of(arguments: argparse.Namespace, experiment: Experiment) -> tuple[Machines, str]:
+    """The machines to plan for, and what a rank runs on."""
     if experiment.launch.device == "cpu":
         return local_machine(experiment), "CPU process"
-    processes = experiment.launch.processes
+    processes, gpu = experiment.launch.processes, GPUS[arguments.gpu]
     gpus = arguments.gpus or (8 if processes == "auto" else processes)
-    gpu = GPUS[arguments.gpu]
     network = arguments.network_gbs * 1e9 if arguments.nodes > 1 else gpu.bandwidth
     if gpu.note:
         print(f"{gpu.name}: {gpu.note}", end="\n\n")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,50 +36,29 @@ def row_shape(section: StageConfig) -> tuple[int, float]:
 
 
 def find_amount(experiment: Experiment, stage: StageName) -> Amount | None:
-    """Of rows prepared by an earlier run, else of the built corpus; None where neither is there."""
-    return _in_cache(experiment, stage) or _in_corpus(experiment, stage)
-
-
-def _in_cache(experiment: Experiment, stage: StageName) -> Amount | None:
-    """Of the newest rows that were prepared from these files with these settings."""
+    """Of the newest rows that an earlier run prepared from these files with these settings; else of the built corpus,
+    where that is all that the stage reads; else None."""
     section = experiment.stage(stage)
-    settings = row_settings(stage, section)
-    try:
+    with suppress(UserError):  # the data are elsewhere
         files = [(str(file), file.stat().st_size) for file, _ in find_files(section.data)]
-    except UserError:  # the data are elsewhere
-        return None
-    manifests = (Path(experiment.output_dir) / "cache").glob(f"{stage}-*/MANIFEST.json")
-    for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            manifest = read_manifest(path.parent)
-        except UserError:  # damaged, or of an earlier version: the stage will make these rows again
-            continue
-        counts = manifest["counts"]
-        # Held-out sets lie in the same cache.
-        same_files = [(file["path"], file["bytes"]) for file in counts["files"]] == files
-        if same_files and manifest["inputs"]["settings"] == settings:
-            return Amount(
-                counts["rows"],
-                counts["tokens"],
-                counts["trained_tokens"],
-                counts["longest"],
-                f"prepared rows, {path.parent}",
-            )
-    return None
-
-
-def _in_corpus(experiment: Experiment, stage: StageName) -> Amount | None:
-    """Of the built corpus, where that is all that the stage reads; else None."""
-    sources = experiment.stage(stage).data
-    manifest = Path(sources[0].path).parent / "manifest.json"
-    if len(sources) > 1 or not manifest.is_file():
+        found = (Path(experiment.output_dir) / "cache").glob(f"{stage}-*/MANIFEST.json")
+        for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+            with suppress(UserError):  # damaged, or of an earlier version: the stage will make these rows again
+                manifest = read_manifest(path.parent)
+                counts = manifest["counts"]
+                # Held-out sets lie in the same cache.
+                same_files = [(file["path"], file["bytes"]) for file in counts["files"]] == files
+                if same_files and manifest["inputs"]["settings"] == row_settings(stage, section):
+                    numbers = (counts[name] for name in ("rows", "tokens", "trained_tokens", "longest"))
+                    return Amount(*numbers, f"prepared rows, {path.parent}")
+    manifest = Path(section.data[0].path).parent / "manifest.json"
+    if len(section.data) > 1 or not manifest.is_file():
         return None
     total = json.loads(manifest.read_text(encoding="utf-8"))["totals"].get(stage)
     if not total or not total["train"]:
         return None
     tokens = total["tokens"] * total["train"] / (total["train"] + total["dev"])
-    length, _ = row_shape(experiment.stage(stage))
-    rows = tokens / length if stage == "pretraining" else total["train"]
+    rows = tokens / row_shape(section)[0] if stage == "pretraining" else total["train"]
     return replace(stated_amount(experiment, stage, rows, tokens), source=f"corpus, {manifest}; role marks left out")
 
 

@@ -1,119 +1,88 @@
 """The plan as text of about 110 columns."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from qilin_med.config.experiment import EXAMPLES
-from qilin_med.plan.advice import describe_change
-from qilin_med.plan.compute import model_flops, training_flops
-from qilin_med.plan.duration import (
-    PUBLISHED_MFU,
-    Duration,
-    Rates,
-    at_mfu,
-    estimate,
-    stage_duration,
-    utilisation,
-)
-from qilin_med.plan.memory import moments, plan_memory
-from qilin_med.plan.plan import StagePlan, alternatives, fits, largest_batch
-from qilin_med.plan.storage import checkpoint_bytes, host_bytes, merged_bytes, offloaded_bytes
+from qilin_med.plan.advice import alternatives, describe_change
+from qilin_med.plan.duration import PUBLISHED_MFU, Rates, at_mfu, estimate, stage_duration, utilisation
+from qilin_med.plan.plan import StagePlan
 
 GIB = 2**30
 
 
 def format_plan(plan: StagePlan, device: str, rates: Rates) -> str:
     """All there is to say on one stage. `device`: what a rank runs on, for the heading."""
-    lines = [
-        *_heading(plan, device),
-        "",
-        *_memory_table(plan),
-        *_advice(plan),
-        "",
-        *_comparison(plan),
-        "",
-        *_run_lines(plan, rates),
-        *_storage_lines(plan),
-    ]
-    return "\n".join(lines)
+    advice = [] if plan.verdict == "fits" else [describe_change(plan)]
+    parts = (_heading(plan, device), [*_memory_table(plan), *advice], _comparison(plan), _run_lines(plan, rates))
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def _heading(plan: StagePlan, device: str) -> list[str]:
-    t, section = plan.training, plan.section
-    adapter = f", LoRA rank {t.lora.rank}{' on NF4' if t.lora.quantization else ''}" if t.lora else ", all parameters"
-    recomputed = "recomputed activations" if t.checkpointing else "activations kept"
+    section, lora = plan.section, plan.section.lora
+    adapter = f", LoRA rank {lora.rank}{' on NF4' if lora.quantization else ''}" if lora else ", all parameters"
+    recomputed = "recomputed activations" if section.activation_checkpointing else "activations kept"
     return [
-        f"{plan.stage}: {t.parameters:,} parameters, {t.trainable:,} trainable"
-        f" ({t.trainable / t.parameters:.2%}){adapter}",
-        f"{plan.machines.ranks} x {device}, {t.engine.name}, {t.dtype}, {recomputed};"
-        f" {section.batch_size_per_device} {EXAMPLES[plan.stage]} of {t.sequences * t.length} tokens at once,"
-        f" {plan.global_batch_size} an update",
+        f"{plan.stage}: {plan.parameters:,} parameters, {plan.trainable:,} trainable"
+        f" ({plan.trainable / plan.parameters:.2%}){adapter}",
+        f"{plan.machines.ranks} x {device}, {plan.engine.name}, {plan.model.dtype}, {recomputed}; {plan.rows}"
+        f" {EXAMPLES[plan.stage]} of {plan.row_tokens} tokens at once, {plan.global_batch_size} an optimizer step",
     ]
 
 
 def _memory_table(plan: StagePlan) -> list[str]:
     """Fullest moment before the optimizer's step, and the step."""
-    *before, step = moments(plan.training)
+    *before, step = plan.moments
     fullest = max(before, key=lambda memory: memory.total)
     rows = [["GiB a rank", *step.parts(), "total", "of"]]
     for memory in (fullest, step):
-        values = [*memory.parts().values(), memory.total, plan.machines.memory]
-        rows.append([memory.moment, *map(_gib, values)])
-    largest = largest_batch(plan.training, plan.machines, plan.rows_of_a_rank)
-    whole = ", a rank's part of an update" if largest == plan.rows_of_a_rank else ""
+        rows.append([memory.moment, *map(_gib, (*memory.parts().values(), memory.total, plan.machines.memory))])
+    largest = plan.largest_batch(plan.rows_of_a_rank)
+    whole = ", a rank's part of an optimizer step" if largest == plan.rows_of_a_rank else ""
     return [*format_table(rows), f"{plan.verdict}; largest batch that fits: {largest}{whole}"]
-
-
-def _advice(plan: StagePlan) -> list[str]:
-    return [] if plan.verdict == "fits" else [describe_change(plan)]
 
 
 def _comparison(plan: StagePlan) -> list[str]:
     rows = [["engine", "kept", "", "batch", "recomputed", "", "batch", "host"]]
-    own = plan.training
-    engines = list(alternatives(own))
-    if not own.engine.deepspeed:
-        engines.insert(0, own)
-    for training in engines:
-        cells = [training.engine.name]
-        for checkpointing in (False, True):
-            option = replace(training, checkpointing=checkpointing)
-            memory = plan_memory(option)
-            mark = "<" if option == own else " "
-            word = "fits" if fits(memory, plan.machines) else "no"
-            cells += [
-                f"{_gib(memory.total)}{mark}",
-                word,
-                str(largest_batch(option, plan.machines, plan.rows_of_a_rank)),
-            ]
-        rows.append([*cells, _gib(host_bytes(training))])
+    for engine in alternatives(plan):
+        cells = [engine.engine.name]
+        for recomputed in (False, True):
+            option = engine.changed(activation_checkpointing=recomputed)
+            mark, word = "<" if option == plan else " ", "fits" if option.fits else "no"
+            cells += [f"{_gib(option.memory.total)}{mark}", word, str(option.largest_batch(plan.rows_of_a_rank))]
+        rows.append([*cells, _gib(engine.host)])
     note = "GiB a rank with activations kept or recomputed, largest batch, host GiB a machine; < is this run"
     return [*format_table(rows), note]
 
 
 def _run_lines(plan: StagePlan, rates: Rates) -> list[str]:
-    work, amount = plan.work(), plan.amount
-    if work is None:
-        flops = training_flops(plan.training, plan.update_work)
-        return [
-            "data not built: figures of one update of full rows (--rows and --tokens set the amount)",
-            f"an update: {plan.update_work.tokens:,.0f} tokens, {flops:.3g} FLOP{_update_time(plan, rates)}",
+    """Data, operations and time, where they are known; disk and host memory."""
+    if plan.amount is None:
+        step, time = plan.step_work, ""
+        if plan.machines.peak and rates.mfu:
+            time = f", {at_mfu(plan, rates.mfu, step):,.2f} s at an MFU of {rates.mfu:.1%}, as stated"
+        elif plan.machines.peak:
+            seconds = estimate(plan, rates, step, 1)
+            time = f", {seconds.total:,.2f} s ({seconds.waiting:,.2f} of it waiting for other ranks)"
+        lines = [
+            "data not built: figures of one optimizer step of full rows (--rows and --tokens set the amount)",
+            f"an optimizer step: {step.tokens:,.0f} tokens, {plan.training_flops(step):.3g} FLOP{time}",
         ]
+    else:
+        amount, work = plan.amount, plan.work()
+        flops = plan.training_flops(work) + plan.reference_flops
+        lines = [
+            f"data: {amount.rows:,} {EXAMPLES[plan.stage]}, {amount.tokens:,.0f} tokens ({amount.source})",
+            f"{plan.schedule.steps:,} optimizer steps, {work.tokens:,.0f} tokens, {flops:.3g} FLOP",
+            *_time_lines(plan, rates),
+        ]
+    adapter, merged = " and adapter" if plan.section.lora else "", _gib(plan.merged_bytes)
+    checkpoints = f"{plan.section.keep_checkpoints} + 1 checkpoints of {_gib(plan.checkpoint_bytes)}"
+    offloaded = f", {_gib(plan.offloaded)} of it offloaded" if plan.engine.offload_optimizer else ""
     return [
-        f"data: {amount.rows:,} {EXAMPLES[plan.stage]}, {amount.tokens:,.0f} tokens ({amount.source})",
-        f"{plan.updates:,} updates, {work.tokens:,.0f} tokens, {plan.flops():.3g} FLOP",
-        *_time_lines(plan, rates),
+        *lines,
+        f"disk: {_gib(plan.disk)} GiB: {checkpoints}, merged model{adapter} {merged}",
+        f"host memory a machine: {_gib(plan.host)} GiB{offloaded}",
     ]
-
-
-def _update_time(plan: StagePlan, rates: Rates) -> str:
-    if plan.machines.peak is None:
-        return ""
-    if rates.mfu:
-        seconds = at_mfu(plan, model_flops(plan.training, plan.update_work), rates.mfu)
-        return f", {seconds:,.2f} s at an MFU of {rates.mfu:.1%}, as stated"
-    time = estimate(plan, rates, plan.update_work, 1)
-    return f", {time.total:,.2f} s ({time.waiting:,.2f} of it waiting for other ranks)"
 
 
 def _time_lines(plan: StagePlan, rates: Rates) -> list[str]:
@@ -122,34 +91,30 @@ def _time_lines(plan: StagePlan, rates: Rates) -> list[str]:
     if time is None:
         return []
     mfu, hfu = utilisation(plan, time.total)
-    published = at_mfu(plan, plan.flops(model_flops), PUBLISHED_MFU)
+    shares = [part / time.total for part in (time.compute, time.waiting, time.writing)]
+    parts = (
+        f"      {shares[0]:.1%} computing at {rates.efficiency:.0%} of the peak, {shares[1]:.1%} waiting for other ranks,"
+        f" {shares[2]:.1%} writing {time.checkpoints:,} checkpoints"
+    )
     return [
         f"time: {_hours(time.total)}, MFU {mfu:.1%}, HFU {hfu:.1%}{', as stated' if rates.mfu else ''};"
-        f" {_hours(published)} at the best published MFU, {PUBLISHED_MFU:.1%}",
-        *([] if rates.mfu else [_parts(time, rates)]),
+        f" {_hours(at_mfu(plan, PUBLISHED_MFU))} at the best published MFU, {PUBLISHED_MFU:.1%}",
+        *([] if rates.mfu else [parts]),
     ]
 
 
-def _parts(time: Duration, rates: Rates) -> str:
-    compute, waiting, writing = (part / time.total for part in (time.compute, time.waiting, time.writing))
-    return (
-        f"      {compute:.1%} computing at {rates.efficiency:.0%} of the peak, {waiting:.1%} waiting for other ranks,"
-        f" {writing:.1%} writing {time.checkpoints:,} checkpoints"
-    )
+def format_total(plans: list[StagePlan], rates: Rates) -> str | None:
+    """Time of all stages together; None where a stage's data or rate are unknown."""
+    times = [stage_duration(plan, rates) for plan in plans]
+    if None in times:
+        return None
+    published = sum(at_mfu(plan, PUBLISHED_MFU) for plan in plans)
+    return f"all stages: {_hours(sum(time.total for time in times))}; {_hours(published)} at the best published MFU"
 
 
 def _hours(seconds: float) -> str:
     days = f" ({seconds / 86400:,.2f} days)" if seconds > 86400 else ""
     return f"{seconds / 3600:,.1f} hours{days}" if seconds > 3600 else f"{seconds / 60:,.1f} minutes"
-
-
-def _storage_lines(plan: StagePlan) -> list[str]:
-    t, keep = plan.training, plan.section.keep_checkpoints
-    whole = f"{_gib(plan.disk)} GiB: {keep} + 1 checkpoints of {_gib(checkpoint_bytes(t))}"
-    host = f"host memory a machine: {_gib(plan.host)} GiB"
-    if t.engine.offload_optimizer:
-        host += f", {_gib(offloaded_bytes(t))} of it offloaded"
-    return [f"disk: {whole}, merged model{' and adapter' if t.lora else ''} {_gib(merged_bytes(t))}", host]
 
 
 def _gib(value: float) -> str:
@@ -161,12 +126,3 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
             for row in rows]  # fmt: skip
-
-
-def format_total(plans: list[StagePlan], rates: Rates) -> str | None:
-    """Time of all stages together; None where a stage's data or rate are unknown."""
-    times = [stage_duration(plan, rates) for plan in plans]
-    if None in times:
-        return None
-    published = sum(at_mfu(plan, plan.flops(model_flops), PUBLISHED_MFU) for plan in plans)
-    return f"all stages: {_hours(sum(time.total for time in times))}; {_hours(published)} at the best published MFU"
