@@ -12,7 +12,7 @@ import json
 
 from qilin_med.config.experiment import STAGES, experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
-from qilin_med.plan.gpus import GPUS
+from qilin_med.plan.machines import GPUS
 
 
 def main() -> None:

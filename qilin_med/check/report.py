@@ -137,7 +137,7 @@ def stage_row(check: StageCheck) -> list[str]:
     hours = time and time.total / 3600
     return [
         *cells,
-        short_number(plan.updates) if plan.updates else "-",
+        short_number(plan.schedule.steps) if plan.schedule.steps else "-",
         short_number(work.tokens) if work else "-",
         f"{plan.memory.total / GIB:.1f}/{plan.machines.memory / GIB:.1f}",
         f"{plan.disk / GIB:,.1f}",

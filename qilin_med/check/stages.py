@@ -13,11 +13,11 @@ from qilin_med.errors import UserError
 from qilin_med.launch.agent import count_ranks, find_place
 from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
 from qilin_med.model.load import attention_path, check_trackers, load_tokenizer
-from qilin_med.plan.architecture import read_architecture
 from qilin_med.plan.data import find_amount
-from qilin_med.plan.gpus import GPUS
-from qilin_med.plan.plan import MARGIN, Machines, StagePlan, plan_stage
-from qilin_med.plan.preflight import check_memory, local_machine
+from qilin_med.plan.machines import GPUS, Machines, local_machine
+from qilin_med.plan.measure import Unmeasured
+from qilin_med.plan.plan import MARGIN, StagePlan, plan_stage
+from qilin_med.plan.preflight import check_memory
 from qilin_med.train.job import Job
 
 GIB = 2**30
@@ -118,7 +118,8 @@ def check_stage(
     findings: Findings, experiment: Experiment, stage: StageName, models: Models, machine: Machine | None
 ) -> StageCheck:
     section, remarks = experiment.stage(stage), []
-    architecture = plan = None
+    is_model = False
+    plan = None
     start, model = models.of_stage(stage)
     with findings.collecting():
         check_trackers(stage, section.report_to)
@@ -133,8 +134,7 @@ def check_stage(
         with findings.collecting():
             total, trainable = count_parameters(model.without_weights, section.lora)
             remarks.append(f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})")
-            with findings.collecting("memory, disk and time not checked", matters=False):
-                architecture = machine and read_architecture(model.folder)
+            is_model = True
     if machine:
         with findings.collecting():
             schedule = make_schedule(stage, section, amount.rows if amount else 0, machine.planned.ranks)
@@ -142,10 +142,13 @@ def check_stage(
                 check_rows(stage, schedule)
         with findings.collecting():
             job.check_engine()
-    if architecture:
+    if is_model and machine:
         with findings.collecting():
-            plan = plan_stage(experiment, stage, architecture, machine.planned, amount)
-            if not is_finished:
+            try:
+                plan = plan_stage(experiment, stage, model.folder, machine.planned, amount)
+            except Unmeasured as error:
+                findings.note(f"memory, disk and time not checked: {error}")
+            if plan and not is_finished:
                 check_memory(plan)
     remarks.append(f"attention: {attention_path(experiment.model, job.keeps_sequences_apart)}")
     if amount:

@@ -81,9 +81,9 @@ def _with_batch(change: Change) -> Change | None:
     rows = next((rows for rows in range(most, 0, -1) if plan.rows_of_a_rank % rows == 0), None)
     if rows is None:
         return None
-    smaller = plan.changed(batch_size_per_device=rows, global_batch_size=plan.global_batch_size)
+    smaller = plan.changed(batch_size_per_device=rows, global_batch_size=plan.schedule.global_batch_size)
     overrides = (
         f"{plan.stage}.batch_size_per_device={rows}",
-        f"{plan.stage}.global_batch_size={plan.global_batch_size}",
+        f"{plan.stage}.global_batch_size={plan.schedule.global_batch_size}",
     )
     return Change(smaller, change.overrides + overrides, change.cost + _BATCH) if smaller.fits else None

@@ -49,12 +49,13 @@ _PRODUCTS = {
     aten._scaled_dot_product_efficient_attention_backward: 5,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
 }
+PHASES = ("forward", "loss", "last", "first", "embedding")
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of all storages alive and operations, by phase: forward, loss, last, middle, first (the decoder layer whose
-    backward pass is under way). A parameter's gradient counts apart once it is complete, since engines differ in what
-    becomes of it."""
+    """Bytes of all storages alive and operations, by phase: forward, loss, then whose backward pass is under way: last, middle
+    or first decoder layer, or embedding. A parameter's gradient counts apart once it is complete, since engines differ in
+    what becomes of it."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -103,11 +104,14 @@ class Meter(TorchDispatchMode):
             number = flop_registry[packet](*args, **kwargs, out_val=result)
         self.operations[self.phase, kind] += number
 
-    def follow(self, name: str, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def follow(self, name: str, layer: torch.nn.Module, inputs: tuple, output: Any) -> None:
         """Forward hook of a decoder layer: its backward pass begins when the gradient of its output is there."""
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: self.enter(name))
+        marks = {name: output[0] if isinstance(output, tuple) else output}
+        if name == "first" and inputs:
+            marks["embedding"] = inputs[0]
+        for phase, hidden in marks.items():
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient, phase=phase: self.enter(phase))
 
 
 # ------------------------------------------------------------------------------------------------- a GPU's kernels
@@ -184,7 +188,7 @@ def read_shortened(config: str, depth: int | None = None) -> PretrainedConfig:
 
 def build(config: PretrainedConfig, settings: dict[str, Any]) -> torch.nn.Module:
     """The model on the meta device, as the stage's ranks load and adapt it."""
-    lora, trained = settings["lora"], DTYPES[settings["trained_dtype"]]
+    lora, trained = settings["lora"] and LoraSettings(**settings["lora"]), DTYPES[settings["trained_dtype"]]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
@@ -262,7 +266,7 @@ def count(tensors: Iterable[torch.Tensor]) -> int:
 def costs_of(settings: dict[str, Any], depth: int, rows: int) -> dict[str, int]:
     """Of one pass with so many decoder layers.
 
-    Bytes: "forward", "loss", "last", "first", the most of each phase beside weights and complete gradients, and
+    Bytes: "forward" and so on, the most of each phase beside weights and complete gradients, and
     "gradients before last" and so on, those complete when it begins. Operations: "forward matrices", "forward attention",
     "backward matrices", "backward attention", "loss matrices" (forward and backward). The rest: elements.
     """
@@ -280,9 +284,9 @@ def costs_of(settings: dict[str, Any], depth: int, rows: int) -> dict[str, int]:
         "head": head.weight.numel(),
         "hidden": model.config.get_text_config().hidden_size,
     }
-    for phase in ("forward", "loss", "last", "first"):
+    for phase in PHASES:
         costs |= {phase: meter.most[phase], f"gradients before {phase}": meter.complete[phase]}
-    for part, phases in {"forward": ["forward"], "loss": ["loss"], "backward": ["last", "middle", "first"]}.items():
+    for part, phases in {"forward": ["forward"], "loss": ["loss"], "backward": ["last", "middle", "first", "embedding"]}.items():
         for kind in ("matrices", "attention"):
             costs[f"{part} {kind}"] = sum(meter.operations[phase, kind] for phase in phases)
     return costs
@@ -290,16 +294,15 @@ def costs_of(settings: dict[str, Any], depth: int, rows: int) -> dict[str, int]:
 
 def measure(request: dict[str, Any]) -> dict[str, list[float]]:
     """`costs_of` all layers: [what does not depend on rows, what each row adds]. `request["rows"]`: the fewest to run."""
-    settings = {**request, "lora": request["lora"] and LoraSettings(**request["lora"])}
-    whole, rows = read_shortened(settings["config"]), settings["rows"]
+    whole, rows = read_shortened(request["config"]), request["rows"]
     layers = whole.get_text_config().num_hidden_layers
-    size = count(build(whole, settings | {"lora": None}).parameters())
-    few, more = (costs_of(settings, depth, rows) for depth in (2, 3))
-    base = [costs["parameters"] - costs["trainable"] * bool(settings["lora"]) for costs in (few, more)]
+    size = count(build(whole, request | {"lora": None}).parameters())
+    few, more = (costs_of(request, depth, rows) for depth in (2, 3))
+    base = [costs["parameters"] - costs["trainable"] * bool(request["lora"]) for costs in (few, more)]
     if base[0] + (layers - 2) * (base[1] - base[0]) == size:
-        pairs = (few, more), (costs_of(settings, 2, 2 * rows), costs_of(settings, 3, 2 * rows))
+        pairs = (few, more), (costs_of(request, 2, 2 * rows), costs_of(request, 3, 2 * rows))
         once, twice = ({name: a[name] + (layers - 2) * (b[name] - a[name]) for name in a} for a, b in pairs)
     else:  # layers that differ: only all of them tell what they cost
-        once, twice = (costs_of(settings, layers, number) for number in (rows, 2 * rows))
+        once, twice = (costs_of(request, layers, number) for number in (rows, 2 * rows))
     slopes = {name: (twice[name] - once[name]) / rows for name in once}
     return {name: [once[name] - slopes[name] * rows, slopes[name]] for name in once}

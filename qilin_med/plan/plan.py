@@ -20,7 +20,7 @@ from qilin_med.config.experiment import (
     StageName,
     read_deepspeed,
 )
-from qilin_med.config.schedule import Schedule, check_batch_size, make_schedule
+from qilin_med.config.schedule import Schedule, make_schedule
 from qilin_med.plan.data import Amount, row_shape
 from qilin_med.plan.machines import Machines
 from qilin_med.plan.measure import Costs, measure, read_config
@@ -31,7 +31,9 @@ MARGIN = 0.10  # by how much the estimate of memory may be off (tests/test_plann
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 CUDA_BYTES = 2**30  # a CUDA context with its libraries' workspaces and NCCL's buffers
 PYTHON_BYTES = 800 * 2**20  # a rank's interpreter with torch and transformers loaded
-CHUNKS = 2**28  # most logits to measure with: several chunks of the loss (losses.py), so that more rows only repeat them
+CHUNKS = (
+    2**28
+)  # most logits to measure with: several chunks of the loss (losses.py), so that more rows only repeat them
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class StagePlan:
     machines: Machines
     engine: Engine
     amount: Amount | None
+    schedule: Schedule
+    """As the experiment has it; where the amount of data is unknown, of 0 rows."""
     sample: int
     """Rows to measure with, and twice as many."""
 
@@ -154,22 +158,13 @@ class StagePlan:
         return min(longest, known or longest)
 
     @property
-    def global_batch_size(self) -> int:
-        return self.section.global_batch_size or self.rows * self.machines.ranks
-
-    @property
     def rows_of_a_rank(self) -> int:
         """A rank's part of an optimizer step, more than which it never takes at once."""
-        return self.global_batch_size // self.machines.ranks
+        return self.schedule.batch_size * self.schedule.accumulation
 
     @property
     def accumulation(self) -> int:
         return self.rows_of_a_rank // self.rows
-
-    @property
-    def schedule(self) -> Schedule | None:
-        """None where the amount of data is unknown."""
-        return self.amount and make_schedule(self.stage, self.section, self.amount.rows, self.machines.ranks)
 
     @property
     def quantized(self) -> bool:
@@ -177,14 +172,15 @@ class StagePlan:
 
     # ---------------------------------------------------------------------------------------------------- measured
 
-    @cached_property
-    def costs(self) -> Costs:
-        section, plain = self.section, self.engine.zero is None
+    @property
+    def request(self) -> dict[str, Any]:
+        """All that the measurement depends on, as `fake_run.measure` takes it."""
+        section = self.section
         packs = section.isolate_documents if isinstance(section, PretrainingConfig) else section.packing
-        request = {
+        return {
             "config": self.config,
             "dtype": self.model.dtype,
-            "trained_dtype": "float32" if plain else self.model.dtype,  # DeepSpeed keeps fp32 copies itself
+            "trained_dtype": "float32" if self.trained_bytes == 4 else "bfloat16",
             "lora": section.lora and section.lora.model_dump(exclude={"quantization"}),
             "attention": self.model.attention,
             "masked": packs and self.model.attention != "flash_attention_2",
@@ -196,7 +192,10 @@ class StagePlan:
             "targets": row_shape(section)[1],
             "rows": self.sample,
         }
-        return measure(json.dumps(request, sort_keys=True))
+
+    @cached_property
+    def costs(self) -> Costs:
+        return measure(json.dumps(self.request, sort_keys=True))
 
     def cost(self, name: str) -> float:
         constant, each_row = self.costs[name]
@@ -223,7 +222,7 @@ class StagePlan:
 
     @property
     def trained_bytes(self) -> int:
-        """Of a weight that trains."""
+        """Of a weight that trains: DeepSpeed keeps fp32 copies itself, plain PyTorch trains fp32 weights."""
         return 4 if self.engine.zero is None else self.compute_bytes
 
     @property
@@ -405,7 +404,7 @@ class StagePlan:
     @property
     def step_work(self) -> Work:
         """One optimizer step of rows that are as long as they may be."""
-        tokens = self.global_batch_size * self.row_tokens
+        tokens = self.schedule.global_batch_size * self.row_tokens
         return Work(tokens, tokens * row_shape(self.section)[1])
 
 
@@ -414,6 +413,7 @@ _PHASES = {
     "loss": "loss",
     "last": "backward, last layer",
     "first": "backward, first layer",
+    "embedding": "backward, embedding",
 }
 
 
@@ -423,13 +423,13 @@ def plan_stage(
     """`model_config`: a config.json, or a folder with one. UserError: it is not there, batch sizes that do not divide, an
     unreadable DeepSpeed file, adapters on layers that are not there; `Unmeasured`."""
     section, config = experiment.stage(stage), read_config(model_config)
-    check_batch_size(stage, section, machines.ranks)
+    schedule = make_schedule(stage, section, amount.rows if amount else 0, machines.ranks)
     values = json.loads(config)
     vocabulary = values.get("vocab_size") or values.get("text_config", {}).get("vocab_size", 2**16)
     engine = read_engine(read_deepspeed(section.deepspeed))
     on_gpu = experiment.launch.device == "cuda"
-    plan = StagePlan(stage, section, experiment.model, on_gpu, config, machines, engine, amount, sample=1)
+    plan = StagePlan(stage, section, experiment.model, on_gpu, config, machines, engine, amount, schedule, sample=1)
     most = int(CHUNKS / (vocabulary * plan.row_tokens * row_shape(section)[1]))
     plan = replace(plan, sample=2 ** (max(1, min(section.batch_size_per_device, most)).bit_length() - 1))
-    _ = plan.costs, plan.schedule  # so that what cannot be planned is said here
+    _ = plan.costs  # so that what cannot be measured is said here
     return plan

@@ -25,7 +25,7 @@ def _heading(plan: StagePlan, device: str) -> list[str]:
         f"{plan.stage}: {plan.parameters:,} parameters, {plan.trainable:,} trainable"
         f" ({plan.trainable / plan.parameters:.2%}){adapter}",
         f"{plan.machines.ranks} x {device}, {plan.engine.name}, {plan.model.dtype}, {recomputed}; {plan.rows}"
-        f" {EXAMPLES[plan.stage]} of {plan.row_tokens} tokens at once, {plan.global_batch_size} an optimizer step",
+        f" {EXAMPLES[plan.stage]} of {plan.row_tokens} tokens at once, {plan.schedule.global_batch_size} an optimizer step",
     ]
 
 
