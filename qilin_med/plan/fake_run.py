@@ -286,7 +286,11 @@ def costs_of(settings: dict[str, Any], depth: int, rows: int) -> dict[str, int]:
     }
     for phase in PHASES:
         costs |= {phase: meter.most[phase], f"gradients before {phase}": meter.complete[phase]}
-    for part, phases in {"forward": ["forward"], "loss": ["loss"], "backward": ["last", "middle", "first", "embedding"]}.items():
+    for part, phases in {
+        "forward": ["forward"],
+        "loss": ["loss"],
+        "backward": ["last", "middle", "first", "embedding"],
+    }.items():
         for kind in ("matrices", "attention"):
             costs[f"{part} {kind}"] = sum(meter.operations[phase, kind] for phase in phases)
     return costs
