@@ -23,7 +23,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    for name in ("scripts/setup.sh", "requirements.txt", "requirements-gpu.txt"):
+    for name in ("scripts/setup.sh", "requirements.txt", "requirements-gpu.txt", "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name, text in (("python", PYTHON), ("nvidia-smi", "#!/bin/sh\n$LISTS\n")):
@@ -45,7 +45,7 @@ def set_up(checkout: Path, lists: str = "false", fails: str = "nothing") -> tupl
     return run.stdout, asked.read_text().splitlines()
 
 
-BASE = ["pip: -r requirements.txt", "-m qilin_med.launch.operators"]
+BASE = ["pip: -r requirements.txt", "pip: --no-deps --editable .", "-m qilin_med.launch.operators"]
 FOR_GPUS = "pip: --no-build-isolation -r requirements-gpu.txt"
 
 
@@ -59,7 +59,7 @@ def test_without_a_gpu_nothing_for_gpus_is_installed_and_a_second_run_does_nothi
 def test_with_a_gpu_both_files_count(checkout):
     gpu = "echo GPU 0: NVIDIA A100"
     assert set_up(checkout)[1] == BASE
-    assert set_up(checkout, gpu)[1] == [BASE[0], FOR_GPUS, BASE[1]]
+    assert set_up(checkout, gpu)[1] == [BASE[0], FOR_GPUS, *BASE[1:]]
     assert set_up(checkout, gpu) == ("", [])
     (checkout / "requirements-gpu.txt").write_text("flash-attn==0\n")
     assert FOR_GPUS in set_up(checkout, gpu)[1]
@@ -70,4 +70,4 @@ def test_what_cannot_be_installed_for_gpus_is_said_in_a_line(checkout):
     notes = [line for line in printed.splitlines() if line.startswith("note:")]
     assert len(notes) == 1 and "requirements-gpu.txt" in notes[0] and "no nvcc" not in printed
     assert (checkout / ".venv/gpu.log").read_text() == "no nvcc\n"
-    assert asked == [BASE[0], FOR_GPUS, BASE[1]]
+    assert asked == [BASE[0], FOR_GPUS, *BASE[1:]]
