@@ -54,6 +54,10 @@ class Question:
     """(name, value) of what else the file tells, for example ("Clinical Department", "儿科")."""
 
 
+AnyRecord = Document | Chat | Preference | Question
+TrainingRecord = Document | Chat | Preference
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """A row that cannot be used. `raw` is its original text, shortened to `RAW_CHARACTERS`."""

@@ -50,6 +50,13 @@ def by_name(folder: Path) -> dict[str, dict]:
     return {f"{s['stage']}/{s['name']}": s for s in manifest(folder)["sources"]}
 
 
+def assert_nothing_is_missing(sources: dict[str, dict]) -> None:
+    for name, source in sources.items():
+        assert source["rows"] == source["rows_used"] + sum(source["rows_skipped"].values()), name
+        assert source["records"] == source["kept"] + sum(source["rejected"].values()), name
+        assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
+
+
 def rows(folder: Path, pattern: str) -> list[dict]:
     return [json.loads(line) for file in sorted(folder.glob(pattern)) for line in file.read_text().splitlines()]
 
@@ -127,10 +134,7 @@ def test_every_row_is_accounted_for(built):
     assert sources["dpo/pairs"]["duplicates"] == {"exact duplicate": 1}
     assert sources["pretraining/exam"]["train"] + sources["pretraining/exam"]["dev"] == 8
     assert manifest(built)["evaluation"][0]["records_removed"] == 2
-    for name, source in sources.items():
-        assert source["rows"] == source["rows_used"] + sum(source["rows_skipped"].values()), name
-        assert source["records"] == source["kept"] + sum(source["rejected"].values()), name
-        assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
+    assert_nothing_is_missing(sources)
 
 
 def test_rows_that_went_or_changed_are_kept_apart(built):
@@ -308,9 +312,7 @@ def test_published_rows_are_accounted_for(published):
         "sft/CMExam-explanation": 598, "sft/Train_1M_CN": 2000, "dpo/MedicalGPT": 598, "dpo/general": 316,
     }  # fmt: skip
     assert {name: sources[name]["rows"] for name in rows_of} == rows_of
-    for name, source in sources.items():
-        assert source["rows"] == source["rows_used"] + sum(source["rows_skipped"].values()), name
-        assert source["kept"] == source["train"] + source["dev"] + sum(source["duplicates"].values()), name
+    assert_nothing_is_missing(sources)
     assert sources["pretraining/Chinese-medical-dialogue-data"]["duplicates"]["exact duplicate"] == 378
 
 

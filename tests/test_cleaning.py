@@ -1,4 +1,3 @@
-import pickle
 import random
 import time
 
@@ -7,7 +6,7 @@ import pytest
 from qilin_med.config.corpus import CleaningSettings
 from qilin_med.config.experiment import DataSource
 from qilin_med.data.clean import Cleaner
-from qilin_med.data.read.records import read_chats, read_preferences
+from qilin_med.data.read.readers import read_chats, read_preferences
 from qilin_med.data.render import text_of
 from qilin_med.records import Chat, Document, Message, Preference, Question, Skipped
 
@@ -239,18 +238,12 @@ def test_limits_are_settings(loose, record):
 # --------------------------------------------------------------------------------------------------------- corpora
 
 
-def test_a_cleaner_travels_to_workers():
-    copy = pickle.loads(pickle.dumps(cleaner()))
-    assert copy.clean(Document("1", "电话13800138000 "))[0].text == "电话〔电话〕"
-
-
-@pytest.mark.parametrize("size", [20_000])
 @pytest.mark.parametrize(
     "unit", ["<", "<!--", "<b ", "&amp;", " ", "\n ", "1", "1-", "(0", "a.", "a@", "微信", ".", "…"]
 )
-def test_no_text_takes_long(unit, size):
+def test_no_text_takes_long(unit):
     start = time.process_time()
-    record, _ = cleaner().clean(Document("1", f"好{unit * size}好"))
+    record, _ = cleaner().clean(Document("1", f"好{unit * 20_000}好"))
     cleaner().reject_reason(record)
     assert time.process_time() - start < 2
 

@@ -175,7 +175,7 @@ def test_repeats_are_those_of_the_definition(tmp_path):
             save(work.path(f"tokens/{name}", shard), array)
     for part in range(3):
         dedup.find_repeats(work, 6, part)
-    found = work.load_all("repeats", 3)
+    found = work.load_parts("repeats")
     places = {(r >> 32, r & 0xFFFFFFFF, t) for r, t in found[["record", "token"]].tolist()}
     expected = {(*numbers[d], i) for d, i in repeated_windows(documents, ranks, 6)}
     assert places == expected and len(expected) > 100
@@ -190,5 +190,5 @@ def test_shards_give_any_record_back(tmp_path):
     work = Workspace(tmp_path, ("sft", "sft"), 1)
     rows = [{"id": str(i), "text": "字" * i} for i in range(5)]
     work.write(1, rows, list(range(5)))
-    with work.random_access() as record:
-        assert [record((1 << 32) | i) for i in (4, 0, 2)] == [rows[4], rows[0], rows[2]]
+    record = work.random_access()
+    assert [record((1 << 32) | i) for i in (4, 0, 2)] == [rows[4], rows[0], rows[2]]

@@ -19,8 +19,7 @@ from qilin_med.artifact import read_manifest
 from qilin_med.config.corpus import load_corpus_settings
 from qilin_med.config.experiment import DataSource, load_experiment
 from qilin_med.data.read.readers import raw_files as find_raw_files
-from qilin_med.data.read.readers import read_raw
-from qilin_med.data.read.records import read_chats, read_documents, read_preferences
+from qilin_med.data.read.readers import read_chats, read_documents, read_preferences, read_raw
 from qilin_med.data.render import render, text_of
 from qilin_med.errors import UserError
 from qilin_med.records import Skipped

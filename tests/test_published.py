@@ -7,7 +7,7 @@ import zstandard
 from reading import read, records, same
 
 from qilin_med.config.experiment import DataSource
-from qilin_med.data.read.records import read_chats, read_preferences
+from qilin_med.data.read.readers import read_chats, read_preferences
 from qilin_med.records import Question, Skipped
 
 

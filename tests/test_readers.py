@@ -167,9 +167,7 @@ def test_safety_prompts_are_keyed_by_category_or_a_list(tmp_path):
 def test_lines_are_joined_until_a_document_is_long_enough(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes("一二三\r\n\r\n四五六七\n八九十百千万\n  \n亿".encode("gb18030"))
-    joined = RawSource(
-        name="x", kind="text", paths=[str(path)], stage="pretraining", licence="x", join_lines=6
-    )  # fmt: skip
+    joined = RawSource(name="x", kind="text", paths=[str(path)], stage="pretraining", licence="x", join_lines=6)
     assert list(read_raw(joined, path)) == [
         (2, Document(f"{path}:1", "一二三\n四五六七")),
         (1, Document(f"{path}:4", "八九十百千万")),

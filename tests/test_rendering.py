@@ -5,7 +5,7 @@ import pytest
 
 from qilin_med.config.experiment import STAGES, DataSource
 from qilin_med.data.read.formats.reading import UnusableRow
-from qilin_med.data.read.records import read_chats, read_documents, read_preferences
+from qilin_med.data.read.readers import read_chats, read_documents, read_preferences
 from qilin_med.data.render import from_row, render, stable_id, text_of, to_row
 from qilin_med.prompt.wording import exam_answer, exam_prompt
 from qilin_med.records import Chat, Document, Message, Preference, Question

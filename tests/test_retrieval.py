@@ -5,19 +5,19 @@ import math
 import random
 import subprocess
 import sys
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from qilin_med.artifact import MANIFEST, read_manifest
 from qilin_med.config.experiment import DenseSettings, load_experiment
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import exam_prompt, with_passages
-from qilin_med.retrieve.cutting import Cutter, find_middle, group_sentences, split_sentences
+from qilin_med.retrieve.cutting import cut, find_middle, group_sentences, split_sentences
 from qilin_med.retrieve.index import build, plan_index
 from qilin_med.retrieve.recall import evaluate_retrieval, ranks_of_own
 from qilin_med.retrieve.retriever import Passage, Retriever, fill_prompt, fuse
@@ -34,6 +34,11 @@ def base(small_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     small_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base) -> Tokenizer:
+    return Tokenizer.from_file(str(base / "tokenizer.json"))
 
 
 @pytest.fixture
@@ -81,22 +86,22 @@ def random_text(draw: random.Random) -> str:
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(24, 0), (48, 12), (96, 40), (8, 7)])
-def test_chunks_cover_the_text_within_the_limit_and_end_with_sentences(base, small_tokenizer, size, overlap):
+def test_chunks_cover_the_text_within_the_limit_and_end_with_sentences(tokenizer, size, overlap):
     draw = random.Random(size)
     texts = [random_text(draw) for _ in range(60)]
-    for text, chunks in zip(texts, Cutter(base / "tokenizer.json", size, overlap).cut(texts), strict=True):
+    for text, chunks in zip(texts, cut(texts, tokenizer, size, overlap), strict=True):
         assert chunks[0][0] == 0 and chunks[-1][1] == len(text)
         for (start, end), (next_start, next_end) in pairwise(chunks):
             assert start < next_start <= end < next_end  # nothing lost, and each chunk says something new
         for start, end in chunks:
-            counted = len(small_tokenizer(text[start:end], add_special_tokens=False).input_ids)
+            counted = len(tokenizer.encode(text[start:end], add_special_tokens=False).ids)
             assert counted <= size + 2, text[start:end]  # merges over the borders of sentences
 
 
-def test_borders_are_those_of_sentences_unless_one_is_too_long(base):
+def test_borders_are_those_of_sentences_unless_one_is_too_long(tokenizer):
     text = "头痛多由休息不足引起。若伴呕吐，请就诊！“要吃药吗？”听医生的。\n忌酒。" * 20
     borders = {0, *(end for _, end in split_sentences(text))}
-    for start, end in Cutter(base / "tokenizer.json", 60, 20).cut([text])[0]:
+    for start, end in cut([text], tokenizer, 60, 20)[0]:
         assert {start, end} <= borders
     text, expected = "吃药。“好吗？”对！ \n忌酒", ["吃药。", "“好吗？”", "对！ \n", "忌酒"]
     assert [text[a:b] for a, b in split_sentences(text)] == expected
@@ -112,17 +117,15 @@ def test_chunks_take_as_many_sentences_as_fit():
     assert group_sentences([], 10, 4) == []
 
 
-def test_overlap_repeats_the_last_sentences(base):
+def test_overlap_repeats_the_last_sentences(tokenizer):
     sentences = [f"{symptom}时要多喝水。" for symptom in SYMPTOMS]
     text = "".join(sentences)
-    cut = partial(Cutter, base / "tokenizer.json")
-    one = max(len(cut(1000, 0)._tokenizer.encode(s, add_special_tokens=False).ids) for s in sentences)
-    [chunks] = cut(3 * one, one).cut([text])
+    one = max(len(tokenizer.encode(s, add_special_tokens=False).ids) for s in sentences)
+    [chunks] = cut([text], tokenizer, 3 * one, one)
     for (_, end), (start, _) in pairwise(chunks):
         assert text[start:end] in sentences
-    assert [start for start, _ in cut(3 * one, 0).cut([text])[0][1:]] == [
-        end for _, end in cut(3 * one, 0).cut([text])[0][:-1]
-    ]
+    [apart] = cut([text], tokenizer, 3 * one, 0)
+    assert [start for start, _ in apart[1:]] == [end for _, end in apart[:-1]]
 
 
 def test_a_sentence_without_end_is_cut_at_the_clause_nearest_to_its_middle():
@@ -425,12 +428,9 @@ def test_recall_is_measured_and_written(experiment, write_lines, tmp_path):
     result = evaluate_retrieval(experiment(), write_lines(*pairs, name="pairs.jsonl"))
     assert (result.pairs, result.recall[10]) == (13, pytest.approx(12 / 13))
     assert [file.name for file in (tmp_path / "run" / "eval" / "retrieval").iterdir()] == ["pairs.json"]
-    turns = [
-        *(("user", "第3型有什么表现？"), ("assistant", row(3)["text"])),
-        ("user", "谢谢"),
-        ("assistant", "不客气。"),
-    ]
-    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    contents = ["第3型有什么表现？", row(3)["text"], "谢谢", "不客气。"]
+    roles = ["user", "assistant"] * 2
+    chat = {"messages": [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]}
     result = evaluate_retrieval(experiment(), write_lines(chat, name="chat.jsonl"), "chat")
     assert result.recall[1] == 1  # the first answer to the first question
     with pytest.raises(UserError, match="no question with an answer"):

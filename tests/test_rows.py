@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from qilin_med.config.experiment import DpoConfig, InstructionConfig, LoraSettings, PretrainingConfig
-from qilin_med.data.read.records import read_chats
+from qilin_med.data.read.readers import read_chats
 from qilin_med.data.rows import cut_into_blocks, open_rows, prepare_rows, row_costs
 from qilin_med.errors import UserError
 from qilin_med.prompt.template import IGNORED, ChatTemplate

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from qilin_med.config.experiment import DataSource
-from qilin_med.data.read.records import find_files, read_chats, read_documents, read_preferences
+from qilin_med.data.read.readers import find_files, read_chats, read_documents, read_preferences
 from qilin_med.errors import UserError
 from qilin_med.records import Chat, Document, Message, Preference, Skipped
 
@@ -213,6 +213,6 @@ def test_preferences_that_cannot_be_used(write_lines, row, reason):
 
 
 def test_data_modules_start_without_torch_and_transformers():
-    modules = "qilin_med.records, qilin_med.data.read.records, qilin_med.prompt.template, qilin_med.data.rows"
+    modules = "qilin_med.records, qilin_med.data.read.readers, qilin_med.prompt.template, qilin_med.data.rows"
     code = f"import sys, {modules}; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

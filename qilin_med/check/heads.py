@@ -15,7 +15,7 @@ import pyarrow.parquet
 from qilin_med.check.findings import Findings
 from qilin_med.config.experiment import DataSource, DpoConfig, PretrainingConfig, StageConfig, StageName
 from qilin_med.data.read.files import content_suffix, share_of_lines
-from qilin_med.data.read.records import find_files
+from qilin_med.data.read.readers import find_files
 from qilin_med.data.rows import READERS
 from qilin_med.plan.data import Amount
 from qilin_med.prompt.template import IGNORED, ChatTemplate, EncodedPreference, control_ids, encode_texts

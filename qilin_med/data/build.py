@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qilin_med.artifact import Artifact, disk_errors_explained, exclusive, hash_files, sha256_of
-from qilin_med.config.corpus import CorpusSettings, DeduplicationSettings
+from qilin_med.config.corpus import CorpusSettings
 from qilin_med.config.experiment import STAGES
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data.card import describe
@@ -39,7 +39,7 @@ def build(
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: not found; tokenizer must name a model folder (Baichuan-7B: convert it first with"
                         " scripts/convert_baichuan.py)")  # fmt: skip
-    tasks, evaluation = find_files(settings, allow_missing)
+    tasks, evaluation = plan_tasks(settings, allow_missing)
     files = sorted({task.file for task in tasks} | {file for found in evaluation.values() for file in found})
     sources = {
         f"{source.stage}/{source.name}": {"place": place, **source.model_dump(mode="json")}
@@ -66,7 +66,7 @@ def build(
     return "built"
 
 
-def find_files(settings: CorpusSettings, allow_missing: bool) -> tuple[tuple[Task, ...], dict[str, list[Path]]]:
+def plan_tasks(settings: CorpusSettings, allow_missing: bool) -> tuple[tuple[Task, ...], dict[str, list[Path]]]:
     """(tasks, one for each shard in the order of stage, source, file; files of each evaluation entry)."""
     held_out = settings.decontamination.files
     entries = [*settings.sources, *held_out]
@@ -79,8 +79,7 @@ def find_files(settings: CorpusSettings, allow_missing: bool) -> tuple[tuple[Tas
         present = [path for path in entry.paths if Path(path).exists()]
         found.append(raw_files(entry.model_copy(update={"paths": present})))
     tasks = []
-    in_order = sorted(enumerate(settings.sources), key=lambda numbered: STAGES.index(numbered[1].stage))
-    for number, _ in in_order:
+    for number in sorted(range(len(settings.sources)), key=lambda number: STAGES.index(settings.sources[number].stage)):
         for file in sorted(found[number]):
             stripes = max(1, math.ceil(file.stat().st_size / (settings.shard_megabytes * 2**20)))
             tasks += [Task(number, file, stripe, stripes) for stripe in range(stripes)]
@@ -88,9 +87,7 @@ def find_files(settings: CorpusSettings, allow_missing: bool) -> tuple[tuple[Tas
         raise UserError(
             "none of the corpus file's paths exists: nothing to build; see data/README.md for where to get them"
         )
-    return tuple(tasks), {
-        entry.name: files for entry, files in zip(held_out, found[len(settings.sources) :], strict=True)
-    }
+    return tuple(tasks), dict(zip([entry.name for entry in held_out], found[len(settings.sources) :], strict=True))
 
 
 def steps_of(
@@ -103,20 +100,22 @@ def steps_of(
     """All steps of a build, each of which needs the ones before it."""
     repeated, shards, parts = settings.deduplication, len(tasks), work.parts
 
-    def index_evaluation(_: int) -> None:
-        build_index(settings.decontamination, work.root / "evaluation", evaluation)
-
     def publish(_: int) -> None:
         artifact.facts = describe(settings, tasks, work, work.root / "out")
         artifact.publish()
 
     steps = [
-        Step("evaluation", 1, index_evaluation),
+        Step("evaluation", 1, lambda _: build_index(settings.decontamination, work.root / "evaluation", evaluation)),
         Step("clean", shards, partial(clean_shard, work, settings, tasks)),
         Step("exact", parts, partial(deduplication.find_exact, work)),
     ]
     if repeated.near:
-        steps += near_steps(work, repeated)
+        steps += [
+            Step("sign", shards, partial(deduplication.sign_shard, work, repeated)),
+            Step("pair", repeated.bands * parts, partial(deduplication.pair_candidates, work, repeated)),
+            Step("verify", parts, partial(deduplication.verify_pairs, work, repeated)),
+            Step("near", 1, partial(deduplication.find_near, work)),
+        ]
     if repeated.substring_tokens and "pretraining" in work.stages:
         pretraining = work.stages.count("pretraining")  # these shards come first
         steps += [
@@ -124,13 +123,3 @@ def steps_of(
             Step("repeats", parts, partial(deduplication.find_repeats, work, repeated.substring_tokens)),
         ]
     return [*steps, Step("write", shards, partial(write_shard, work, settings)), Step("publish", 1, publish)]
-
-
-def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
-    """Near-deduplication of what exact deduplication left."""
-    return [
-        Step("sign", len(work.stages), partial(deduplication.sign_shard, work, settings)),
-        Step("pair", settings.bands * work.parts, partial(deduplication.pair_candidates, work, settings)),
-        Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings)),
-        Step("near", 1, partial(deduplication.find_near, work)),
-    ]

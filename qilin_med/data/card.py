@@ -12,7 +12,7 @@ from qilin_med.config.experiment import STAGES, StageName
 from qilin_med.config.paper import CORPUS
 from qilin_med.data.curate import EVALUATION_REASON, Task
 from qilin_med.data.decontaminate import ITEMS
-from qilin_med.data.shards import Row, Workspace, read_lines, write_lines
+from qilin_med.data.shards import Row, Workspace, read_json_lines, write_json_lines
 
 TYPES = {
     "text": "plain text", "huatuo": "QA", "exam": "QA", "cpubmed_kg": "knowledge graph", "xywy_kg": "knowledge graph",
@@ -39,9 +39,11 @@ def describe(settings: CorpusSettings, tasks: tuple[Task, ...], work: Workspace,
                 counts[kind].update(found)
         sources.append({"stage": source.stage, "name": source.name, "kind": source.kind, "licence": source.licence,
                         **describe_counts(counts)})  # fmt: skip
-    near_misses = [row for shard in range(len(tasks)) for row in read_lines(work.path("near_misses", shard, "jsonl"))]
+    near_misses = [
+        row for shard in range(len(tasks)) for row in read_json_lines(work.path("near_misses", shard, "jsonl"))
+    ]
     near_misses.sort(key=lambda row: (-row["coverage"], row["id"], row["place"]))
-    write_lines(out / "near_misses.jsonl", near_misses)
+    write_json_lines(out / "near_misses.jsonl", near_misses)
     totals = {}
     for stage in STAGES:
         if mine := [source for source in sources if source["stage"] == stage]:
@@ -86,11 +88,11 @@ def describe_counts(counts: dict[str, Counter[str]]) -> dict[str, Any]:
 def describe_evaluation(
     settings: CorpusSettings, work: Workspace, sources: list[dict[str, Any]], near_misses: list[Row]
 ) -> list[dict[str, Any]]:
-    """What became of each evaluation file. `shared`: questions that another file has as well; one that shares many is no
-    clean development set for it."""
+    """What became of each evaluation file. `shared`: questions that another file has too; with many of them, one is no
+    clean development set for the other."""
     questions = {file.name: 0 for file in settings.decontamination.files}
     stems, keys = ({name: set() for name in questions} for _ in range(2))
-    for item in read_lines(work.root / "evaluation" / ITEMS):
+    for item in read_json_lines(work.root / "evaluation" / ITEMS):
         questions[item["file"]] += 1
         stems[item["file"]] |= {item["stem"]} - {""}
         keys[item["file"]] |= set(item["keys"]) - {""}

@@ -14,8 +14,8 @@ from html.entities import html5
 from typing import TypeVar
 
 from qilin_med.config.corpus import CleaningSettings
-from qilin_med.data.render import AnyRecord, text_of
-from qilin_med.records import Chat, Document, Message, Preference, Question
+from qilin_med.data.render import text_of
+from qilin_med.records import AnyRecord, Chat, Document, Message, Preference, Question
 
 Record = TypeVar("Record", Document, Chat, Preference, Question)
 Rule = Callable[[str], str]
@@ -109,8 +109,8 @@ def drop_html(text: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- personal data
 
-# No number inside a longer one, a decimal, an identifier or a link is taken, and no amount. START stands after the
-# first character of a number and looks behind it: `re` is fastest with patterns that begin with a literal.
+# Amounts and numbers inside longer ones, decimals, identifiers or links are left alone. START stands after the first
+# character of a number and looks behind it: `re` is fastest with patterns that begin with a literal.
 START = r"(?<![0-9A-Za-z_.=%].)(?<![0-9A-Za-z]-.)(?<![A-Za-z]/.)"
 UNITS = (
     r"元|美元|人(?!工)|名(?!片)|年|岁|个(?!人)|万|亿|次|多|余|位|例|单位|拷贝|像素|[毫微纳]?[克升米]|公[斤里分]"
@@ -123,7 +123,7 @@ QQ_WORD = "(?:QQ|qq|Qq|扣扣|企鹅号)(?<![A-Za-z][Qq]{2})群?"
 WECHAT_WORD = "(?:微信|WeChat|Wechat|wechat|Weixin|weixin|vx|VX)(?<![A-Za-z]vx)(?<![A-Za-z]VX)"
 
 LONG_FULL_WIDTH = re.compile("[０-９][０-９]{6,}")
-# What the lines hold in which the rules below look closer. `re` is fastest with patterns that begin with one class.
+# The rules below look only at lines in which one of these is found. `re` is fastest with patterns that begin with a class.
 LONG_NUMBER = re.compile("[0-9][0-9]{3}(?:[0-9]|[ -][0-9]{4})")
 AT = re.compile("[@＠]")
 WECHAT = re.compile("[微wWvV][信eExX]")
@@ -204,8 +204,8 @@ RULES: dict[str, Rule] = {
 """In the order in which they are applied."""
 MASKS = ("full-width numbers", "e-mail address", "identity number", "phone number", "QQ number", "WeChat number")
 
-# Every text that a rule changes is one of these, or not in NFC, or has blanks or dots at its ends: most texts need no
-# closer look. U+3000 and the like are not printable, and neither are line ends.
+# Every text that a rule changes matches one of these, or is not in NFC, or has blanks or dots at its ends: most texts
+# need no closer look.
 ODD_CHARACTER = re.compile(
     "[<&\\[@＠０-９\0-\x08\x0b-\x1f\x7f-\xa0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000"
     "\ue000-\uf8ff\ufeff\ufff9-\ufffb\U000f0000-\U0010ffff]"
@@ -214,7 +214,7 @@ SUSPECTS = (ODD_CHARACTER, LOOSE_SPACE, LONG_NUMBER, WECHAT)
 
 
 class Cleaner:
-    """The cleaning of one corpus. Pickled as its settings alone."""
+    """The cleaning of one corpus."""
 
     def __init__(self, settings: CleaningSettings):
         converted = {
@@ -224,9 +224,6 @@ class Cleaner:
         switched = {**converted, **dict.fromkeys(MASKS, settings.mask_personal_data)}
         self.settings, self.skims = settings, not any(converted.values())
         self.rules = {name: rule for name, rule in RULES.items() if switched.get(name, True)}
-
-    def __reduce__(self):
-        return Cleaner, (self.settings,)
 
     def clean(self, record: Record) -> tuple[Record, tuple[str, ...]]:
         """The record with its texts mended, and the names of the rules that changed something, in their order."""

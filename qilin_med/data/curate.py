@@ -1,7 +1,7 @@
 """The two ends of a build: raw files -> clean shards, and what deduplication left of these -> the files of the sets.
 
-What a task counts adds up over tasks (see `qilin_med.data.card`). No row vanishes: one that gives no record is skipped; a
-record that a rule, an evaluation question or a better copy keeps out is rejected; both are written apart with the reason.
+Counts add up over tasks (see `qilin_med.data.card`). No row vanishes: one that gives no record is skipped; a record that
+a rule, an evaluation question or a better copy keeps out is rejected; both are written apart with the reason.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 
 from qilin_med.artifact import written_whole
 from qilin_med.config.corpus import CorpusSettings
@@ -26,9 +27,9 @@ from qilin_med.data.clean import Cleaner
 from qilin_med.data.decontaminate import Index
 from qilin_med.data.read.formats.reading import UnusableRow
 from qilin_med.data.read.readers import read_raw
-from qilin_med.data.render import AnyRecord, TrainingRecord, from_row, render, stable_id, text_of, to_row
-from qilin_med.data.shards import Row, Workspace, chunks, read_lines, save_json, write_lines
-from qilin_med.records import Chat, Document, Skipped
+from qilin_med.data.render import from_row, render, stable_id, text_of, to_row
+from qilin_med.data.shards import Row, Workspace, batched, read_json_lines, save_json, write_json_lines
+from qilin_med.records import AnyRecord, Chat, Document, Skipped, TrainingRecord
 
 SEARCHED_AT_ONCE = 500  # records looked up in the index of evaluation questions
 COUNTED_AT_ONCE = 1000  # records tokenised together
@@ -101,7 +102,7 @@ def clean_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ..
     ranks: list[int] = []
 
     def rows() -> Iterator[Row]:
-        for some in chunks(read_clean(settings, task, account), SEARCHED_AT_ONCE):
+        for some in batched(read_clean(settings, task, account), SEARCHED_AT_ONCE):
             texts = [text_of(rendered) for _, _, rendered in some]
             hits = index.find([cleaned for _, cleaned, _ in some], texts)
             for (about, _, rendered), text, hit in zip(some, texts, hits, strict=True):
@@ -119,7 +120,7 @@ def clean_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ..
     work.write(shard, rows(), ranks)
     deduplication.save_exact_keys(work, shard, keys)
     for name in (*APART, "near_misses"):
-        write_lines(work.path(name, shard, "jsonl"), account.apart[name])
+        write_json_lines(work.path(name, shard, "jsonl"), account.apart[name])
     save_json(work.path("clean", shard, "counts.json"), account.counts)
 
 
@@ -167,10 +168,9 @@ def _contents(record: AnyRecord) -> Row:
 
 def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
     """Task: train and dev files of one shard; what duplicates others is appended to what was rejected."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(f"{settings.tokenizer}/tokenizer.json")
-    stage, number, out = work.stages[shard], work.index_in_stage(shard), work.root / "out"
+    stage, out = work.stages[shard], work.root / "out"
+    number = work.stages[:shard].count(stage)
     account = Account()
     with ExitStack() as files:
 
@@ -183,7 +183,7 @@ def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
             table = files.enter_context(pq.ParquetWriter(file, SCHEMAS[stage]))
             return lambda rows: table.write_table(pa.Table.from_pylist(rows, SCHEMAS[stage]))
 
-        for rows in chunks(rows_left(work, settings, shard, account), COUNTED_AT_ONCE):
+        for rows in batched(rows_left(work, settings, shard, account), COUNTED_AT_ONCE):
             records = [from_row(stage, row) for row in rows]
             texts = [text_of(record) for record in records]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -195,14 +195,14 @@ def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
                     for record in records
                 ),
             )
-            # The contents put a record on its side, whatever else is in the corpus.
+            # The split depends on a record's contents alone, not on what else is in the corpus.
             splits = ["dev" if draw(row["id"]) < settings.dev_share else "train" for row in rows]
             account.counts["written"].update(splits)
             for split in sorted(set(splits)):
                 writer(split)([row for row, side in zip(rows, splits, strict=True) if side == split])
     for name in APART:
-        rows = [*read_lines(work.path(name, shard, "jsonl")), *account.apart[name]]
-        write_lines(out / name / f"{stage}-{number:05d}.jsonl", rows)
+        rows = [*read_json_lines(work.path(name, shard, "jsonl")), *account.apart[name]]
+        write_json_lines(out / name / f"{stage}-{number:05d}.jsonl", rows)
     save_json(work.path("written", shard, "counts.json"), account.counts)
 
 
@@ -212,20 +212,20 @@ def rows_left(work: Workspace, settings: CorpusSettings, shard: int, account: Ac
     width = settings.deduplication.substring_tokens
     cuts = deduplication.cuts_of_shard(work, width, shard) if width and work.stages[shard] == "pretraining" else {}
     cleaner = Cleaner(settings.cleaning)
-    with work.random_access() as record:
-        for index, row in enumerate(work.rows(shard)):
-            if index in duplicates:
-                reason, kept, similarity = duplicates[index]
-                account.reject(reason, row, "duplicates", kept=record(kept)["id"], similarity=round(similarity, 4))
+    record = work.random_access()
+    for index, row in enumerate(work.rows(shard)):
+        if index in duplicates:
+            reason, kept, similarity = duplicates[index]
+            account.reject(reason, row, "duplicates", kept=record(kept)["id"], similarity=round(similarity, 4))
+            continue
+        if index in cuts:
+            text = deduplication.cut_out(row["text"], cuts[index])
+            if cleaner.reject_reason(Document(row["id"], text)):
+                account.reject(REPEATS, row, "duplicates")
                 continue
-            if index in cuts:
-                text = deduplication.cut_out(row["text"], cuts[index])
-                if cleaner.reject_reason(Document(row["id"], text)):
-                    account.reject(REPEATS, row, "duplicates")
-                    continue
-                account.counts["written"]["cut"] += 1
-                about = {name: row[name] for name in ("id", "source", "place")}
-                texts = {"before": {"text": row["text"]}, "after": {"text": text}}
-                account.apart["changed"].append({**about, "rules": [CUT], **texts})
-                row = {**row, "text": text}
-            yield row
+            account.counts["written"]["cut"] += 1
+            about = {name: row[name] for name in ("id", "source", "place")}
+            texts = {"before": {"text": row["text"]}, "after": {"text": text}}
+            account.apart["changed"].append({**about, "rules": [CUT], **texts})
+            row = {**row, "text": text}
+        yield row

@@ -13,9 +13,8 @@ import numpy as np
 from qilin_med.config.corpus import DecontaminationSettings
 from qilin_med.data import matching
 from qilin_med.data.read.readers import read_raw
-from qilin_med.data.render import AnyRecord
-from qilin_med.data.shards import read_lines, save, write_lines
-from qilin_med.records import Chat, Document, Preference, Question, Skipped
+from qilin_med.data.shards import read_json_lines, save, write_json_lines
+from qilin_med.records import AnyRecord, Chat, Document, Preference, Question, Skipped
 
 NOT_WORDS = re.compile(r"[\W_]+")
 ITEMS = "items.jsonl"
@@ -49,8 +48,8 @@ def question_keys(record: AnyRecord) -> list[str]:
 
 
 def written_down(record: AnyRecord) -> list[str]:
-    """Everything of an evaluation item, in the ways in which it is written down: stem and options with and without
-    letters (which break every n-gram that reaches over a short option), or question and answer."""
+    """An evaluation item in all its forms: stem and options with and without letters (which break every n-gram that
+    spans a short option), or question and answer."""
     match record:
         case Question(_, stem, options):
             return [bare(stem + "".join(texts)) for texts in ([t for _, t in options], map("".join, options))]
@@ -83,7 +82,7 @@ def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str
     save(folder / "owners.npy", owners.astype(np.int64))
     save(folder / "totals.npy", np.bincount(owners.astype(np.int64), minlength=len(texts)))
     save(folder / "items.npy", np.array(items_of_texts, np.int64))
-    write_lines(folder / ITEMS, items)
+    write_json_lines(folder / ITEMS, items)
 
 
 class Index:
@@ -93,10 +92,10 @@ class Index:
         self._ngram, self._near_miss = ngram, near_miss
         names = ("hashes", "owners", "totals", "items")
         self._hashes, self._owners, self._totals, self._items_of_texts = (np.load(folder / f"{n}.npy") for n in names)
-        # Most n-grams of a corpus are in no question: this table spares the search for them.
+        # Most n-grams of a corpus are in no question: this table saves searching for them.
         self._known = np.zeros(1 << KNOWN_BITS, bool)
         self._known[self._hashes >> np.uint64(64 - KNOWN_BITS)] = True
-        self._items = list(read_lines(folder / ITEMS))
+        self._items = list(read_json_lines(folder / ITEMS))
         # Shorter ones ("谢谢", "怎么治疗") are no question in particular.
         self._by_key = {key: i for i in reversed(self._items) for key in i["keys"] if len(key) >= ngram}
 

@@ -1,11 +1,11 @@
 """Deduplication after Lee et al. 2022 (arXiv:2107.06499): exact, near (MinHash, verified), and repeated substrings.
 
-Every step is one or many tasks; a task reads what earlier steps wrote to the work folder and writes its own files whole,
-so tasks run in any order on any number of workers. A task takes one shard, or one part of the hash values: equal things
-meet in one part, and memory stays that of one part.
+The tasks of a step read what earlier steps wrote to the work folder and write their own files whole, so they run in any
+order on any number of workers. A task takes one shard, or one part of the hash values: equal things meet in one part,
+and memory stays that of one part.
 
-Rank alone (see `Workspace.write`) decides which record keeps a text that several have, so neither the order of the files
-nor the number of workers changes what is kept.
+Rank alone (see `Workspace.write`) decides which of several records keeps a text: neither the order of the files nor the
+number of workers changes what is kept.
 """
 
 import hashlib
@@ -14,12 +14,13 @@ from functools import lru_cache
 from itertools import chain
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from qilin_med.config.corpus import CorpusSettings, DeduplicationSettings
 from qilin_med.config.experiment import StageName
 from qilin_med.data import matching
 from qilin_med.data.render import from_row, text_of
-from qilin_med.data.shards import ROW_BITS, Row, Workspace, chunks, load, number_of, row_of, save, shard_of
+from qilin_med.data.shards import ROW_BITS, Row, Workspace, batched, load, number_of, row_of, save, shard_of
 from qilin_med.prompt.wording import without_frame
 
 SIGNED_AT_ONCE = 2000  # records
@@ -79,7 +80,7 @@ def find_exact(work: Workspace, part: int) -> None:
 
 
 def compared_text(stage: StageName, row: Row) -> str:
-    """What two records of a training set are compared by: prompt and answers, not what many have in common (a system
+    """What records of a training set are compared by: prompt and answers, without what many have in common (a system
     text, the words of the exam prompt)."""
     turns = {"conversations": [turn for turn in row.get("conversations", ()) if turn["from"] != "system"]}
     return matching.normalise(without_frame(text_of(from_row(stage, {**row, **turns}))))
@@ -88,13 +89,13 @@ def compared_text(stage: StageName, row: Row) -> str:
 def sign_shard(work: Workspace, settings: DeduplicationSettings, shard: int) -> None:
     """Task: MinHash band keys of a shard's records, with their rows."""
     stage = work.stages[shard]
-    exact = work.load_all("exact", work.parts)["record"]
+    exact = work.load_parts("exact")["record"]
     gone = set(row_of(exact[shard_of(exact) == shard]).tolist())
     left = ((index, row) for index, row in enumerate(work.rows(shard)) if index not in gone)
     rows, keys = [], [np.empty((settings.bands, 0), np.uint64)]
     # Records of different training sets never meet.
     salt = np.uint64(int.from_bytes(hashlib.blake2b(stage.encode(), digest_size=8).digest()))
-    for chunk in chunks(left, SIGNED_AT_ONCE):
+    for chunk in batched(left, SIGNED_AT_ONCE):
         rows += [index for index, _ in chunk]
         texts = [compared_text(stage, row) for _, row in chunk]
         keys.append(matching.sign(texts, settings.shingle, settings.bands, settings.rows_per_band) ^ salt)
@@ -126,14 +127,14 @@ def verify_pairs(work: Workspace, settings: DeduplicationSettings, part: int) ->
         pairs = load(work.path("near/pairs", task))
         mine.append(pairs[matching.mix(pairs[:, 0] ^ matching.mix(pairs[:, 1])) % np.uint64(work.parts) == part])
     pairs = np.unique(np.concatenate(mine), axis=0)
-    with work.random_access() as record:
+    record = work.random_access()
 
-        @lru_cache(maxsize=10_000)  # a record often stands in several pairs in turn
-        def shingles(number: int) -> np.ndarray:
-            text = compared_text(work.stages[number >> ROW_BITS], record(number))
-            return matching.shingle_set(text, settings.shingle)
+    @lru_cache(maxsize=10_000)  # a record often stands in several pairs in turn
+    def shingles(number: int) -> np.ndarray:
+        text = compared_text(work.stages[number >> ROW_BITS], record(number))
+        return matching.shingle_set(text, settings.shingle)
 
-        similarity = np.array([matching.jaccard(shingles(a), shingles(b)) for a, b in pairs.tolist()], np.float32)
+    similarity = np.array([matching.jaccard(shingles(a), shingles(b)) for a, b in pairs.tolist()], np.float32)
     same = similarity >= settings.threshold
     found = np.rec.fromarrays([pairs[same, 1], pairs[same, 0], similarity[same]], DUPLICATE)
     save(work.path("near/verified", part), found)
@@ -144,7 +145,7 @@ def find_near(work: Workspace, _: int = 0) -> None:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pairs = work.load_all("near/verified", work.parts)
+    pairs = work.load_parts("near/verified")
     numbers, edges = np.unique([pairs["kept"], pairs["record"]], return_inverse=True)
     left, right = edges.reshape(2, -1)
     similarity = np.zeros(len(numbers), np.float32)
@@ -166,7 +167,7 @@ def duplicates_of_shard(
     work: Workspace, settings: DeduplicationSettings, shard: int
 ) -> dict[int, tuple[str, int, float]]:
     """{row of a duplicate: (its kind, number of the record kept for it, similarity)}."""
-    found = {EXACT: work.load_all("exact", work.parts)}
+    found = {EXACT: work.load_parts("exact")}
     if settings.near:
         found[NEAR] = load(work.path("near/found", 0))
     return {
@@ -181,13 +182,11 @@ def duplicates_of_shard(
 
 def tokenise_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
     """Task: tokens of the documents of a shard that are left, with the characters where they begin and end."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(f"{settings.tokenizer}/tokenizer.json")
     gone = duplicates_of_shard(work, settings.deduplication, shard)
     left = ((index, row["text"]) for index, row in enumerate(work.rows(shard)) if index not in gone)
     ids, offsets, rows, lengths = [np.empty(0, np.uint32)], [np.empty((0, 2), np.uint32)], [], []
-    for chunk in chunks(left, SIGNED_AT_ONCE):
+    for chunk in batched(left, SIGNED_AT_ONCE):
         encodings = tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
         ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32))
         spans = chain.from_iterable(encoding.offsets for encoding in encodings)
@@ -225,7 +224,7 @@ def find_repeats(work: Workspace, width: int, part: int) -> None:
 
 def cuts_of_shard(work: Workspace, width: int, shard: int) -> dict[int, list[tuple[int, int]]]:
     """{row: spans of characters to cut out}, joined and in order, of the documents of a shard."""
-    repeats = work.load_all("repeats", work.parts)
+    repeats = work.load_parts("repeats")
     repeats = np.sort(repeats[shard_of(repeats["record"]) == shard], order=("record", "token"))
     rows, lengths, offsets = (load(work.path(f"tokens/{name}", shard)) for name in ("rows", "lengths", "offsets"))
     starts = np.concatenate(([0], np.cumsum(lengths)))

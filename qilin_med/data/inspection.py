@@ -9,11 +9,11 @@ from qilin_med.config.corpus import CorpusSettings
 from qilin_med.data.build import MARKER
 from qilin_med.data.read.files import open_parts
 from qilin_med.data.read.tables import ROW_SUFFIXES, read_rows
-from qilin_med.data.render import TrainingRecord, from_row
+from qilin_med.data.render import from_row
 from qilin_med.errors import UserError
 from qilin_med.model.load import load_tokenizer
 from qilin_med.prompt.template import IGNORED, ChatTemplate, EncodedPreference, encode_texts
-from qilin_med.records import Document, Preference, Skipped
+from qilin_med.records import Document, Preference, Skipped, TrainingRecord
 
 OPEN, CLOSE = "⟦", "⟧"  # around what the loss is taken on
 WHOLE = 100_000  # tokens: nothing is cut here

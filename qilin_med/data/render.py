@@ -9,12 +9,9 @@ from qilin_med.data.read.formats.chats import ROLES
 from qilin_med.data.read.formats.reading import UnusableRow
 from qilin_med.data.shards import Row
 from qilin_med.prompt.wording import exam_answer, exam_prompt, option_lines
-from qilin_med.records import Chat, Document, Message, Preference, Question, Role
+from qilin_med.records import AnyRecord, Chat, Document, Message, Preference, Question, Role, TrainingRecord
 
-AnyRecord = Document | Chat | Preference | Question
-TrainingRecord = Document | Chat | Preference
-
-SPEAKERS: dict[Role, str] = {"user": "患者", "assistant": "医生"}
+SPEAKER_NAMES: dict[Role, str] = {"user": "患者", "assistant": "医生"}
 CHIMED_NAMES: dict[Role, str] = {"system": "system", "user": "input", "assistant": "output"}
 
 
@@ -51,7 +48,7 @@ def transcript(messages: tuple[Message, ...]) -> str:
     """A conversation as running text: question and answer, or what patient and doctor say in turn."""
     system = [message.content for message in messages if message.role == "system"]
     turns = [message for message in messages if message.role != "system"]
-    names = ("问", "答") if len(turns) == 2 else [SPEAKERS[turn.role] for turn in turns]
+    names = ("问", "答") if len(turns) == 2 else [SPEAKER_NAMES[turn.role] for turn in turns]
     return "\n".join([*system, *(f"{name}：{turn.content}" for name, turn in zip(names, turns, strict=True))])
 
 
@@ -59,7 +56,7 @@ def transcript(messages: tuple[Message, ...]) -> str:
 
 
 def to_row(record: TrainingRecord) -> Row:
-    """The record in ChiMed's layout, which `qilin_med.data.read.records` reads."""
+    """The record in ChiMed's layout, which `qilin_med.data.read.readers` reads."""
 
     def turns(messages: tuple[Message, ...]) -> list[dict[str, str]]:
         return [{"from": CHIMED_NAMES[message.role], "value": message.content} for message in messages]
@@ -103,7 +100,6 @@ def text_of(record: AnyRecord) -> str:
             return "\n".join([*(message.content for message in prompt), chosen, rejected])
         case Question(_, stem, options, _, explanation):
             return "\n".join(part for part in (stem, option_lines(options), explanation) if part)
-    raise TypeError(f"{type(record).__name__} is no record")
 
 
 def stable_id(source_name: str, record: AnyRecord) -> str:

@@ -33,8 +33,8 @@ from qilin_med.config.experiment import (
 )
 from qilin_med.console.progress import progress
 from qilin_med.data.read.files import content_suffix
-from qilin_med.data.read.records import find_files, read_chats, read_documents, read_preferences
-from qilin_med.data.shards import chunks
+from qilin_med.data.read.readers import find_files, read_chats, read_documents, read_preferences
+from qilin_med.data.shards import batched
 from qilin_med.errors import UserError
 from qilin_med.prompt.template import IGNORED, ChatTemplate, control_ids, encode_texts
 from qilin_med.records import RAW_CHARACTERS, Document, Skipped
@@ -192,7 +192,7 @@ def _write_table(path: Path, columns: tuple[str, ...], rows: Iterable[Row]) -> N
     tokens = pa.list_(pa.int32())
     schema = pa.schema([("ids", pa.list_(pa.string())), *((name, tokens) for name in columns)])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in chunks(rows, CHUNK_ROWS):
+        for chunk in batched(rows, CHUNK_ROWS):
             arrays = [pa.array([row[name] for row in chunk], schema.field(name).type) for name in schema.names]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 

@@ -5,7 +5,6 @@ whole, so that a killed task leaves nothing that a later run would take for done
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -40,7 +39,7 @@ def load(path: Path) -> np.ndarray:
         return np.load(path)
 
 
-def write_lines(path: Path, rows: Iterable[Row]) -> list[int]:
+def write_json_lines(path: Path, rows: Iterable[Row]) -> list[int]:
     """Write rows as JSON lines; returns where each begins, and the end."""
     offsets = [0]
     with written_whole(path) as file:
@@ -49,15 +48,27 @@ def write_lines(path: Path, rows: Iterable[Row]) -> list[int]:
     return offsets
 
 
-def read_lines(path: Path) -> Iterator[Row]:
+def read_json_lines(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         yield from map(orjson.loads, file)
 
 
-def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+class JsonLines:
+    """Lines of `write_json_lines`, any of them by its number from 0. Memory-mapped."""
+
+    def __init__(self, path: Path, offsets: Path):
+        # asarray: views without the price that np.memmap puts on each slice.
+        self._lines, self._offsets = np.asarray(np.memmap(path, mode="r")), np.asarray(load(offsets))
+
+    def __getitem__(self, number: int) -> Row:
+        start, end = self._offsets[number : number + 2].tolist()
+        return orjson.loads(self._lines[start:end].tobytes())
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(items)
-    while chunk := list(islice(items, size)):
-        yield chunk
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def number_of(shard: int, rows: np.ndarray) -> np.ndarray:
@@ -85,43 +96,31 @@ class Workspace:
     def path(self, step: str, task: int, suffix: str = "npy") -> Path:
         return self.root / step / f"{task:05d}.{suffix}"
 
-    def index_in_stage(self, shard: int) -> int:
-        return self.stages[:shard].count(self.stages[shard])
-
     def write(self, shard: int, rows: Iterable[Row], ranks: list[int]) -> None:
         """Write a shard of clean records. `ranks` may be filled while `rows` is consumed.
 
         Ranks (uint64) decide which of several records with the same text is kept: that of the earlier source, then that
         with the smaller content hash. They do not depend on the names or the order of files.
         """
-        offsets = write_lines(self.path("clean", shard, "jsonl"), rows)
+        offsets = write_json_lines(self.path("clean", shard, "jsonl"), rows)
         save(self.path("clean", shard, "offsets.npy"), np.array(offsets, np.uint64))
         save(self.path("clean", shard, "ranks.npy"), np.array(ranks, np.uint64))
 
     def rows(self, shard: int) -> Iterator[Row]:
-        return read_lines(self.path("clean", shard, "jsonl"))
+        return read_json_lines(self.path("clean", shard, "jsonl"))
 
     def ranks(self, shard: int) -> np.ndarray:
         return load(self.path("clean", shard, "ranks.npy"))
 
-    @contextmanager
-    def random_access(self) -> Iterator[Callable[[int], Row]]:
+    def random_access(self) -> Callable[[int], Row]:
         """A function that gives any record by its number."""
-        with ExitStack() as files:
 
-            @cache
-            def opened(shard: int) -> tuple[Any, np.ndarray]:
-                file = files.enter_context(self.path("clean", shard, "jsonl").open("rb", buffering=0))
-                return file, load(self.path("clean", shard, "offsets.npy"))
+        @cache
+        def lines_of(shard: int) -> JsonLines:
+            return JsonLines(self.path("clean", shard, "jsonl"), self.path("clean", shard, "offsets.npy"))
 
-            def record(number: int) -> Row:
-                file, offsets = opened(number >> ROW_BITS)
-                row = number & ((1 << ROW_BITS) - 1)
-                start, end = offsets[row : row + 2].tolist()
-                file.seek(start)
-                return orjson.loads(file.read(end - start))
+        return lambda number: lines_of(number >> ROW_BITS)[number & ((1 << ROW_BITS) - 1)]
 
-            yield record
-
-    def load_all(self, step: str, tasks: int) -> np.ndarray:
-        return np.concatenate([load(self.path(step, task)) for task in range(tasks)])
+    def load_parts(self, step: str) -> np.ndarray:
+        """What the tasks of a step, one for each part, have found."""
+        return np.concatenate([load(self.path(step, part)) for part in range(self.parts)])

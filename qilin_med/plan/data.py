@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qilin_med.artifact import read_manifest
 from qilin_med.config.experiment import Experiment, PretrainingConfig, StageConfig, StageName
-from qilin_med.data.read.records import find_files
+from qilin_med.data.read.readers import find_files
 from qilin_med.data.rows import row_settings
 from qilin_med.errors import UserError
 

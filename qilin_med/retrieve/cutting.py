@@ -7,10 +7,9 @@ Cut by hand: on guidelines and answers in Chinese, 95% of these borders are ends
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TypeAlias
 
-from qilin_med.errors import UserError
+from tokenizers import Tokenizer
 
 Span: TypeAlias = tuple[int, int]
 """First and past-the-last character."""
@@ -19,46 +18,28 @@ SENTENCE_END = re.compile(r"(?:[。！？!?；;…]+[”’」』）】)\"']*|\.
 CLAUSE_END = re.compile(r"[，、：,:]\s*|\s+")
 
 
-def load_tokenizer(file: Path):
-    """A `tokenizers.Tokenizer` (no torch, no transformers). UserError: no such file."""
-    from tokenizers import Tokenizer
-
-    if not file.is_file():
-        raise UserError(f"{file}: not found; retrieval counts tokens with the base model's tokenizer: set model.path to"
-                        " a complete model folder")  # fmt: skip
-    return Tokenizer.from_file(str(file))
-
-
-class Cutter:
-    """Cuts texts into chunks of at most `size` tokens that begin and end with sentences. A chunk repeats the last
-    sentences of the one before, as many as fit into `overlap` tokens.
+def cut(texts: Sequence[str], tokenizer: Tokenizer, size: int, overlap: int) -> list[list[Span]]:
+    """The chunks of each text, in order; together they cover it. A chunk has at most `size` tokens, begins and ends with
+    sentences, and repeats the last sentences of the one before, as many as fit into `overlap` tokens.
 
     Tokens are counted sentence by sentence; a whole chunk may have one or two more or fewer.
     """
-
-    def __init__(self, tokenizer_file: Path, size: int, overlap: int):
-        """UserError: no such tokenizer."""
-        self._tokenizer = load_tokenizer(tokenizer_file)
-        self._size, self._overlap = size, overlap
-
-    def cut(self, texts: Sequence[str]) -> list[list[Span]]:
-        """The chunks of each text, in order; together they cover it."""
-        measured: list[list[tuple[Span, int]]] = [[] for _ in texts]
-        pending = [(number, span) for number, text in enumerate(texts) for span in split_sentences(text)]
-        while pending:
-            pieces = [texts[number][start:end] for number, (start, end) in pending]
-            encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-            halves = []
-            for (number, (start, end)), piece, tokens in zip(pending, pieces, encoded, strict=True):
-                # SentencePiece drops blanks at an end, which are a token where another sentence follows.
-                count = len(tokens.ids) + piece[-1].isspace()
-                if count <= self._size or len(piece) == 1:
-                    measured[number].append(((start, end), count))
-                else:
-                    middle = find_middle(texts[number], (start, end))
-                    halves += [(number, (start, middle)), (number, (middle, end))]
-            pending = halves
-        return [group_sentences(sorted(sentences), self._size, self._overlap) for sentences in measured]
+    measured: list[list[tuple[Span, int]]] = [[] for _ in texts]
+    pending = [(number, span) for number, text in enumerate(texts) for span in split_sentences(text)]
+    while pending:
+        pieces = [texts[number][start:end] for number, (start, end) in pending]
+        encoded = tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        halves = []
+        for (number, (start, end)), piece, tokens in zip(pending, pieces, encoded, strict=True):
+            # SentencePiece drops blanks at an end, which are a token where another sentence follows.
+            count = len(tokens.ids) + piece[-1].isspace()
+            if count <= size or len(piece) == 1:
+                measured[number].append(((start, end), count))
+            else:
+                middle = find_middle(texts[number], (start, end))
+                halves += [(number, (start, middle)), (number, (middle, end))]
+        pending = halves
+    return [group_sentences(sorted(sentences), size, overlap) for sentences in measured]
 
 
 def split_sentences(text: str) -> list[Span]:

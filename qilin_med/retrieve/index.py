@@ -4,35 +4,32 @@ evaluation questions, built in steps, and opened only if it is the one that the 
 An interrupted build continues after its last whole step (embeddings: after the last whole part).
 """
 
-import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import orjson
+from tokenizers import Tokenizer
 
 from qilin_med.artifact import Artifact, fingerprint_model, hash_files, sha256_of, versions
 from qilin_med.config.experiment import Experiment
 from qilin_med.console.progress import counted, progress
 from qilin_med.data.decontaminate import Hit, Index, build_index
-from qilin_med.data.read.readers import raw_files
-from qilin_med.data.read.records import find_files, read_named_documents
-from qilin_med.data.shards import chunks as in_chunks
-from qilin_med.data.shards import load, read_lines, save, save_json, write_lines
+from qilin_med.data.read.readers import find_files, raw_files, read_named_documents
+from qilin_med.data.shards import JsonLines, batched, load, read_json_lines, save, save_json, write_json_lines
 from qilin_med.errors import UserError
 from qilin_med.records import Document, Skipped
-from qilin_med.retrieve.cutting import Cutter, Span, load_tokenizer
+from qilin_med.retrieve.cutting import Span, cut
 from qilin_med.retrieve.search import Encoder, build_bm25, build_dense, check_encoder_folder, load_encoder
 
 INDEX_FORMAT = 1  # raise it whenever the same inputs and settings give another index
 KINDS = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
 """Folders of an index, by retriever."""
-PROGRESS = {"bm25": "indexing terms", "dense": "embedding"}
 # Settings that matter to a search alone: free to change without a new index. The encoder counts by its contents.
 ONLY_FOR_SEARCH = {"index", "exclude_sources", "exam_sources", "passages", "max_context_tokens", "query_with_options"}
 OF_ENCODER = {"batch_size": True, "query_prefix": True, "model": True}
@@ -54,7 +51,6 @@ def plan_index(experiment: Experiment) -> Artifact:
             """ 'retrieval.corpus=["data/processed/pretraining"]'"""
         )
     kinds, tokenizer = KINDS[settings.retriever], tokenizer_file(experiment)
-    load_tokenizer(tokenizer)
     excluded = dict.fromkeys(ONLY_FOR_SEARCH if "bm25" in kinds else {*ONLY_FOR_SEARCH, "bm25_unit"}, True)
     excluded["dense"] = OF_ENCODER if "dense" in kinds else True
     evaluation = [file for files in settings.decontamination.files for file in raw_files(files)]
@@ -72,7 +68,12 @@ def plan_index(experiment: Experiment) -> Artifact:
 
 
 def tokenizer_file(experiment: Experiment) -> Path:
-    return Path(experiment.model.path) / "tokenizer.json"
+    """UserError: there is none."""
+    file = Path(experiment.model.path) / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{file}: not found; retrieval counts tokens with the base model's tokenizer: set model.path to"
+                        " a complete model folder")  # fmt: skip
+    return file
 
 
 def _fingerprints(files: list[Path]) -> dict[str, str]:
@@ -91,16 +92,17 @@ def build(experiment: Experiment, restart: bool = False, encoder: Encoder | None
         return False
 
     with index.building(resume=True) as out:
-        written = index.work / "counts.json"  # after the chunks, so that it tells that they are whole
+        written = index.work / "counts.json"  # written after the chunks: where it is, they are whole
         if not written.exists():
             save_json(written, cut_corpus(experiment, index.work, out))
-        index.facts = json.loads(written.read_text(encoding="utf-8"))
+        index.facts = orjson.loads(written.read_bytes())
         for kind in KINDS[settings.retriever]:
             if (out / kind).exists():
                 continue
             unfinished = index.work / kind
             shutil.rmtree(unfinished, ignore_errors=True)
-            with progress(PROGRESS[kind], index.facts["chunks"], "chunks") as advance:
+            label = "indexing terms" if kind == "bm25" else "embedding"
+            with progress(label, index.facts["chunks"], "chunks") as advance:
                 texts = counted((chunk["text"] for chunk in Chunks(out)), advance)
                 if kind == "bm25":
                     build_bm25(texts, settings.bm25_unit, unfinished)
@@ -125,23 +127,21 @@ def verify_index(experiment: Experiment) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- chunks
 
 
-class Chunks:
-    """The chunks of an index, by number from 0: JSON lines with random access, and the source of each as a number.
+class Chunks(JsonLines):
+    """The chunks of an index, by number from 0, and the source of each as a number.
 
     A chunk has `document` and `source` (names), `text`, and `start` and `end`: which characters of the document it is.
     """
 
     def __init__(self, folder: Path):
+        super().__init__(folder / LINES, folder / OFFSETS)
         self._folder = folder
-        self._offsets = load(folder / OFFSETS)
-        self._lines = np.asarray(np.memmap(folder / LINES, mode="r"))
         self.sources: list[str] = orjson.loads((folder / NAMES).read_bytes())["sources"]
         """Names of all sources, in the order of their first chunks."""
 
     @staticmethod
     def write(folder: Path, chunks: Iterable[dict[str, Any]]) -> Counter[str]:
-        """Write chunks as they come (in memory: some 50 bytes for each, none of their text); returns how many each source
-        has."""
+        """Write chunks as they come (memory: some 50 bytes for each); returns how many each source has."""
         numbers: dict[str, int] = {}
         sources: list[int] = []
 
@@ -150,18 +150,15 @@ class Chunks:
                 sources.append(numbers.setdefault(chunk["source"], len(numbers)))
                 yield chunk
 
-        save(folder / OFFSETS, np.array(write_lines(folder / LINES, rows()), np.uint64))
+        save(folder / OFFSETS, np.array(write_json_lines(folder / LINES, rows()), np.uint64))
         save(folder / SOURCES, np.array(sources, np.uint32))
-        save_json(folder / NAMES, {"sources": list(numbers)})
         names = list(numbers)
+        save_json(folder / NAMES, {"sources": names})
         return Counter(names[number] for number in sources)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return orjson.loads(self._lines[int(self._offsets[number]) : int(self._offsets[number + 1])].tobytes())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All chunks in order, streamed."""
-        return read_lines(self._folder / LINES)
+        return read_json_lines(self._folder / LINES)
 
     def allowed(self, excluded: list[str]) -> np.ndarray | None:
         """Which chunks stem from none of these sources (bool for each chunk); None: all."""
@@ -171,23 +168,22 @@ class Chunks:
         return ~np.isin(load(self._folder / SOURCES), numbers)
 
 
-Row: TypeAlias = Skipped | tuple[Document, str, list[Span], Hit | None]
-"""Of a corpus: skipped, or a document with the name of its source, its chunks, and the evaluation question that it repeats
-most."""
+def read_corpus(experiment: Experiment, work: Path) -> Iterator[Skipped | tuple[Document, str, list[Span], Hit | None]]:
+    """Each document with the name of its source, its chunks, and the evaluation question that it repeats most.
 
-
-def read_corpus(experiment: Experiment, work: Path) -> Iterator[Row]:
-    """`work`: a folder for the evaluation questions. UserError: an input cannot be read."""
+    `work`: a folder for the evaluation questions. UserError: an input cannot be read.
+    """
     settings, wanted = experiment.retrieval, experiment.retrieval.decontamination
     build_index(wanted, work / "evaluation", {files.name: raw_files(files) for files in wanted.files})
     questions = Index(work / "evaluation", wanted.ngram, wanted.near_miss)
-    cutter = Cutter(tokenizer_file(experiment), settings.chunk_tokens, settings.overlap_tokens)
-    for some in in_chunks(read_named_documents(settings.corpus), TOGETHER):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file(experiment)))
+    for some in batched(read_named_documents(settings.corpus), TOGETHER):
         yield from (record for record in some if isinstance(record, Skipped))
         named = [record for record in some if not isinstance(record, Skipped)]
         documents, texts = [document for document, _ in named], [document.text for document, _ in named]
         hits = questions.find(documents, [MARKS.sub("", text) for text in texts])
-        for (document, source), spans, hit in zip(named, cutter.cut(texts), hits, strict=True):
+        cuts = cut(texts, tokenizer, settings.chunk_tokens, settings.overlap_tokens)
+        for (document, source), spans, hit in zip(named, cuts, hits, strict=True):
             yield document, source, spans, hit
 
 
@@ -200,8 +196,8 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
     documents, near_misses = Counter(read=0, indexed=0), Counter()
     left_out, skipped = [], []
 
-    def chunks(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-        for row in rows:
+    def chunks(advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+        for row in counted(read_corpus(experiment, work), advance):
             documents["read"] += 1
             if isinstance(row, Skipped):
                 skipped.append(asdict(row))
@@ -209,7 +205,7 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
             document, source, spans, hit = row
             names = {"document": document.id, "source": source}
             if hit and hit.coverage >= experiment.retrieval.decontamination.coverage:
-                # All its chunks go: beside the chunk that asks, the one that explains would still give the answer away.
+                # All its chunks go: the one with the explanation would still give the answer away.
                 about = {"chunks": len(spans), "file": hit.file, "item": hit.item, "coverage": hit.coverage}
                 left_out.append(names | about)
                 continue
@@ -218,7 +214,7 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
             yield from ({**names, "start": a, "end": b, "text": document.text[a:b]} for a, b in spans)
 
     with progress("cutting the corpus", unit="documents") as advance:
-        by_source = Chunks.write(out, chunks(counted(read_corpus(experiment, work), advance)))
+        by_source = Chunks.write(out, chunks(advance))
     documents.update(left_out=len(left_out), skipped=len(skipped))
     assert 2 * documents["read"] == documents.total(), documents
     if not by_source:
@@ -226,8 +222,8 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
             f"retrieval.corpus holds nothing to index: of {documents['read']} documents {documents['left_out']} repeat"
             f" evaluation questions and {documents['skipped']} are unusable; name other files"
         )
-    write_lines(out / LEFT_OUT, left_out)
-    write_lines(out / SKIPPED, skipped)
+    write_json_lines(out / LEFT_OUT, left_out)
+    write_json_lines(out / SKIPPED, skipped)
     files = Counter(row["file"] for row in left_out)
     return {
         "chunks": by_source.total(),

@@ -10,8 +10,9 @@ import numpy as np
 from qilin_med.artifact import commit, sha256_of, write_json
 from qilin_med.config.experiment import DataSource, DecontaminationSettings, Experiment, Kind, RawFiles
 from qilin_med.data.read.readers import raw_files, read_raw
-from qilin_med.data.shards import write_lines
+from qilin_med.data.shards import write_json_lines
 from qilin_med.errors import UserError
+from qilin_med.records import Chat
 from qilin_med.retrieve.index import build
 from qilin_med.retrieve.retriever import Retriever
 from qilin_med.retrieve.search import Encoder
@@ -41,16 +42,15 @@ def evaluate_retrieval(
     """
     files = RawFiles(name=file.name, kind=kind, paths=[str(file)])
     records = [record for path in raw_files(files) for _, record in read_raw(files, path)]
-    turns = [
-        {m.role: m.content for m in reversed(record.messages)} for record in records if hasattr(record, "messages")
-    ]
+    chats = [record for record in records if isinstance(record, Chat)]
+    turns = [{message.role: message.content for message in reversed(chat.messages)} for chat in chats]
     if not turns:
         raise UserError(f"{file}: no question with an answer among {len(records)} rows read as kind '{kind}'")
     folder = Path(experiment.output_dir) / "eval" / "retrieval"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         answers = Path(scratch) / "answers.jsonl"
-        write_lines(answers, ({"id": str(n), "text": turn["assistant"]} for n, turn in enumerate(turns)))
+        write_json_lines(answers, ({"id": str(n), "text": turn["assistant"]} for n, turn in enumerate(turns)))
         changes = {
             "corpus": [DataSource(path=str(answers))],
             "index": str(answers.with_name("index")),

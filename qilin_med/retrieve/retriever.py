@@ -4,10 +4,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from tokenizers import Tokenizer
+
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import option_lines, with_passages
-from qilin_med.retrieve.cutting import load_tokenizer
 from qilin_med.retrieve.index import KINDS, Chunks, tokenizer_file, verify_index
 from qilin_med.retrieve.search import Bm25, Dense, Encoder, Ranking, fuse, load_encoder
 
@@ -62,7 +63,7 @@ class Retriever:
             raise UserError(f"retrieval.exclude_sources names '{min(unknown)}', which the index does not have; it has: "
                             + ", ".join(self.chunks.sources))  # fmt: skip
         self._allowed = self.chunks.allowed(settings.exclude_sources)
-        self._tokenizer = load_tokenizer(tokenizer_file(experiment))
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_file(experiment)))
         self._indexes: list[Bm25 | Dense] = []
         for kind in KINDS[settings.retriever]:
             if kind == "bm25":
@@ -93,10 +94,11 @@ class Retriever:
 
     def fill_prompt(self, question: str, passages: Sequence[Passage]) -> Prompt:
         """The question after those passages that `max_context_tokens` hold."""
-        return fill_prompt(
-            question, passages, self.settings.max_context_tokens,
-            lambda text: len(self._tokenizer.encode(text, add_special_tokens=False).ids),
-        )  # fmt: skip
+
+        def count(text: str) -> int:
+            return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+        return fill_prompt(question, passages, self.settings.max_context_tokens, count)
 
     def contexts(self, questions: list[str]) -> list[tuple[str, list[str]]]:
         """For each question what goes before it, and before the exam prompt that holds it, in the words of

@@ -21,8 +21,7 @@ from typing import TypeAlias
 import numpy as np
 
 from qilin_med.config.experiment import DenseSettings
-from qilin_med.data.shards import chunks as in_chunks
-from qilin_med.data.shards import load, save
+from qilin_med.data.shards import batched, load, save
 from qilin_med.errors import UserError
 
 Ranking: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -98,7 +97,7 @@ def build_bm25(texts: Iterable[str], unit: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, vocabulary, lengths = folder / "terms.bin", {UNKNOWN: 0}, []
     with path.open("wb") as file:
-        for some in in_chunks(texts, 1000):
+        for some in batched(texts, 1000):
             numbers = [[vocabulary.setdefault(term, len(vocabulary)) for term in terms_of(text, unit)] for text in some]
             lengths += map(len, numbers)
             file.write(np.fromiter((n for text in numbers for n in text), np.uint32).tobytes())
@@ -189,7 +188,7 @@ def build_dense(texts: Iterable[str], encoder: Encoder, kind: str, parts: Path, 
     import faiss
 
     files = []
-    for number, some in enumerate(in_chunks(texts, ENCODED_TOGETHER)):
+    for number, some in enumerate(batched(texts, ENCODED_TOGETHER)):
         files.append(parts / f"{number:06d}.npy")
         if not files[-1].exists():
             save(files[-1], unit_vectors(encoder, some))

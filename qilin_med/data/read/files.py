@@ -15,7 +15,7 @@ from typing import BinaryIO, TextIO
 from qilin_med.errors import UserError
 
 COMPRESSIONS = (".gz", ".zst")
-# Of the head of a file we judge its encoding and whether a .json holds lines.
+# The head of a file tells its encoding, and whether a .json holds lines.
 HEAD_BYTES = 1 << 20
 HIDDEN = (".", "__MACOSX")
 PASSED_OVER = re.compile(r"\.md$|^(readme|licen[cs]e|copying|notice)\b|^manifest\.json$", re.IGNORECASE)
@@ -31,7 +31,7 @@ class Part:
     """Of the content, in lower case: ".csv" for rows.csv.gz."""
     open_bytes: Callable[[], BinaryIO]
     strict: bool
-    """Bytes that are no text raise UnicodeDecodeError; else they become U+FFFD, by which cleaning finds them."""
+    """Bytes that are no text raise UnicodeDecodeError; else they become U+FFFD, which cleaning looks for."""
 
 
 # ------------------------------------------------------------------------------------------------------- finding

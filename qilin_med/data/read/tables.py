@@ -22,7 +22,7 @@ JSON_SIGN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|(?P<cut>\\?\Z))|[\[\]{},
 Cells = list[str]
 
 
-class Row(NamedTuple):
+class RawRow(NamedTuple):
     """A row as it stands in the file."""
 
     id: str
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     """Why the row could not be parsed."""
 
 
-def read_rows(part: Part, nested: bool = False) -> Iterator[Row]:
+def read_rows(part: Part, nested: bool = False) -> Iterator[RawRow]:
     """All rows of a part, in order. Blank lines and rows of blank cells are no rows.
 
     A JSON object is one row; with `nested` its values are rows, and of values that are lists the elements.
@@ -51,7 +51,7 @@ def read_rows(part: Part, nested: bool = False) -> Iterator[Row]:
             yield from _parquet_rows(part)
         case ".txt":
             for number, line in read_lines(part):
-                yield Row(f"{part.place}:{number}", {"text": line}, line)
+                yield RawRow(f"{part.place}:{number}", {"text": line}, line)
         case _:
             yield from _json_rows(part, nested)
 
@@ -59,7 +59,7 @@ def read_rows(part: Part, nested: bool = False) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------- JSON
 
 
-def _json_rows(part: Part, nested: bool) -> Iterator[Row]:
+def _json_rows(part: Part, nested: bool) -> Iterator[RawRow]:
     _, head, whole = read_head(part)
     head = head.lstrip()
     if part.suffix != ".jsonl" and not _holds_lines(head, whole, nested):
@@ -70,7 +70,7 @@ def _json_rows(part: Part, nested: bool) -> Iterator[Row]:
             value, fault = _parse(line)
         except json.JSONDecodeError as error:
             value, fault = None, f"broken JSON: {error.msg}"
-        yield Row(f"{part.place}:{number}", value, line, fault)
+        yield RawRow(f"{part.place}:{number}", value, line, fault)
 
 
 def _holds_lines(head: str, whole: bool, nested: bool) -> bool:
@@ -109,7 +109,7 @@ def _parse(text: str) -> tuple[Any, str | None]:
         return None, "broken JSON: a number or nesting beyond all bounds"
 
 
-def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[Row]:
+def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[RawRow]:
     """Elements of an array, each parsed by itself, or one value. `keyed`: those of an object's values."""
     index = 0
     with open_text(part) as stream:
@@ -126,7 +126,7 @@ def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[Row]:
             if keyed and not fault:
                 [value] = value.values()
             for element in value if keyed and isinstance(value, list) else [value]:
-                yield Row(f"{part.place}#{index}", element, text if fault else None, fault)
+                yield RawRow(f"{part.place}#{index}", element, text if fault else None, fault)
                 index += 1
 
 
@@ -185,26 +185,26 @@ def _csv_cells(part: Part, delimiter: str) -> Iterator[tuple[int, Cells | None]]
                 yield line, None
 
 
-def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: str) -> Iterator[Row]:
+def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: str) -> Iterator[RawRow]:
     """Rows of cells as {column: text}; the first that is not blank names the columns."""
     header: Cells = []
     for number, cells in numbered:
         id_ = f"{place}:{number}"
         if cells is None:
-            yield Row(id_, None, "", "a quotation mark is not closed")
+            yield RawRow(id_, None, "", "a quotation mark is not closed")
             continue
         width = max((index for index, cell in enumerate(cells, 1) if cell.strip()), default=0)
         if width and not header:
             header = [name.strip() for name in cells[:width]]
         elif width > len(header):
-            yield Row(id_, None, delimiter.join(cells), "more cells than columns")
+            yield RawRow(id_, None, delimiter.join(cells), "more cells than columns")
         elif width and len(cells) < len(header):
-            yield Row(id_, None, delimiter.join(cells), "fewer cells than columns")
+            yield RawRow(id_, None, delimiter.join(cells), "fewer cells than columns")
         elif width:
-            yield Row(id_, dict(zip(header, cells, strict=False)), delimiter.join(cells))
+            yield RawRow(id_, dict(zip(header, cells, strict=False)), delimiter.join(cells))
 
 
-def _xlsx_rows(part: Part) -> Iterator[Row]:
+def _xlsx_rows(part: Part) -> Iterator[RawRow]:
     import openpyxl  # here, because it takes long to import and few files need it
 
     with part.open_bytes() as stream:
@@ -230,7 +230,7 @@ def _sheet_cells(sheet: Any) -> Iterator[tuple[int, Cells]]:
         yield number, cells + [""] * (width - len(cells))
 
 
-def _parquet_rows(part: Part) -> Iterator[Row]:
+def _parquet_rows(part: Part) -> Iterator[RawRow]:
     """Read by record batches; nulls are left out."""
     import pyarrow.parquet  # here, because it takes long to import
 
@@ -239,7 +239,7 @@ def _parquet_rows(part: Part) -> Iterator[Row]:
         try:
             for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield Row(
+                    yield RawRow(
                         f"{part.place}#{index}", {name: value for name, value in row.items() if value is not None}
                     )
                     index += 1

@@ -14,14 +14,14 @@ from qilin_med.data.read.formats.reading import (
     Reader,
     UnusableRow,
     convert_row,
+    field_text,
     name_of,
     plain_text,
     row_reader,
-    text_of,
     texts_of,
     unknown_layout,
 )
-from qilin_med.data.read.tables import Row
+from qilin_med.data.read.tables import RawRow
 from qilin_med.records import Chat, Message, Role
 
 ROLES: dict[str, Role] = {
@@ -53,12 +53,12 @@ def read_messages(value: Any, field: str) -> list[Message]:
         name = entry.get(role)
         if not isinstance(name, str) or name.lower() not in ROLES:
             raise UnusableRow(f"unknown role {json.dumps(name, ensure_ascii=False)}"[:80])
-        messages.append(Message(ROLES[name.lower()], text_of(entry, content)))
+        messages.append(Message(ROLES[name.lower()], field_text(entry, content)))
     return messages
 
 
 def system_message(row: Fields) -> list[Message]:
-    text = text_of(row, "system")
+    text = field_text(row, "system")
     return [Message("system", text)] if text else []
 
 
@@ -75,7 +75,7 @@ def _alternating(texts: Iterable[Any], field: str) -> list[Message]:
 
 
 def read_turns(lines: Iterable[str]) -> list[Message]:
-    """Messages of lines or texts that begin with "病人：", "医生：", ...; what has no speaker goes on with the last turn.
+    """Messages of lines or texts that begin with "病人：", "医生：", ...; what has no speaker continues the last turn.
     UnusableRow: the first has no speaker."""
     turns: list[Message] = []
     for line in lines:
@@ -89,7 +89,7 @@ def read_turns(lines: Iterable[str]) -> list[Message]:
 
 
 def join_turns(turns: Iterable[Message]) -> list[Message]:
-    """Turns of one speaker in a row become one, a line each; empty ones go."""
+    """Successive turns of one speaker become one, a line each; empty ones are dropped."""
     spoken = (turn for turn in turns if turn.content)
     return [
         Message(role, "\n".join(turn.content for turn in group))
@@ -135,20 +135,20 @@ def _messages(row: Any) -> list[Message]:
         case {"messages": turns}:
             return system_message(row) + read_messages(turns, "messages")
         case {"instruction": _}:
-            parts = (text_of(row, "instruction"), text_of(row, "input"))
+            parts = (field_text(row, "instruction"), field_text(row, "input"))
             question = Message("user", "\n".join(part for part in parts if part))
             if row.get("output") is None:
                 raise UnusableRow("no answer")
-            answer = Message("assistant", text_of(row, "output"))
+            answer = Message("assistant", field_text(row, "output"))
             return [*system_message(row), *history_messages(row), question, answer]
         case {"question": _, "answer": _}:
-            return [Message("user", text_of(row, "question")), Message("assistant", text_of(row, "answer"))]
+            return [Message("user", field_text(row, "question")), Message("assistant", field_text(row, "answer"))]
         case {"input": _, "target": _} | {"input": _, "output": _}:
             # A question, or earlier turns with the speakers' names, up to the name of the one who answers.
-            text = text_of(row, "input")
+            text = field_text(row, "input")
             lines = text.replace("\\n", "\n").split("\n")
             turns = read_turns(lines) if SPEAKER.fullmatch(lines[0]) else [Message("user", text)]
-            return [*turns, Message("assistant", text_of(row, "target" if "target" in row else "output"))]
+            return [*turns, Message("assistant", field_text(row, "target" if "target" in row else "output"))]
     raise unknown_layout(
         row,
         "conversations, messages, instruction/input/output, question/answer, input/target, conversation or a list of turns",
@@ -183,7 +183,7 @@ def _one_turn(id_: str, question: str, answer: str) -> Chat:
 def huatuo(id_: str, row: Fields) -> list[Chat]:
     """The first wording of the question with each of its answers."""
     if "instruction" in row:
-        parts = [*texts_of(row["instruction"], "instruction")[:1], text_of(row, "input")]
+        parts = [*texts_of(row["instruction"], "instruction")[:1], field_text(row, "input")]
         question, answers = "\n".join(part for part in parts if part), row.get("output")
     elif row.keys() & {"questions", "question"}:
         question = next(iter(texts_of(row.get("questions", row.get("question")), "questions")), "")
@@ -199,12 +199,12 @@ def department_qa(id_: str, row: Fields) -> Chat:
     """The title, then what the patient adds; neither says what the other says already."""
     if not {"title", "ask", "answer"} <= row.keys():
         raise UnusableRow("unknown layout")
-    title, ask = text_of(row, "title"), text_of(row, "ask")
+    title, ask = field_text(row, "title"), field_text(row, "ask")
     if ask in ("", "无") or ask in title:
         ask = ""
     elif title.rstrip("？?。！!") in ask:
         title = ""
-    return _one_turn(id_, "\n".join(text for text in (title, ask) if text), text_of(row, "answer"))
+    return _one_turn(id_, "\n".join(text for text in (title, ask) if text), field_text(row, "answer"))
 
 
 @row_reader("instruction", "input", "output")
@@ -212,15 +212,15 @@ def multiturn_chat(id_: str, row: Fields) -> Chat:
     """Turns inside `instruction`; `output` answers the last question."""
     if not {"instruction", "output"} <= row.keys():
         raise UnusableRow("unknown layout")
-    text = text_of(row, "instruction")
+    text = field_text(row, "instruction")
     start, *pieces = MARK.split(text)
     if pieces and start.strip():
         raise UnusableRow("text before the first turn")
     turns = [] if pieces else [Message("user", text)]
     for human, user, said in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         turns.append(Message(SPEAKERS[(human or user).lower()], said.strip()))
-    turns.append(Message("user", text_of(row, "input")))
-    answer = Message("assistant", text_of(row, "output"))
+    turns.append(Message("user", field_text(row, "input")))
+    answer = Message("assistant", field_text(row, "output"))
     return checked_chat(id_, [*(turn for turn in turns if turn.content), answer])
 
 
@@ -230,14 +230,14 @@ def hc3(id_: str, row: Fields) -> Chat:
     if "question" not in row or not row.keys() & {"chatgpt_answers", "human_answers"}:
         raise UnusableRow("unknown layout")
     answers = [text for name in ("chatgpt_answers", "human_answers") for text in texts_of(row.get(name), name)]
-    return _one_turn(id_, text_of(row, "question"), next(iter(answers), ""))
+    return _one_turn(id_, field_text(row, "question"), next(iter(answers), ""))
 
 
 @row_reader("prompt", "response", "type", nested=True)
 def safety_prompts(id_: str, row: Fields) -> Chat:
     if not {"prompt", "response"} <= row.keys():
         raise UnusableRow("unknown layout")
-    return _one_turn(id_, text_of(row, "prompt"), text_of(row, "response"))
+    return _one_turn(id_, field_text(row, "prompt"), field_text(row, "response"))
 
 
 # ------------------------------------------------------------------------------------------------------ MedDialog
@@ -248,7 +248,7 @@ TOLD = ("疾病", "疾病名称", "病情描述", "希望获得的帮助")
 FORM = (*TOLD, "怀孕情况", "患病多久", "已就诊医院及科室", "用药情况", "过敏史", "既往病史", "预约医生", "检查医院",
         "主诉", "现病史")  # fmt: skip
 ENTRY = re.compile(rf"\s*({'|'.join(sorted(FORM, key=len, reverse=True))})\s*[:：]\s*(.*)")
-# Left over from the form, in which doctors are named and the day is told on which it was filled in.
+# Left over from the form: the name of a doctor, and the day on which it was filled in.
 FORM_LINE = re.compile(r"\s*预约医生\s*[:：].*|.*[（(]\d{4}-\d\d-\d\d填写[）)]\s*")
 
 
@@ -260,7 +260,7 @@ def _read_meddialog(part: Part, source: RawFiles) -> Iterator[Counted]:
     place, lines = "", []
     for number, line in chain(read_lines(part), [(0, "id=0")]):
         if BLOCK.fullmatch(line) and lines:
-            yield from convert_row(Row(place, lines, "\n".join(lines)), {}, _block_chat, objects=False)
+            yield from convert_row(RawRow(place, lines, "\n".join(lines)), {}, _block_chat, objects=False)
             lines = []
         place = place if lines else f"{part.place}:{number}"
         lines.append(line)
@@ -277,7 +277,7 @@ def _block_chat(id_: str, lines: list[str]) -> Chat:
     if "Dialogue" not in names:
         raise UnusableRow("no dialogue" if "Description" in names else "unknown layout")
     turns: list[Message] = []
-    # From behind, because the patient's next words decide what of a description is new.
+    # From the end, because the patient's next words decide what is new in a description.
     for name, body in reversed(sections):
         if name == "Dialogue":
             turns = read_turns(line for line in body if not FORM_LINE.fullmatch(line)) + turns
@@ -292,15 +292,16 @@ def _dialogue_list(id_: str, row: Any) -> Chat:
     turns = row.get("dialogue") if isinstance(row, dict) else row
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise UnusableRow("unknown layout")
-    description = text_of(row, "description") if isinstance(row, dict) else ""
+    description = field_text(row, "description") if isinstance(row, dict) else ""
     messages = read_turns(plain_text(turn, "dialogue") for turn in turns)
     return _trimmed_chat(id_, _described(description.split("\n"), messages) if description else messages)
 
 
 def _described(body: list[str], turns: list[Message]) -> list[Message]:
-    """The turns after what the patient wrote before the talk, less what the patient says again in its first turn.
+    """What the patient wrote before the talk, less what the first turn says again, then the turns.
 
-    Of a form, the entries that tell the case; without a form all of the text."""
+    Of a form, only the entries that describe the case; without a form, all of the text.
+    """
     entries: list[tuple[str, str]] = []
     for line in body:
         if match := ENTRY.fullmatch(line):

@@ -26,6 +26,7 @@ from qilin_med.data.read.formats.reading import (
     texts_of,
 )
 from qilin_med.data.read.tables import ROW_SUFFIXES
+from qilin_med.data.shards import read_json_lines
 from qilin_med.records import Document
 
 Wordings = tuple[str, ...]
@@ -87,7 +88,7 @@ def word(name: str, relation: str, value: str, wordings: Wordings) -> str:
 
 TRIPLE_FIELDS = ("head", "head_type", "relation", "tail", "tail_type")
 FILES_AT_A_TIME = 64
-# Types that say nothing about a thing.
+# Types that say nothing.
 VAGUE_TYPES = ("", "其他", "其它", "未知")
 TRIPLE_WORDINGS = (
     "{name}的{relation}包括{value}。",
@@ -130,9 +131,8 @@ def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
                     stream.write(orjson.dumps([head, number, *others]) + b"\n")
         for file in files:
             triples: dict[str, list[tuple[int, str, str, str]]] = {}
-            with file.open("rb") as stream:
-                for head, *others in map(orjson.loads, stream):
-                    triples.setdefault(head, []).append(others)
+            for head, *others in read_json_lines(file):
+                triples.setdefault(head, []).append(others)
             for head, found in triples.items():
                 yield len(found), Document(f"{part.place}:{found[0][0]}", _passage_of(head, found))
 
@@ -232,7 +232,7 @@ HEALTH39_LISTS = {
     # Foreign names hold blanks themselves.
     "alias": r"[,，;；、]\s*|(?<=[\u4e00-\u9fff])\s+(?=[\u4e00-\u9fff])",
 }
-# Marks of a page that was cut, and what stands where nothing is known.
+# Marks of truncated pages, and fillers for what is unknown.
 CUT_MARKS = re.compile(r"\[详细\]?|^>>|\.{3,}|…+")
 NOTHING_KNOWN = re.compile(r"暂无.*|关资料|应该如何用药？用什么药？")
 

@@ -21,7 +21,7 @@ SEPARATORS = re.compile(r"[\s,，、;；.．。/|]+")
 
 def _read(part: Part, source: RawFiles) -> Iterator[Counted]:
     objects = (row.value for row in read_rows(part) if isinstance(row.value, dict))
-    # A file that tells answers has none of its questions without one, unless broken; test sets tell none.
+    # In a file with answers, a question without one is broken; test sets have none at all.
     answered = any(_answer_of(rename(row, source.columns)) for row in objects)
     for row in read_rows(part):
         yield from convert_row(row, source.columns, partial(_question, answered))

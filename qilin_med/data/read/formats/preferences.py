@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from qilin_med.data.read.formats.chats import checked_turns, history_messages, read_messages, system_message
-from qilin_med.data.read.formats.reading import Fields, UnusableRow, plain_text, row_reader, text_of, unknown_layout
+from qilin_med.data.read.formats.reading import Fields, UnusableRow, field_text, plain_text, row_reader, unknown_layout
 from qilin_med.records import Message, Preference
 
 
@@ -13,8 +13,8 @@ from qilin_med.records import Message, Preference
             "history")  # fmt: skip
 def preference(id_: str, row: Fields) -> Preference:
     if {"question", "response_chosen", "response_rejected"} <= row.keys():
-        question = Message("user", text_of(row, "question"))
-        answers = (text_of(row, field) for field in ("response_chosen", "response_rejected"))
+        question = Message("user", field_text(row, "question"))
+        answers = (field_text(row, field) for field in ("response_chosen", "response_rejected"))
         return _checked_pair(id_, system_message(row) + history_messages(row) + [question], *answers)
     if not {"chosen", "rejected"} <= row.keys() or not row.keys() & {"conversations", "prompt"}:
         raise unknown_layout(
@@ -25,7 +25,7 @@ def preference(id_: str, row: Fields) -> Preference:
     elif isinstance(row["prompt"], list):
         prompt = read_messages(row["prompt"], "prompt")
     else:
-        prompt = [*history_messages(row), Message("user", text_of(row, "prompt"))]
+        prompt = [*history_messages(row), Message("user", field_text(row, "prompt"))]
     prompt = system_message(row) + prompt
     (chosen_before, chosen), (rejected_before, rejected) = (_answer(row[f], f) for f in ("chosen", "rejected"))
     before = chosen_before or rejected_before
@@ -65,11 +65,11 @@ def zhongjing(id_: str, row: Fields) -> Preference:
     """An instruction with two answers, the better one first, or a question with ranked answers: the best, and the worst
     that is another text."""
     if "rank1" in row:
-        question = text_of(row, "query")
-        chosen, *others = (text_of(row, f"rank{number}") for number in range(1, 5))
+        question = field_text(row, "query")
+        chosen, *others = (field_text(row, f"rank{number}") for number in range(1, 5))
         rejected = next((answer for answer in reversed(others) if answer not in ("", chosen)), chosen)
     elif "instruction" in row and isinstance(row.get("output"), list) and len(row["output"]) == 2:
-        question = "\n".join(text for field in ("instruction", "input") if (text := text_of(row, field)))
+        question = "\n".join(text for field in ("instruction", "input") if (text := field_text(row, field)))
         chosen, rejected = (plain_text(answer, "output") for answer in row["output"])
     else:
         raise UnusableRow("unknown layout")

@@ -8,11 +8,10 @@ from typing import Any
 
 from qilin_med.config.corpus import RawFiles
 from qilin_med.data.read.files import Part
-from qilin_med.data.read.tables import ROW_SUFFIXES, Row, read_rows
-from qilin_med.records import RAW_CHARACTERS, Chat, Document, Preference, Question, Skipped
+from qilin_med.data.read.tables import ROW_SUFFIXES, RawRow, read_rows
+from qilin_med.records import RAW_CHARACTERS, AnyRecord, Skipped
 
-Record = Document | Chat | Preference | Question
-Counted = tuple[int, Record | Skipped]
+Counted = tuple[int, AnyRecord | Skipped]
 Fields = dict[str, Any]
 """A row as parsed, under the kind's own names."""
 
@@ -53,7 +52,7 @@ def row_reader(
 
 
 def convert_row(
-    row: Row, columns: dict[str, str], convert: Callable[[str, Any], Any], objects: bool = True
+    row: RawRow, columns: dict[str, str], convert: Callable[[str, Any], Any], objects: bool = True
 ) -> Iterator[Counted]:
     """The records of a row, of which only the first stands for it, or the row skipped."""
     try:
@@ -102,7 +101,7 @@ def plain_text(value: Any, field: str) -> str:
     return value.strip()
 
 
-def text_of(row: Fields, field: str) -> str:
+def field_text(row: Fields, field: str) -> str:
     """The plain text of a field, "" where the row has none."""
     return plain_text(row.get(field), field)
 
