@@ -20,8 +20,8 @@ from qilin_med.prompt.wording import exam_prompt, with_passages
 from qilin_med.retrieve.cutting import cut, find_middle, group_sentences, split_sentences
 from qilin_med.retrieve.index import build, plan_index
 from qilin_med.retrieve.recall import evaluate_retrieval, ranks_of_own
-from qilin_med.retrieve.retriever import Passage, Retriever, fill_prompt, fuse
-from qilin_med.retrieve.search import Bm25, Dense, build_bm25, build_dense, check_encoder_folder, load_encoder
+from qilin_med.retrieve.retriever import Passage, Retriever, fill_prompt
+from qilin_med.retrieve.search import Bm25, Dense, build_bm25, build_dense, check_encoder_folder, fuse, load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 SYMPTOMS = ["发热", "咳嗽", "头痛", "腹泻", "胸闷", "乏力", "皮疹", "失眠"]

@@ -67,7 +67,7 @@ def shingle(texts: Sequence[str], width: int) -> tuple[np.ndarray, np.ndarray]:
     padded = [text if len(text) >= width else text.ljust(width, "\0") for text in texts]
     codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32)
     lengths = np.array([len(text) for text in padded], np.int64)
-    hashes = hash_windows(codes, width)[within(np.cumsum(lengths), width)] if len(texts) else np.empty(0, np.uint64)
+    hashes = hash_windows(codes, width)[within(np.cumsum(lengths), width)]
     return hashes, np.concatenate(([0], np.cumsum(lengths - width + 1)))
 
 

@@ -44,9 +44,7 @@ def cut(texts: Sequence[str], tokenizer: Tokenizer, size: int, overlap: int) -> 
 
 def split_sentences(text: str) -> list[Span]:
     """Sentences with the white space behind them."""
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    borders = [0, *(end for end in ends if end < len(text)), len(text)]
-    return [(start, end) for start, end in pairwise(borders) if start < end]
+    return list(pairwise(sorted({0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)})))
 
 
 def find_middle(text: str, span: Span) -> int:

@@ -234,15 +234,11 @@ def _parquet_rows(part: Part) -> Iterator[RawRow]:
     """Read by record batches; nulls are left out."""
     import pyarrow.parquet  # here, because it takes long to import
 
-    index = 0
     with part.open_bytes() as stream:
         try:
-            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield RawRow(
-                        f"{part.place}#{index}", {name: value for name, value in row.items() if value is not None}
-                    )
-                    index += 1
+            batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
+            for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                yield RawRow(f"{part.place}#{index}", {name: value for name, value in row.items() if value is not None})
         except (pyarrow.ArrowException, OSError) as error:
             message = str(error).splitlines()[0]
             raise UserError(f"{part.place}: no readable .parquet ({message}); write or download it again") from None

@@ -117,9 +117,8 @@ def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
             header: list[str] = []
             for count, (number, line) in enumerate(read_lines(part)):
                 cells = [" ".join(cell.split()) for cell in line.split("\t")]
-                if count == 0 and {"head", "relation", "tail"} <= set(
-                    named := [names.get(c.lower(), "") for c in cells]
-                ):
+                named = [] if count else [names.get(cell.lower(), "") for cell in cells]
+                if {"head", "relation", "tail"} <= set(named):
                     header = named
                     continue
                 try:
