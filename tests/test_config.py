@@ -133,6 +133,4 @@ def test_impossible_combinations():
 
 
 def test_the_reference_of_keys_is_current():
-    assert (ROOT / "configs" / "README.md").read_text() == reference(), (
-        "python -m qilin_med.config.reference > configs/README.md"
-    )
+    assert (ROOT / "configs" / "README.md").read_text() == reference(), "run python -m qilin_med.config.reference"
