@@ -7,26 +7,19 @@ interrupted run asks no question twice; results are computed from the answers, a
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass
+from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qilin_med.artifact import Artifact, digest, fingerprint_model, list_files, sha256_of, versions, write_json
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.console.progress import progress
 from qilin_med.errors import UserError
 from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval
-from qilin_med.evaluate.results import (
-    RETRIEVAL,
-    WITHOUT_EXAMS,
-    read_result,
-    read_samples,
-    result_folder,
-    write_result,
-)
+from qilin_med.evaluate.results import RETRIEVAL, WITHOUT_EXAMS, read_result, read_samples, result_folder, write_result
 from qilin_med.evaluate.tasks.questions import Retrieve, lettered
-from qilin_med.evaluate.tasks.scoring import TASKS, Sample, accuracy_by_facet, submission
+from qilin_med.evaluate.tasks.scoring import TASKS, Sample, accuracy_by_facet
 from qilin_med.model.folder import check_model_folder
 from qilin_med.model.load import load_for_inference, load_tokenizer
 from qilin_med.prompt.wording import option_lines
@@ -41,8 +34,7 @@ CODE = ("evaluate/tasks/*.py", "evaluate/metrics/**/*.py", "evaluate/extraction.
 LIBRARIES = ("lm_eval", "sacrebleu", "rouge-chinese", "jieba", "scikit-learn")
 
 
-@dataclass(frozen=True)
-class Retrieval:
+class Retrieval(NamedTuple):
     """Text before each question: where it comes from, and the fingerprint of that."""
 
     retrieve: Retrieve
@@ -74,7 +66,7 @@ class ModelUnderTest:
     """A model of an experiment; it is loaded when the first question is asked."""
 
     def __init__(self, experiment: Experiment, name: str, folder: Path):
-        self.experiment, self.name, self.folder = experiment, name, folder
+        self.experiment, self.folder = experiment, folder
         check_model_folder(folder)
         self.tokenizer = load_tokenizer(folder, experiment.model.template)
         self.chat = name in experiment.evaluation.chat
@@ -285,9 +277,12 @@ def _with_interval(score: Score) -> dict[str, float]:
 
 
 def write_submission(model: ModelUnderTest, name: str) -> Path:
-    """C-Eval's official file from the samples of a task's result."""
+    """C-Eval's official file, {subject: {id: letter}}, from the samples of a result; an unparsed answer has the letter ""."""
+    answers: dict[str, dict[str, str]] = defaultdict(dict)
+    for sample in read_samples(model.results / name):
+        answers[sample["facets"]["subject"]][str(sample["number"])] = sample["answer"]
     path = model.results / f"{name}.submission.json"
-    write_json(path, submission(list(read_samples(model.results / name))))
+    write_json(path, dict(sorted(answers.items())))
     return path
 
 

@@ -34,16 +34,11 @@ class HeldOut(NamedTuple):
 
 
 def held_out_sets(experiment: Experiment) -> Iterator[HeldOut]:
-    """Every held-out set of the evaluation section whose stage's section gives the limits."""
-    settings = experiment.evaluation
-    wanted: list[tuple[str, str, StageName, Any]] = [
-        *(
-            (f"perplexity {name}", f"documents.{name}", "pretraining", data)
-            for name, data in settings.documents.items()
-        ),
-        ("answer loss", "answers", "sft", settings.answers),
-        ("preference accuracy", "preferences", "dpo", settings.preferences),
-    ]
+    """Every held-out set of the evaluation section whose stage is part of the experiment: the stage sets the limits."""
+    settings, texts = experiment.evaluation, experiment.evaluation.documents
+    wanted = [(f"perplexity {name}", f"documents.{name}", "pretraining", data) for name, data in texts.items()]
+    wanted.append(("answer loss", "answers", "sft", settings.answers))
+    wanted.append(("preference accuracy", "preferences", "dpo", settings.preferences))
     for name, key, stage, data in wanted:
         if data and (section := getattr(experiment, stage)):
             yield HeldOut(name, f"evaluation.{key}", stage, section.model_copy(update={"data": data}))

@@ -70,9 +70,7 @@ def collect_run(experiment: Experiment) -> Run:
     stages = [stage for stage in STAGES if stage in models]
     measured = read_results(experiment)
     held_out = {model: sets.pop(HELD_OUT) for model, sets in measured.items() if HELD_OUT in sets}
-    for model, name, contents in [
-        (m, name, contents) for m, sets in measured.items() for name, contents in sets.items()
-    ]:
+    for model, name, contents in ((model, *named) for model, sets in measured.items() for named in sets.items()):
         questions = name.partition(RETRIEVAL)[0] if contents["retrieval"] else name
         variant = name.removeprefix(questions).strip("_").replace("_", " ")
         label = f"{LABELS[model]} with {variant}" if variant else LABELS[model]
@@ -84,7 +82,6 @@ def collect_run(experiment: Experiment) -> Run:
         is_with_itself = entry["second"] not in models
         comparisons[entry["task"], entry["first" if is_with_itself else "second"], is_with_itself] = entry
     logs = {stage: experiment.stage_folder(stage) / "metrics.jsonl" for stage in stages}
-    metrics = {stage: read_metrics(path) for stage, path in logs.items() if path.exists()}
     # A build (scripts/build_chimed.py) has its manifest beside the folders of its stages.
     sources = [Path(source.path) for stage in stages for source in experiment.stage(stage).data]
     builds = [read_json(path) for source in sources if (path := source.parent / "manifest.json").exists()]
@@ -94,7 +91,7 @@ def collect_run(experiment: Experiment) -> Run:
         experiment=experiment,
         models=models,
         manifests=manifests,
-        metrics={stage: rows for stage, rows in metrics.items() if rows},
+        metrics={stage: rows for stage, path in logs.items() if path.exists() and (rows := read_metrics(path))},
         held_out=held_out,
         results=results,
         comparisons=comparisons,

@@ -30,7 +30,7 @@ PANELS: dict[str, dict[str, Callable[[Row], float | None]]] = {
 def draw_curves(rows: list[Row]) -> Iterator[tuple[str, Markup, str]]:
     """(title, SVG, the picture in words) for each thing that a stage logged."""
     for title, read in PANELS.items():
-        words, lines = [], {name: line for name, value in read.items() if (line := gather(rows, value))}
+        lines, words = {name: line for name, value in read.items() if (line := gather(rows, value))}, []
         for name, line in lines.items():
             _, means, lows, highs = zip(*line, strict=True)
             bounds = f"(lowest {min(lows):.4g}, highest {max(highs):.4g})"
@@ -83,11 +83,11 @@ def _draw(title: str, lines: dict[str, Line]) -> Markup:
     return Markup("".join([frame, *parts, "</svg>"]))
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) from low to high."""
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers (1, 2 or 5 times a power of ten apart) from low to high."""
     if high <= low:
         return [low]
-    rough = (high - low) / count
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough * 0.999)
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -5,8 +5,8 @@ bootstrap serves all of them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -16,8 +16,7 @@ SEED = 12345
 _AT_ONCE = 100  # resamples computed together: bounds the memory for large test sets
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """`rows` [questions, statistics] and the function that turns means [..., statistics] into scores [...]."""
 
     rows: np.ndarray
@@ -34,12 +33,16 @@ def mean_score(values: list[float]) -> Score:
 
 def bootstrap_interval(score: Score, level: float = 0.95, seed: int = SEED) -> tuple[float, float]:
     """Percentile interval of a score over resampled questions (Efron and Tibshirani 1993, chapter 13)."""
+    return _interval(_resample(score, seed), level)
+
+
+def _interval(resampled: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     tail = 50 * (1 - level)
-    low, high = np.percentile(_resample(score, seed), [tail, 100 - tail])
+    low, high = np.percentile(resampled, [tail, 100 - tail])
     return float(low), float(high)
 
 
-def paired_bootstrap(first: Score, second: Score, level: float = 0.95, seed: int = SEED) -> dict[str, float]:
+def paired_bootstrap(first: Score, second: Score) -> dict[str, float]:
     """Difference second - first on the same questions in the same order: value, interval and two-sided p-value.
 
     p is the share of resampled differences that lie as far from their own mean as the observed difference from 0, with
@@ -47,13 +50,11 @@ def paired_bootstrap(first: Score, second: Score, level: float = 0.95, seed: int
     """
     if len(first.rows) != len(second.rows):
         raise ValueError(f"paired scores need the same questions: found {len(first.rows)} and {len(second.rows)}")
-    differences, observed = _resample(second, seed) - _resample(first, seed), second.value() - first.value()
+    differences, observed = _resample(second) - _resample(first), second.value() - first.value()
     # Sums of the same values in another order differ in their last bits.
     as_far = int((np.abs(differences - differences.mean()) >= abs(observed) - 1e-12).sum())
-    tail = 50 * (1 - level)
-    low, high = np.percentile(differences, [tail, 100 - tail])
-    p = (as_far + 1) / (len(differences) + 1)
-    return {"difference": observed, "low": float(low), "high": float(high), "p": p}
+    low, high = _interval(differences)
+    return {"difference": observed, "low": low, "high": high, "p": (as_far + 1) / (RESAMPLES + 1)}
 
 
 def mcnemar(first: list[int], second: list[int]) -> dict[str, float]:
@@ -67,7 +68,7 @@ def mcnemar(first: list[int], second: list[int]) -> dict[str, float]:
     return {"difference": (gained - lost) / len(pairs), "gained": gained, "lost": lost, "p": float(p)}
 
 
-def _resample(score: Score, seed: int) -> np.ndarray:
+def _resample(score: Score, seed: int = SEED) -> np.ndarray:
     """The score of every resample [RESAMPLES] of as many questions, drawn with replacement."""
     questions = len(score.rows)
     parts = np.split(_draw(questions, seed), RESAMPLES // _AT_ONCE)

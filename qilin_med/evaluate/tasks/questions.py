@@ -35,9 +35,8 @@ def load_questions(
 ) -> dict[str, Any]:  # fmt: skip
     """Exam files or consultations as splits "test" and "fewshot", and the number of unusable rows by reason as "skipped".
 
-    `explained`: only questions that have a reference explanation. A consultation's answer is the first of several.
-    UserError: a test file is missing or holds no usable question. Missing worked examples are left out: a task that
-    asks for none runs without them.
+    `explained`: only questions with a reference explanation. Of a consultation's answers the first counts. A missing file
+    of worked examples is passed over: a task may ask for none. UserError: a test file is missing or has no usable question.
     """
     asked, skipped = _read(kind, test, columns)
     shots, _ = _read(kind, [path for path in _listed(fewshot) if Path(path).exists()], columns)
@@ -46,7 +45,7 @@ def load_questions(
     if explained:
         kept = [row for row in asked if row["explanation"]]
         if not kept:
-            raise UserError(f"{_listed(test)}: no question has an explanation; name a file that tells explanations")
+            raise UserError(f"{_listed(test)}: no question has an explanation; name a file that has explanations")
         skipped |= {"no explanation": len(asked) - len(kept)} if len(kept) < len(asked) else {}
         asked = kept
     return {"test": _dataset(asked, retrieve), "fewshot": Dataset.from_list(shots), "skipped": skipped}
@@ -91,12 +90,9 @@ def _read(kind: Kind, paths: str | Iterable[str], columns: dict[str, str] | None
         elif size:  # a further record of the same row has none
             row = {"id": record.id, "place": place, "number": size_of[place] - 1, "context": "", "sources": []}
             if isinstance(record, Question):
-                row |= {"stem": record.stem, "answer": record.answer, "explanation": record.explanation}
-                row |= {
-                    "letters": [letter for letter, _ in record.options],
-                    "options": [text for _, text in record.options],
-                }
-                row["facets"] = [list(facet) for facet in record.facets]
+                letters, texts = map(list, zip(*record.options, strict=True))
+                row |= {"stem": record.stem, "letters": letters, "options": texts, "answer": record.answer}
+                row |= {"explanation": record.explanation, "facets": [list(facet) for facet in record.facets]}
             else:
                 question, answer = record.messages[-2:]
                 row |= {"stem": question.content, "answer": answer.content, "facets": []}

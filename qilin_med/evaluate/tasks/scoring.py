@@ -6,8 +6,7 @@ every choice in order.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from qilin_med.evaluate.extraction import extract_letters, split_explanation
 from qilin_med.evaluate.metrics.statistics import Score, choice_scores, exact_match, mean_of_groups, mean_score
 from qilin_med.evaluate.metrics.text import score_text, text_scores
 from qilin_med.evaluate.tasks.questions import Row, lettered
-from qilin_med.evaluate.tasks.subjects import CATEGORIES, HARD, MEDICAL
+from qilin_med.evaluate.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS
 
 Results = list[Any]
 Sample = dict[str, Any]
@@ -62,19 +61,17 @@ def exam_scores(samples: list[Sample]) -> dict[str, Score]:
 
 def ceval_scores(samples: list[Sample]) -> dict[str, Score]:
     """Averages over subjects, all and by official category, and the three medical subjects."""
-    groups = {"average": samples}
-    for category in CATEGORIES:
-        in_category = [sample for sample in samples if sample["facets"]["category"] == category]
-        groups[f"average_{category.lower().replace(' ', '_')}"] = in_category
-    groups["average_hard"] = [sample for sample in samples if sample["facets"]["subject"] in HARD]
-    groups |= {subject: [s for s in samples if s["facets"]["subject"] == subject] for subject in MEDICAL}
+    groups = {"average": SUBJECTS}
+    groups |= {f"average_{category.lower().replace(' ', '_')}": names for category, names in CATEGORIES.items()}
+    groups |= {"average_hard": HARD, **{subject: [subject] for subject in MEDICAL}}
     scores = {}
-    for name, group in groups.items():
-        right = [sample["score"]["accuracy"] for sample in group]
-        if right and name in MEDICAL:
+    for name, members in groups.items():
+        asked = [sample for sample in samples if sample["facets"]["subject"] in members]
+        right = [sample["score"]["accuracy"] for sample in asked]
+        if asked and name in MEDICAL:
             scores[name] = mean_score(right)
-        elif right:
-            scores[name] = mean_of_groups(right, [sample["facets"]["subject"] for sample in group])
+        elif asked:
+            scores[name] = mean_of_groups(right, [sample["facets"]["subject"] for sample in asked])
     return scores | exam_scores(samples)
 
 
@@ -93,17 +90,8 @@ def accuracy_by_facet(samples: list[Sample]) -> dict[str, dict[str, Score]]:
     }
 
 
-def submission(samples: list[Sample]) -> dict[str, dict[str, str]]:
-    """C-Eval's official form: {subject: {id: letter}}; a question that got no letter has ""."""
-    answers: dict[str, dict[str, str]] = defaultdict(dict)
-    for sample in samples:
-        answers[sample["facets"]["subject"]][str(sample["number"])] = sample["answer"]
-    return {subject: answers[subject] for subject in sorted(answers)}
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Beside the task file, which names the function that scores one question."""
+class Scoring(NamedTuple):
+    """What the task file does not say; it names the function that scores one question."""
 
     answer: Callable[[Row, Results], str]
     gold: str
