@@ -57,7 +57,7 @@ def ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], subm
 
     split = {"split": "test"} if submission else {}
     settings = {task: experiment.evaluation.tasks.get(task, TaskSettings()).model_copy(update=split) for task in tasks}
-    # A wrong name or path is told before any model is loaded.
+    # A wrong name or path is reported before any model is loaded.
     kinds = {task: harness.describe_task(task, settings[task])["task"] for task in tasks}
     sources = harness.open_retrievals(experiment) if retrieval else {"": None}
     for name, folder in folders.items():

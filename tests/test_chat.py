@@ -1,7 +1,6 @@
 """Chat asks and answers as evaluation does, in the terminal, from a pipe and on the page, with tiny random models."""
 
 import io
-import json
 import os
 import pty
 import select
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import write_rows
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 
@@ -46,11 +46,10 @@ def settings(tmp_path_factory, small_tokenizer) -> tuple[str, list[str]]:
     folder = tmp_path_factory.mktemp("chat")
     write_model(folder / "base", small_tokenizer, 3, POSITIONS["base"])  # seeds of long greedy answers
     write_model(folder / "run/sft/merged", small_tokenizer, 4, POSITIONS["sft"])
-    rows = [json.dumps({"text": text, "id": f"书{number}"}, ensure_ascii=False) for number, text in enumerate(CORPUS)]
-    (folder / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    return str(ROOT / "configs/demo.json"), [
-        f"model.path={folder / 'base'}", f"output_dir={folder / 'run'}", f"retrieval.corpus=[\"{folder / 'corpus.jsonl'}\"]",
-    ]  # fmt: skip
+    rows = [{"text": text, "id": f"书{number}"} for number, text in enumerate(CORPUS)]
+    corpus = write_rows(folder / "corpus.jsonl", rows)
+    overrides = [f"model.path={folder / 'base'}", f"output_dir={folder / 'run'}", f'retrieval.corpus=["{corpus}"]']
+    return str(ROOT / "configs/demo.json"), overrides
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +93,11 @@ def in_template(tokenizer, turns, question: str) -> list[int]:
 
 @pytest.mark.parametrize("with_passages", [False, True])
 def test_prompts_and_answers_are_evaluations(name, model, experiment, folders, retriever, with_passages, tmp_path):
-    rows = [json.dumps({"questions": [text], "answers": ["应当就诊。"]}, ensure_ascii=False) for text in QUESTIONS]
-    (tmp_path / "asked.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    own = experiment.model_copy(update={"output_dir": str(tmp_path)})
-    task = TaskSettings(test=[str(tmp_path / "asked.jsonl")], max_new_tokens=LENGTH)
-    retrieval = (
-        Retrieval(lambda asked: retriever.contexts([text for text, _ in asked]), "index") if with_passages else None
-    )
-    under_test = ModelUnderTest(own, name, folders[name])
-    run_task(under_test, "huatuo26m_generate", task, retrieval)
+    rows = [{"questions": [text], "answers": ["应当就诊。"]} for text in QUESTIONS]
+    task = TaskSettings(test=[str(write_rows(tmp_path / "asked.jsonl", rows))], max_new_tokens=LENGTH)
+    retrieval = Retrieval(lambda asked: retriever.contexts([text for text, _ in asked]), "index")
+    under_test = ModelUnderTest(experiment.model_copy(update={"output_dir": str(tmp_path)}), name, folders[name])
+    run_task(under_test, "huatuo26m_generate", task, retrieval if with_passages else None)
     samples = list(read_samples(under_test.results / "huatuo26m_generate"))
     assert len(samples) == len(QUESTIONS)
     for sample, text in zip(samples, QUESTIONS, strict=True):

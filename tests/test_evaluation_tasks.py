@@ -1,6 +1,5 @@
 """The tasks of configs/tasks on a tiny random model: scores by hand, counts, traces, kill and resume."""
 
-import csv
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from reading import write_rows
 from tiny_models import write_model
 
 from qilin_med.artifact import Artifact
@@ -58,20 +58,6 @@ def exam_rows(count: int, start: int = 0) -> list[dict[str, str]]:
     return rows
 
 
-def write_csv(path: Path, rows: list[dict[str, str]]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
-
-
-def write_lines(path: Path, rows: list[dict]) -> str:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def write_ceval(path: Path) -> str:
     """An archive like C-Eval's with three subjects: 5 worked examples, 4 questions of val and of test."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -90,9 +76,9 @@ def world(tmp_path_factory, small_tokenizer) -> Experiment:
     """Files, two models and the experiment that names them."""
     folder = tmp_path_factory.mktemp("evaluation")
     data = folder / "data"
-    test, val = write_csv(data / "test.csv", exam_rows(23)), write_csv(data / "val.csv", exam_rows(6, start=100))
-    rows = [{"questions": [f"{symptom}怎么办"], "answers": [f"{symptom}应当就诊。"]} for symptom in SYMPTOMS]
-    huatuo = write_lines(data / "huatuo.jsonl", rows)
+    consultations = [{"questions": [f"{symptom}怎么办"], "answers": [f"{symptom}应当就诊。"]} for symptom in SYMPTOMS]
+    rows = {"test.csv": exam_rows(23), "val.csv": exam_rows(6, start=100), "huatuo.jsonl": consultations}
+    test, val, huatuo = (str(write_rows(data / name, contents)) for name, contents in rows.items())
     write_model(folder / "base", small_tokenizer, seed=0)
     write_model(folder / "run/sft/merged", small_tokenizer, seed=1)
     exam = TaskSettings(test=[test], fewshot=[val], max_new_tokens=12)
@@ -109,14 +95,10 @@ def world(tmp_path_factory, small_tokenizer) -> Experiment:
         "lora": {"rank": 2, "alpha": 2, "dropout": 0.0},
     }  # fmt: skip
     return Experiment(
-        name="evaluation",
-        seed=1,
-        output_dir=str(folder / "run"),
+        name="evaluation", seed=1, output_dir=str(folder / "run"), launch={"device": "cpu"}, sft=sft,
         model={"path": str(folder / "base"), "template": "qilin", "dtype": "float32"},
-        launch={"device": "cpu"},
-        sft=sft,
         evaluation={"batch_size": 4, "tasks": {name: task.model_dump() for name, task in tasks.items()}},
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +169,8 @@ def test_prompts_are_the_papers(results, models):
 def test_worked_examples_come_from_their_file(world, models):
     settings = world.evaluation.tasks["cmexam_letters"].model_copy(update={"shots": 2, "limit": 3})
     result = run_task(models["sft"], "cmexam_letters", settings, suffix="_2shot")
-    prompt = samples_of(models["sft"], "cmexam_letters_2shot")[2]["prompt"]
     assert result["shots"] == 2 and len(result["files"]["fewshot"]) == 1
-    turns = prompt.split("<reserved_102>")
+    turns = samples_of(models["sft"], "cmexam_letters_2shot")[2]["prompt"].split("<reserved_102>")
     assert len(turns) == 4
     assert "第100位" in turns[1] and turns[1].endswith("<reserved_103>答案：AC\n解释：因为发热。</s>")
     assert "第2位" in turns[3] and turns[3].endswith("<reserved_103>答案：")
@@ -214,14 +195,10 @@ def test_counts_and_metrics_are_those_of_the_samples(results, models):
 
 def test_questions_are_all_asked(results):
     asked = {task: result["counts"]["questions"] for (name, task), result in results.items() if name == "base"}
-    exam = dict.fromkeys(("cmexam_generate", "cmexam_letters", "cmexam_options"), 23)
     assert asked == {
-        **exam,
-        "cmexam_reasoning": 19,
-        "ceval_generate": 12,
-        "ceval_letters": 12,
-        "huatuo26m_generate": 10,
-    }
+        "cmexam_generate": 23, "cmexam_letters": 23, "cmexam_options": 23, "cmexam_reasoning": 19, "ceval_generate": 12,
+        "ceval_letters": 12, "huatuo26m_generate": 10,
+    }  # fmt: skip
     assert results["base", "cmexam_reasoning"]["counts"]["skipped"] == {"no explanation": 4}
 
 
@@ -243,12 +220,12 @@ def test_answers_that_cannot_be_parsed_are_wrong_and_counted(results, models):
 
 
 def test_ceval_averages_over_subjects(results, models):
-    metrics, samples = results["base", "ceval_letters"]["metrics"], samples_of(models["base"], "ceval_letters")
-    of = {
-        subject: [sample["score"]["accuracy"] for sample in samples if sample["facets"]["subject"] == subject]
-        for subject in ("physician", "advanced_mathematics", "law")
-    }
-    means = {subject: sum(scores) / 4 for subject, scores in of.items()}
+    metrics, means = (
+        results["base", "ceval_letters"]["metrics"],
+        dict.fromkeys(("physician", "advanced_mathematics", "law"), 0),
+    )
+    for sample in samples_of(models["base"], "ceval_letters"):
+        means[sample["facets"]["subject"]] += sample["score"]["accuracy"] / 4
     assert metrics["average"]["value"] == pytest.approx(sum(means.values()) / 3)
     assert metrics["physician"]["value"] == means["physician"]
     assert metrics["average_humanities"]["value"] == means["law"]
@@ -285,7 +262,7 @@ def test_held_out_measures_are_those_of_each_row_alone(world, models, tmp_path, 
     pairs = [{"prompt": f"{s}怎么办", "chosen": f"{s}应当就诊。", "rejected": f"{s}不必就诊。"} for s in SYMPTOMS]
     chats = [{"instruction": pair["prompt"], "input": "", "output": pair["chosen"]} for pair in pairs]
     files = {"texts": [{"text": pair["chosen"] * 9} for pair in pairs], "chats": chats, "pairs": pairs}
-    files = {name: [write_lines(tmp_path / f"{name}.jsonl", rows)] for name, rows in files.items()}
+    files = {name: [str(write_rows(tmp_path / f"{name}.jsonl", rows))] for name, rows in files.items()}
     held_out = {"documents": {"notes": files["texts"]}, "answers": files["chats"], "preferences": files["pairs"]}
     settings = world.model_dump(mode="json")
     stage = {key: settings["sft"][key] for key in ("data", "epochs", "batch_size_per_device", "learning_rate")}
@@ -438,16 +415,12 @@ def test_models_are_compared_on_the_same_questions(results, world):
 
 
 def test_one_task_asks_several_sets_of_questions(world, models, results, tmp_path):
-    settings = world.evaluation.tasks["cmexam_letters"]
-    named = settings.model_copy(
-        update={"task": "cmexam_letters", "test": [write_csv(tmp_path / "more.csv", exam_rows(3))]}
-    )
-    result = run_task(models["base"], "children", named)
+    other = {"task": "cmexam_letters", "test": [str(write_rows(tmp_path / "more.csv", exam_rows(3)))]}
+    settings = world.evaluation.tasks["cmexam_letters"].model_copy(update=other)
+    result = run_task(models["base"], "children", settings)
     assert (result["task"], result["counts"]["questions"]) == ("cmexam_letters", 3)
-    outputs = [
-        [sample["output"] for sample in samples_of(models["base"], name)] for name in ("children", "cmexam_letters")
-    ]
-    assert outputs[0] == outputs[1][:3]
+    here, there = (samples_of(models["base"], name) for name in ("children", "cmexam_letters"))
+    assert [sample["output"] for sample in here] == [sample["output"] for sample in there[:3]]
 
 
 def test_preference_pairs_are_compared(world, tmp_path):
@@ -464,11 +437,8 @@ def test_preference_pairs_are_compared(world, tmp_path):
 
 
 def test_retrieved_text_stands_before_the_question_and_is_recorded(world, models):
-    def retrieve(questions):
-        return [
-            (f"资料：{stem[:3]}{len(options)}\n", [f"source {number}"])
-            for number, (stem, options) in enumerate(questions)
-        ]
+    def retrieve(asked):
+        return [(f"资料：{stem[:3]}{len(options)}\n", [f"source {n}"]) for n, (stem, options) in enumerate(asked)]
 
     settings = world.evaluation.tasks["cmexam_letters"].model_copy(update={"limit": 2, "shots": 1})
     result = run_task(models["sft"], "cmexam_letters", settings, Retrieval(retrieve, "an index"), "_retrieval")
@@ -498,12 +468,8 @@ def test_mistakes_are_told(world, models, task, settings, message):
 def test_the_tasks_run_without_our_command(world, models, results, monkeypatch, tmp_path):
     """From another folder, with the harness's own model class, as `lm_eval --include_path configs/tasks` runs them."""
     monkeypatch.chdir(tmp_path)
-    settings = world.evaluation.tasks["cmexam_letters"]
-    tasks = TaskManager(
-        include_path=str(ROOT / "configs/tasks"),
-        include_defaults=False,
-        metadata={"test": settings.test[0], "fewshot": []},
-    )
+    metadata = {"test": world.evaluation.tasks["cmexam_letters"].test[0], "fewshot": []}
+    tasks = TaskManager(include_path=str(ROOT / "configs/tasks"), include_defaults=False, metadata=metadata)
     lm = HFLM(pretrained=models["base"].lm.lm.model, tokenizer=models["base"].tokenizer, batch_size=4)
     found = simple_evaluate(lm, tasks=["cmexam_letters"], task_manager=tasks, bootstrap_iters=0)["results"]
     expected = results["base", "cmexam_letters"]["metrics"]["accuracy"]["value"]
@@ -513,16 +479,8 @@ def test_the_tasks_run_without_our_command(world, models, results, monkeypatch, 
 def test_the_command(world, results, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(world.model_dump_json(), encoding="utf-8")
-    command = [
-        sys.executable,
-        "scripts/evaluate.py",
-        "--config",
-        str(config),
-        "--tasks",
-        "cmexam_letters",
-        "--models",
-        "base",
-    ]
+    command = [sys.executable, "scripts/evaluate.py", "--config", str(config)]
+    command += ["--tasks", "cmexam_letters", "--models", "base"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines()[-1].startswith("base cmexam_letters: 23 questions; accuracy ")  # behind progress

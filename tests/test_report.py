@@ -58,20 +58,16 @@ def compared(task: str, first: str, second: str, metric: str, **values: object) 
 def run(tmp_path) -> Run:
     """Base, CPT, and SFT with and without retrieval; DPO was not run."""
     folder = tmp_path / "run"
-    experiment = load_experiment(
-        ROOT / "configs/demo.json", [f"output_dir={folder}", f"model.path={tmp_path / 'base'}"]
-    )
+    overrides = [f"output_dir={folder}", f"model.path={tmp_path / 'base'}"]
+    experiment = load_experiment(ROOT / "configs/demo.json", overrides)
     prints = {"base": "f" * 64} | {stage: publish(experiment, stage) for stage in ("pretraining", "sft")}
     for model, accuracy in (("base", 0.24), ("pretraining", 0.489), ("sft", 0.581)):
         write_result(folder, model, "exam", {"accuracy": measure(accuracy)}, prints[model])
     write_result(folder, "sft", "exam_retrieval", {"accuracy": measure(0.6)}, prints["sft"], retrieval="r" * 64)
     subjects = {"average": measure(0.25), "physician": measure(0.5), "accuracy": measure(0.3)}
     write_result(folder, "sft", "ceval", subjects, prints["sft"], task="ceval_letters", shots=5)
-    texts = {
-        f"{name}_{unit}": measure(1.5)
-        for name in ("bleu1", "bleu4", "rouge1", "rouge2", "rougeL")
-        for unit in ("char", "word")
-    }
+    names = ("bleu1", "bleu4", "rouge1", "rouge2", "rougeL")
+    texts = {f"{name}_{unit}": measure(1.5) for name in names for unit in ("char", "word")}
     write_result(folder, "sft", "told", texts, prints["sft"], task="cmexam_reasoning")
     for model, perplexity, share in (("base", 3.0, 0.54), ("pretraining", 12.5, 0.32)):
         measures = {
@@ -236,7 +232,7 @@ def test_text_from_data_stays_text(run):
     assert markdown_table([{"a": "x\u2028y\r\n\\|"}]).splitlines()[2] == "| x<br>y<br>\\\\\\| |"
 
 
-def test_cards_leave_seal_and_fingerprint_alone(run):
+def test_cards_leave_manifest_and_fingerprint_alone(run):
     before = {stage: fingerprint_model(run.models[stage]) for stage in run.manifests}
     assert len(list(write_cards(run))) == 2
     card = run.models["sft"] / "README.md"
@@ -255,9 +251,8 @@ def test_the_page_opens_alone_and_fits_a_phone(run):
     page = write_report(run, "c.json", [])
     playwright = pytest.importorskip("playwright.sync_api").sync_playwright()
     with playwright as play:
-        browser = play.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
-        )
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
         tab = browser.new_page(viewport={"width": 390, "height": 844})
         messages, requests = [], []
         tab.on("console", lambda message: messages.append(message.text))
@@ -276,9 +271,8 @@ def test_the_page_opens_alone_and_fits_a_phone(run):
 def test_scripts_tell_what_is_missing_and_print_differences(tmp_path):
     command = [sys.executable, "scripts/report.py", "--config", "configs/demo.json", f"output_dir={tmp_path}"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (
-        ended.returncode != 0 and "no finished stage and no results" in ended.stderr and "Traceback" not in ended.stderr
-    )
+    assert ended.returncode != 0 and "no finished stage and no results" in ended.stderr
+    assert "Traceback" not in ended.stderr
     command = [sys.executable, "scripts/paper_diff.py", "configs/qilin_med_7b.json", "--gpus", "8"]
     assert subprocess.check_output(command, cwd=ROOT, text=True) == "no setting differs from the paper's\n"
     overrides = ["dpo.global_batch_size=null", "dpo.batch_size_per_device=8"]

@@ -13,7 +13,7 @@ from qilin_med.config.experiment import STAGES, Experiment, StageName
 from qilin_med.console.progress import progress
 from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.errors import UserError
-from qilin_med.evaluate.harness import check_backend, check_room, describe_task, load_task, quiet_harness
+from qilin_med.evaluate.harness import check_backend, check_room, describe_task, load_task
 from qilin_med.evaluate.held_out import held_out_sets
 from qilin_med.model.load import check_packages
 from qilin_med.plan.duration import Rates, stage_duration
@@ -70,7 +70,6 @@ def check_evaluation(findings: Findings, experiment: Experiment, base: Model | N
         yield [held_out.name, *data_cells(data), ""]
     with findings.collecting():
         check_backend(experiment)
-    quiet_harness()
     for name, settings in experiment.evaluation.tasks.items():
         cells = ["-", "-"]
         if not any([findings.is_awaited(path) for path in (*settings.test, *settings.fewshot)]):

@@ -10,6 +10,7 @@ _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # qilin_med.console.progress draws the only bar
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -22,7 +23,7 @@ def quiet_libraries() -> None:
     """Call before they are imported."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    for name in ("bitsandbytes", "DeepSpeed", "accelerate", "torch.distributed"):
+    for name in ("bitsandbytes", "DeepSpeed", "accelerate", "torch.distributed", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed's import sets its level anew, and whatever saves a model imports it.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

@@ -5,7 +5,6 @@ interrupted run asks no question twice; results are computed from the answers, a
 """
 
 import importlib.util
-import logging
 import os
 from collections import defaultdict
 from functools import cached_property
@@ -35,14 +34,14 @@ LIBRARIES = ("lm_eval", "sacrebleu", "rouge-chinese", "jieba", "scikit-learn")
 
 
 class Retrieval(NamedTuple):
-    """Text before each question: where it comes from, and the fingerprint of that."""
+    """Where the text before each question comes from, and a fingerprint of that."""
 
     retrieve: Retrieve
     fingerprint: str
 
 
 def open_retrievals(experiment: Experiment) -> dict[str, Retrieval]:
-    """By the ending of their results' names: from all sources, and from all but those that stem from exams."""
+    """By the ending of result names: from all sources, and from all but `retrieval.exam_sources`."""
     from qilin_med.retrieve.retriever import Retriever
 
     settings = experiment.retrieval
@@ -125,7 +124,6 @@ def run_task(
     """
     from lm_eval.evaluator import evaluate
 
-    quiet_harness()
     inputs = {**describe_task(name, settings), **model.facts, "retrieval": retrieval.fingerprint if retrieval else None}
     # Plain text after worked examples goes on with a further question; in a chat the template ends the answer.
     inputs["until"] = ["\n\n"] if inputs["shots"] and not model.chat and inputs["max_new_tokens"] else []
@@ -284,8 +282,3 @@ def write_submission(model: ModelUnderTest, name: str) -> Path:
     path = model.results / f"{name}.submission.json"
     write_json(path, dict(sorted(answers.items())))
     return path
-
-
-def quiet_harness() -> None:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)

@@ -20,7 +20,6 @@ jieba.setLogLevel(logging.WARNING)
 UNITS = ("char", "word")
 ROUGE = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
 BLEU_ORDERS = (1, 4)
-ORDERS = max(BLEU_ORDERS)
 _BLEU, _ROUGE = BLEU(tokenize="none", force=True, smooth_method="none"), Rouge()
 
 Row = dict[str, Any]
@@ -36,9 +35,9 @@ def score_text(prediction: str, reference: str) -> Row:
     row: Row = {}
     for unit in UNITS:
         tokens, expected = split_text(prediction, unit), split_text(reference, unit)
-        length, reference_length, *counts = _bleu_counts(tokens, expected)
+        bleu = _BLEU.corpus_score([" ".join(tokens)], [[" ".join(expected)]])
         for order in BLEU_ORDERS:
-            row[f"bleu{order}_{unit}"] = [length, reference_length, *counts[:order], *counts[ORDERS : ORDERS + order]]
+            row[f"bleu{order}_{unit}"] = [bleu.sys_len, bleu.ref_len, *bleu.counts[:order], *bleu.totals[:order]]
         row |= {f"{name}_{unit}": value for name, value in _rouge(tokens, expected).items()}
     return row
 
@@ -66,13 +65,6 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
 def corpus_bleu(rows: list[list[int]]) -> float:
     """Corpus BLEU in points of all rows' counts, as lm-evaluation-harness aggregates."""
     return float(bleu_of_counts(np.sum(rows, axis=0, dtype=float)))
-
-
-def _bleu_counts(tokens: list[str], expected: list[str]) -> list[int]:
-    if not tokens or not expected:
-        return [len(tokens), len(expected)] + [0] * ORDERS + [max(len(tokens) - n, 0) for n in range(ORDERS)]
-    score = _BLEU.corpus_score([" ".join(tokens)], [[" ".join(expected)]])
-    return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
 
 def _rouge(tokens: list[str], expected: list[str]) -> dict[str, float]:
