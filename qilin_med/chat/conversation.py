@@ -33,7 +33,7 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 class ChatPrompt(NamedTuple):
     ids: list[int]
     until: str | None
-    """Text that ends the answer, beside EOS."""
+    """Text that ends the answer, as EOS does."""
     note: str
     """What did not fit, for the reader; "" if nothing."""
 
@@ -95,10 +95,8 @@ class ChatModel:
 
         def watch(ids: torch.Tensor, *_, **__) -> bool:
             # Decoded as a whole: pieces need not add up to it. Bytes become a character, or not, with those that follow.
-            text = decode(ids)
-            if not text.endswith("\ufffd") and not BYTE.fullmatch(
-                self.tokenizer.convert_ids_to_tokens(int(ids[0, -1]))
-            ):
+            text, newest = decode(ids), self.tokenizer.convert_ids_to_tokens(int(ids[0, -1]))
+            if not text.endswith("\ufffd") and not BYTE.fullmatch(newest):
                 texts.put(text)
             return stopped.is_set()
 

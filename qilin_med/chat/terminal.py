@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 def answer(model: ChatModel, retriever: Retriever | None, turns: list[Turn], question: str) -> str:
-    """Printed as it grows; returned as far as it came. UserError: the question cannot be asked."""
+    """Print the answer as it grows; return it, or what there is of it after Ctrl-C. UserError: the question cannot be asked."""
     asked = look_up(retriever, question)
     prompt = model.prompt(turns, asked)
     if prompt.note:

@@ -125,7 +125,7 @@ def run_task(
     from lm_eval.evaluator import evaluate
 
     inputs = {**describe_task(name, settings), **model.facts, "retrieval": retrieval.fingerprint if retrieval else None}
-    # Plain text after worked examples goes on with a further question; in a chat the template ends the answer.
+    # After worked examples a model in plain text goes on to invent a question; in a chat the template ends the answer.
     inputs["until"] = ["\n\n"] if inputs["shots"] and not model.chat and inputs["max_new_tokens"] else []
     artifact = Artifact(model.results / f"{name}{suffix}", inputs)
     if artifact.state().name == "done":

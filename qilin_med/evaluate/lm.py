@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's Hugging Face model, with shared beginnings of prompts computed once, and its cache of answers.
+"""lm-evaluation-harness's Hugging Face model, with shared prefixes of prompts computed once, and its cache of answers.
 
 The choices of a question are scored in one row, as branches of a tree: the prompt, then every choice, each of which sees
 the prompt and itself. Prompts that begin alike (instructions, worked examples) are batched together, and what they share
@@ -30,7 +30,7 @@ Ids = tuple[int, ...]
 Answer = tuple[float, bool]
 """Summed log-probability of a choice, and whether each of its tokens is the most likely one."""
 
-SHARED_TOKENS = 32  # prompts that agree on so many tokens are batched together; shorter beginnings are not shared
+SHARED_TOKENS = 32  # prompts that share this many first tokens are batched together; a shorter prefix is not worth it
 POSITIONS_AT_ONCE = 1024  # logits of 256 MiB with a vocabulary of 64k in fp32
 
 
@@ -85,7 +85,7 @@ class SharedPrefixLM(HFLM):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-        self._beginning: tuple[Ids, DynamicCache] | None = None
+        self._prefilled: tuple[Ids, DynamicCache] | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Ranks wait for the slowest one, which may be measuring something else.
             patient = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
@@ -102,14 +102,14 @@ class SharedPrefixLM(HFLM):
         if self.cache_hook.dbdict is not None:
             self.cache_hook.dbdict.commit()
 
-    def _begin(self, prefix: Ids, rows: int) -> DynamicCache:
-        """Keys and values of a beginning for so many rows. The newest beginning is kept."""
-        if self._beginning is None or self._beginning[0] != prefix:
+    def _prefill(self, prefix: Ids, rows: int) -> DynamicCache:
+        """Keys and values of a prefix, repeated for `rows` rows. The latest prefix is kept."""
+        if self._prefilled is None or self._prefilled[0] != prefix:
             cache = DynamicCache(config=self.model.config)
             ids = torch.tensor([prefix], device=self.device)
             self.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-            self._beginning = prefix, cache
-        cache = copy.deepcopy(self._beginning[1])
+            self._prefilled = prefix, cache
+        cache = copy.deepcopy(self._prefilled[1])
         cache.batch_repeat_interleave(rows)
         return cache
 
@@ -142,7 +142,7 @@ class SharedPrefixLM(HFLM):
     @torch.no_grad()
     def _score(self, batch: list[Tree], shared: int) -> list[list[Answer]]:
         """Answers for every choice of every tree; the first `shared` tokens of the prompts agree."""
-        cache = self._begin(batch[0].context[:shared], len(batch)) if shared else None
+        cache = self._prefill(batch[0].context[:shared], len(batch)) if shared else None
         ids, positions, branches, predictions = (tensor.to(self.device) for tensor in _lay_out(batch, shared))
         mask = _mask(branches, shared, self.model.dtype)
         read = self.model.get_decoder()(
@@ -180,19 +180,19 @@ class SharedPrefixLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **settings: Any
     ) -> torch.Tensor:
-        """HFLM's own, after the beginning that all prompts [B, T] (padded on the left) share."""
+        """HFLM's own, after the prefix that all prompts [B, T] (padded on the left) share."""
         self._write_cache()  # what the last batch answered
         # Room for the whole answer from the start: a growing cache is copied for every token, a third of the time on a CPU.
         cache = StaticCache(config=self.model.config, max_cache_len=max_length)
         rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(context, attention_mask, strict=True)]
         if shared := _shared_length(rows):
-            # The padding moves behind the beginning; positions are counted by the mask, so they do not see it.
-            beginning = torch.tensor(rows[0][:shared], device=context.device)
+            # The padding moves behind the prefix; positions are counted by the mask, so they do not see it.
+            prefix = torch.tensor(rows[0][:shared], device=context.device)
             for row, pad in enumerate((attention_mask.shape[1] - attention_mask.sum(1)).tolist()):
-                context[row, : shared + pad] = torch.cat([beginning, context[row, :pad]])
+                context[row, : shared + pad] = torch.cat([prefix, context[row, :pad]])
                 attention_mask[row] = 1
                 attention_mask[row, shared : shared + pad] = 0
-            for number, layer in enumerate(self._begin(rows[0][:shared], len(rows)).layers):
+            for number, layer in enumerate(self._prefill(rows[0][:shared], len(rows)).layers):
                 cache.update(layer.keys, layer.values, number)
         settings |= {"past_key_values": cache, "disable_compile": True}
         written = super()._model_generate(context, max_length, stop, attention_mask=attention_mask, **settings)
@@ -205,7 +205,7 @@ class SharedPrefixLM(HFLM):
 
 def _plant(asked: Sequence[tuple[Ids, Ids]], max_length: int) -> list[Tree]:
     """A tree for each prompt, or several if its choices are longer than the model together. A prompt that is too long for
-    the model loses its beginning."""
+    the model loses its start."""
     by_context: dict[Ids, dict[Ids, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (context, choice) in enumerate(asked):
         by_context[context][choice].append(index)
@@ -221,7 +221,7 @@ def _plant(asked: Sequence[tuple[Ids, Ids]], max_length: int) -> list[Tree]:
 
 
 def _in_batches(trees: list[Tree], size: int) -> Iterator[tuple[list[Tree], int]]:
-    """(trees, length of the beginning that their prompts share), longest first within a group that begins alike."""
+    """(trees, length of the prefix that their prompts share), longest first within a group that begins alike."""
     for members in _alike([tree.context[:SHARED_TOKENS] for tree in trees], size):
         group = sorted((trees[index] for index in members), key=Tree.size, reverse=True)
         shared = _shared_length([tree.context for tree in group])  # one for the group: it is computed once
@@ -240,8 +240,8 @@ def _alike(starts: Sequence[Ids], size: int) -> list[list[int]]:
 
 
 def _shared_length(rows: Sequence[Ids]) -> int:
-    """Tokens at the start in which all rows agree, less than the shortest row has: its last token is read anew. 0 where
-    they are too few to be worth it."""
+    """Length of the prefix that all rows share, less than the shortest row, whose last token must be read again. 0 where
+    it is too short to be worth it."""
     first, last = min(rows), max(rows)  # whatever these agree on, those between agree on too
     agreeing = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     shared = min(agreeing, min(map(len, rows)) - 1)
@@ -249,7 +249,7 @@ def _shared_length(rows: Sequence[Ids]) -> int:
 
 
 def _lay_out(batch: list[Tree], shared: int) -> tuple[torch.Tensor, ...]:
-    """Ids, positions and branches (0: the prompt, n: the n-th choice, -1: padding) [B, T] after the shared beginning, and
+    """Ids, positions and branches (0: the prompt, n: the n-th choice, -1: padding) [B, T] after the shared prefix, and
     (row, index in it, token that comes next) [3, N] of all that is to be predicted, choice by choice."""
     ids, positions, branches, predictions = [], [], [], []
     for row, tree in enumerate(batch):
@@ -268,7 +268,7 @@ def _lay_out(batch: list[Tree], shared: int) -> tuple[torch.Tensor, ...]:
 
 
 def _mask(branches: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
-    """Additive [B, 1, T, shared + T] for `branches` [B, T]: a choice sees the beginning, its prompt and itself."""
+    """Additive [B, 1, T, shared + T] for `branches` [B, T]: a choice sees the prefix, its prompt and itself."""
     rows, width = branches.shape
     seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
     earlier = torch.ones(width, width, dtype=torch.bool, device=branches.device).tril()

@@ -60,14 +60,12 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def read_results(experiment: Experiment) -> dict[str, dict[str, dict[str, Any]]]:
-    """{model: {set of questions: `read_result`}} as far as they are there, models in order, sets by name."""
+    """{model: {set of questions: `read_result`}} of what is there, models in order, sets by name."""
     results = {}
     for model in model_folders(experiment):
-        markers = sorted(result_folder(experiment, model, "").glob(f"*/{MANIFEST}"))
+        folders = [path.parent for path in sorted(result_folder(experiment, model, "").glob(f"*/{MANIFEST}"))]
         # Not those that were moved aside.
-        results[model] = {
-            path.parent.name: read_result(path.parent) for path in markers if ".replaced-" not in path.parent.name
-        }
+        results[model] = {folder.name: read_result(folder) for folder in folders if ".replaced-" not in folder.name}
     return results
 
 
