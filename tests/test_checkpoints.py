@@ -16,12 +16,7 @@ from qilin_med.train.metrics import checkpoint_cost
 def folder(tmp_path) -> Path:
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "weights").write_bytes(b"abc")
-    facts = {
-        "created": "2026-11-24 甲",
-        "counts": {10: 1, 9: (2, 0.1)},
-        "final_metrics": {"loss": 1.25e-7},
-        "commit": None,
-    }
+    facts = {"created": "2026-11-24 甲", "counts": {10: 1, 9: (2, 0.1)}, "metrics": {"loss": 1.25e-7}, "commit": None}
     publish_folder(tmp_path / "part", tmp_path / "whole", facts)
     return tmp_path / "whole"
 
@@ -116,10 +111,7 @@ def test_what_a_killed_deletion_left_goes_but_evidence_stays(tmp_path):
 
 
 def test_cost_of_checkpoints_by_hand():
-    rows = [
-        {"seconds": 10.0},
-        {"seconds": 14.0, "checkpoint_seconds": 4.0},
-        {"seconds": 16.0, "checkpoint_seconds": 6.0},
-    ]
+    saved = [{"seconds": 10.0 + cost, "checkpoint_seconds": cost} for cost in (4.0, 6.0)]
+    rows = [{"seconds": 10.0}, *saved]
     assert checkpoint_cost(rows) == {"number": 2, "seconds": 10.0, "share": 0.25}
     assert checkpoint_cost([]) == {"number": 0, "seconds": 0, "share": 0}

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qilin_med.artifact import verify_folder
 from qilin_med.errors import UserError
-from qilin_med.launch.agent import Place, find_place, read_hostfile
+from qilin_med.launch.agent import Cluster, find_cluster, read_hostfile
 from qilin_med.train.checkpoints import COMPLETE
 from qilin_med.train.metrics import read_metrics
 
@@ -276,17 +276,17 @@ def variables(monkeypatch) -> pytest.MonkeyPatch:
 
 
 def test_places_follow_from_the_environment(variables, tmp_path):
-    assert find_place() == Place()
+    assert find_cluster() == Cluster()
     for name, value in {"NODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}.items():
         variables.setenv(name, value)
-    assert find_place() == Place(node=2, nodes=3, address="head", port=1234)
+    assert find_cluster() == Cluster(node=2, nodes=3, address="head", port=1234)
     (tmp_path / "hostfile").write_text("# ours\nworker-1 slots=8\n\nworker-2 slots=4  # smaller\n")
     for name in ("NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         variables.delenv(name)
     variables.setenv("HOSTFILE", str(tmp_path / "hostfile"))
-    assert find_place() == Place(0, 2, "worker-1", 29500, slots=8, to_start=("worker-2",))
+    assert find_cluster() == Cluster(0, 2, "worker-1", 29500, slots=8, to_start=("worker-2",))
     variables.setenv("NODE_RANK", "1")
-    assert find_place() == Place(1, 2, "worker-1", 29500, slots=4)
+    assert find_cluster() == Cluster(1, 2, "worker-1", 29500, slots=4)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_what_is_missing_or_wrong_is_named(variables, settings, words):
     for name, value in settings.items():
         variables.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        find_place()
+        find_cluster()
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def trained(trainer, checkpoint: Path | None = None) -> tuple[torch.Tensor, dict
     return torch.tensor(losses(trainer.job.folder)), weights
 
 
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "{port}"],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "{port}"],
@@ -330,6 +330,10 @@ def test_any_launcher_starts_a_stage(world, finished, tmp_path, launcher):
     assert [process.returncode for process in started] == [0] * len(tasks), outputs
     assert losses(tmp_path / "run" / "sft") == losses(finished / "sft")
     verify_folder(tmp_path / "run" / "sft" / "merged")
+    if (
+        launcher == "srun"
+    ):  # a finished stage ends well on every rank, though rank 0, which has the store, leaves at once
+        run_stage(world / "c.json", "sft", f"output_dir={tmp_path}/run", parent, "launch.processes=2")
     if launcher == "torchrun":  # an error is one line beside torchrun's own page
         refused = subprocess.run([*command, "sft.learning_rate=1"], cwd=ROOT, capture_output=True, text=True)
         assert refused.returncode == 1

@@ -10,7 +10,7 @@ from qilin_med.check.heads import Data, Model, check_data
 from qilin_med.config.experiment import STAGES, Experiment, StageName
 from qilin_med.config.schedule import check_rows, make_schedule
 from qilin_med.errors import UserError
-from qilin_med.launch.agent import count_ranks, find_place
+from qilin_med.launch.agent import count_ranks, find_cluster
 from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
 from qilin_med.model.load import attention_path, check_trackers, load_tokenizer
 from qilin_med.plan.data import find_amount
@@ -37,11 +37,11 @@ def find_machine(
     None, and a problem, where the device asked for is not enough."""
     import torch
 
-    place, dtype = find_place(), experiment.model.dtype
-    launch = experiment.launch.model_copy(update={"processes": place.slots} if place.slots else {})
+    cluster, dtype = find_cluster(), experiment.model.dtype
+    launch = experiment.launch.model_copy(update={"processes": cluster.slots} if cluster.slots else {})
     experiment = experiment.model_copy(update={"launch": launch})
     if launch.device == "cpu":
-        return Machine(replace(local_machine(experiment), nodes=place.nodes), True)
+        return Machine(replace(local_machine(experiment), nodes=cluster.nodes), True)
     here = torch.cuda.device_count()
     with findings.collecting():
         if here and not (gpus or gpu):
@@ -54,8 +54,8 @@ def find_machine(
             ranks, memory = gpus or (8 if launch.processes == "auto" else launch.processes), figures.memory
             findings.note(f"{'' if here else 'no GPU here: '}planned for {ranks} x {figures.name} (--gpus and --gpu of"
                           " scripts/check.py set others)")  # fmt: skip
-        bandwidth = figures.bandwidth if figures and place.nodes == 1 else None
-        machines = Machines(place.nodes, ranks, memory, figures.peak(dtype) if figures else None, bandwidth)
+        bandwidth = figures.bandwidth if figures and cluster.nodes == 1 else None
+        machines = Machines(cluster.nodes, ranks, memory, figures.peak(dtype) if figures else None, bandwidth)
         return Machine(machines, bool(here) and not (gpus or gpu))
     return None
 

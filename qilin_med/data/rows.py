@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -146,7 +146,8 @@ def prepare_rows(
         print(f"cached rows are damaged and will be made again: {state.why}", file=sys.stderr, flush=True)
         shutil.rmtree(artifact.folder)
     if state.name != "done":
-        with artifact.building() as folder, RecordReader(stage, found, hashes, folder / SKIPPED) as reader:
+        with artifact.building() as folder, (folder / SKIPPED).open("w", encoding="utf-8") as skipped:
+            reader = RecordReader(stage, list(zip(found, hashes, strict=True)), skipped)
             _write_table(folder / ROWS, COLUMNS[stage], ENCODERS[stage](reader, section, tokenizer))
             artifact.facts = {"stage": stage, "counts": asdict(reader.finish())}
     rows = open_rows(artifact.folder)
@@ -200,18 +201,19 @@ def _write_table(path: Path, columns: tuple[str, ...], rows: Iterable[Row]) -> N
 class RecordReader:
     """Reads records in batches, keeps those that cannot be used beside the rows, and counts both."""
 
-    def __init__(
-        self, stage: StageName, files: list[tuple[Path, DataSource]], hashes: list[str], skipped: Path
-    ) -> None:
-        self.counts, self._stage = Counts(), stage
-        self._files = list(zip(files, hashes, strict=True))
-        self._skipped = skipped.open("w", encoding="utf-8")
+    def __init__(self, stage: StageName, files: list[tuple[tuple[Path, DataSource], str]], skipped: TextIO) -> None:
+        """`files`: each with its sha256."""
+        self.counts, self._stage, self._files, self._skipped = Counts(), stage, files, skipped
 
-    def __enter__(self) -> "RecordReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._skipped.close()
+    def encoded(self, encode: Callable[[list[Any]], Iterable[Any]]) -> Iterator[tuple[Any, Any]]:
+        """Each record with what `encode` makes of it, batch by batch; where that is a `Skipped`, it is skipped."""
+        for batch in self.batches():
+            for record, encoded in zip(batch, encode(batch), strict=True):
+                if isinstance(encoded, Skipped):
+                    self.skip(encoded)
+                    continue
+                self.counts.used += 1
+                yield record, encoded
 
     def batches(self) -> Iterator[list[Any]]:
         """Records of all files in order. A batch never spans two files, so that what is skipped while a batch is
@@ -244,7 +246,6 @@ class RecordReader:
 
     def finish(self) -> Counts:
         """The counts, checked; UserError if no row came out."""
-        self._skipped.flush()
         counts = self.counts
         for file in counts.files:
             file["used"] = file["records"] - file["skipped"]
@@ -276,14 +277,14 @@ def _tokenised_documents(reader: RecordReader, tokenizer: "PreTrainedTokenizerFa
     if tokenizer.eos_token_id is None:
         raise UserError("this tokenizer has no EOS token to end documents with; set eos_token in tokenizer_config.json")
     controls = control_ids(tokenizer)
-    for batch in reader.batches():
+
+    def encode(batch: list[Document]) -> Iterator[list[int] | Skipped]:
         for document, ids in zip(batch, encode_texts(tokenizer, [d.text for d in batch]), strict=True):
             reason = "empty text" if not ids else None if controls.isdisjoint(ids) else "contains a role mark"
-            if reason:
-                reader.skip(Skipped(document.id, reason, document.text[:RAW_CHARACTERS]))
-                continue
-            reader.counts.used += 1
-            yield document.id, [*ids, tokenizer.eos_token_id]
+            skipped = reason and Skipped(document.id, reason, document.text[:RAW_CHARACTERS])
+            yield skipped or [*ids, tokenizer.eos_token_id]
+
+    return ((document.id, ids) for document, ids in reader.encoded(encode))
 
 
 def cut_into_blocks(documents: Iterable[tuple[str, list[int]]], block_size: int, isolate: bool) -> Iterator[Row]:
@@ -314,33 +315,21 @@ def cut_into_blocks(documents: Iterable[tuple[str, list[int]]], block_size: int,
 def encode_chats(
     reader: RecordReader, section: InstructionConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> Iterator[Row]:
-    template, counts = ChatTemplate(tokenizer), reader.counts
-    for batch in reader.batches():
-        encoded = template.encode_chats(batch, section.max_source_length, section.max_target_length)
-        for chat, rows in zip(batch, encoded, strict=True):
-            if isinstance(rows, Skipped):
-                reader.skip(rows)
-                continue
-            counts.used += 1
-            counts.continued += len(rows) - 1
-            for row in rows:
-                length = len(row.input_ids)
-                counts.add_row(length, length - row.labels.count(IGNORED), length, row)
-                yield {"ids": [chat.id], "input_ids": row.input_ids, "labels": row.labels}
+    template, limits = ChatTemplate(tokenizer), (section.max_source_length, section.max_target_length)
+    for chat, rows in reader.encoded(lambda batch: template.encode_chats(batch, *limits)):
+        reader.counts.continued += len(rows) - 1
+        for row in rows:
+            length = len(row.input_ids)
+            reader.counts.add_row(length, length - row.labels.count(IGNORED), length, row)
+            yield {"ids": [chat.id], "input_ids": row.input_ids, "labels": row.labels}
 
 
 def encode_preferences(reader: RecordReader, section: DpoConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Row]:
-    template = ChatTemplate(tokenizer)
-    for batch in reader.batches():
-        encoded = template.encode_preferences(batch, section.max_source_length, section.max_target_length)
-        for preference, pair in zip(batch, encoded, strict=True):
-            if isinstance(pair, Skipped):
-                reader.skip(pair)
-                continue
-            prompt, answers = len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
-            reader.counts.used += 1
-            reader.counts.add_row(prompt + sum(answers), sum(answers), prompt + max(answers), pair)
-            yield {"ids": [preference.id], **{name: getattr(pair, name) for name in COLUMNS["dpo"]}}
+    template, limits = ChatTemplate(tokenizer), (section.max_source_length, section.max_target_length)
+    for preference, pair in reader.encoded(lambda batch: template.encode_preferences(batch, *limits)):
+        prompt, answers = len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
+        reader.counts.add_row(prompt + sum(answers), sum(answers), prompt + max(answers), pair)
+        yield {"ids": [preference.id], **{name: getattr(pair, name) for name in COLUMNS["dpo"]}}
 
 
 ENCODERS: dict[StageName, Callable[[RecordReader, Any, "PreTrainedTokenizerFast"], Iterator[Row]]] = {

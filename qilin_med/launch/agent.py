@@ -1,7 +1,7 @@
 """Start a stage's ranks with torch's elastic agent, as torchrun does, on this node or on several.
 
 `python STAGE.py`, or a run_*.sh, starts one rank for each GPU (launch.processes) on every node; where torchrun, srun or
-deepspeed has started the script it is a rank already (ranks.py). What lies on disk decides whether a stage is done,
+deepspeed has started the script it is a rank already (rank.py). What lies on disk decides whether a stage is done,
 never an exit code.
 """
 
@@ -28,13 +28,18 @@ _PORT = 29500  # torchrun's default
 # What a shell on another host must know too; DeepSpeed's launcher hands over the same.
 _HANDED_OVER = ("NCCL_", "GLOO_", "UCX_", "PYTHON", "MASTER_")
 STOPPED = 130  # exit code of ranks that saved a checkpoint because one of them was asked to stop
-LAUNCHED_HERE = "QILIN_MED_LAUNCHED"  # set for ranks whose errors this module prints
+LAUNCHED_HERE = "QILIN_MED_LAUNCHED"  # set for ranks whose errors this module prints: the id of its process
+
+
+class LostRank(UserError):
+    """A rank's connection to another was lost."""
+
 
 # ---------------------------------------------------------------------------------------------------------- nodes
 
 
 @dataclass(frozen=True)
-class Place:
+class Cluster:
     """This node's number among `nodes`, and where node 0 listens (port 0: any free one)."""
 
     node: int = 0
@@ -45,12 +50,12 @@ class Place:
     to_start: tuple[str, ...] = ()  # hosts on which node 0 is to start the same command
 
 
-def find_place() -> Place:
+def find_cluster() -> Cluster:
     """From HOSTFILE, or from NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; without them this machine is alone."""
     hosts = read_hostfile(Path(os.environ["HOSTFILE"])) if "HOSTFILE" in os.environ else {}
     nodes = len(hosts) or _number("NODES", 1)
     if nodes <= 1:
-        return Place(port=_number("MASTER_PORT", 0), slots=next(iter(hosts.values()), None))
+        return Cluster(port=_number("MASTER_PORT", 0), slots=next(iter(hosts.values()), None))
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]
     if missing and not hosts:
         raise UserError(
@@ -60,7 +65,7 @@ def find_place() -> Place:
     node, names = _number("NODE_RANK", 0), list(hosts)
     if not 0 <= node < nodes:
         raise UserError(f"NODE_RANK={node}: expected 0 to {nodes - 1}, one number for each of {nodes} nodes")
-    return Place(
+    return Cluster(
         node,
         nodes,
         os.environ.get("MASTER_ADDR") or names[0],
@@ -98,9 +103,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 @contextmanager
-def _other_nodes_started(place: Place) -> Iterator[None]:
-    """Run this process's own command on the hosts that the place names, by pdsh over ssh, and wait for it to end."""
-    if not place.to_start:
+def _other_nodes_started(cluster: Cluster) -> Iterator[None]:
+    """Run this process's own command on the hosts that the cluster names, by pdsh over ssh, and wait for it to end."""
+    if not cluster.to_start:
         yield
         return
     if not shutil.which("pdsh"):
@@ -111,13 +116,11 @@ def _other_nodes_started(place: Place) -> Iterator[None]:
     handed = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_OVER)}
     handed["HOSTFILE"] = str(Path(os.environ["HOSTFILE"]).resolve())
     given = " ".join(f"{name}={shlex.quote(value)}" for name, value in handed.items())
+    here, command = shlex.quote(str(Path.cwd())), shlex.join([sys.executable, *sys.argv])
     processes = {}
-    for node, host in enumerate(
-        place.to_start, 1
-    ):  # one pdsh each, so that a host that cannot be reached is known at once
-        line = (
-            f"cd {shlex.quote(str(Path.cwd()))} && {given} NODE_RANK={node} {shlex.join([sys.executable, *sys.argv])}"
-        )
+    # One pdsh each, so that a host that cannot be reached is known at once.
+    for node, host in enumerate(cluster.to_start, 1):
+        line = f"cd {here} && {given} NODE_RANK={node} {command}"
         processes[host] = subprocess.Popen(
             ["pdsh", "-S", "-w", host, line.replace("%", "%%")],
             env={"PDSH_RCMD_TYPE": "ssh", **os.environ},
@@ -172,7 +175,7 @@ def count_ranks(launch: LaunchConfig, gpus: int, slots: int | None = None) -> in
 # ---------------------------------------------------------------------------------------------------------- ranks
 
 
-def launch_ranks(experiment: Experiment, place: Place) -> str:
+def launch_ranks(experiment: Experiment, cluster: Cluster) -> str:
     """Run this process's own command as the ranks of this node, and wait for them; returns who had them stopped ("": no
     one). UserError: the nodes do not meet, or a rank failed."""
     logging.disable(logging.CRITICAL)  # the agent's own lines: what matters of them is told below
@@ -185,25 +188,25 @@ def launch_ranks(experiment: Experiment, place: Place) -> str:
     from torch.distributed.launcher.api import elastic_launch
 
     seconds = round(60 * experiment.launch.timeout_minutes)
-    port = place.port or get_free_port()
+    port = cluster.port or get_free_port()
     config = AgentConfig(
-        min_nodes=place.nodes,
-        max_nodes=place.nodes,
-        nproc_per_node=count_ranks(experiment.launch, torch.cuda.device_count(), place.slots),
+        min_nodes=cluster.nodes,
+        max_nodes=cluster.nodes,
+        nproc_per_node=count_ranks(experiment.launch, torch.cuda.device_count(), cluster.slots),
         run_id="qilin-med",
         rdzv_backend="static",  # the user says which node is 0: the one whose disk and terminal matter
-        rdzv_endpoint=f"{place.address}:{port}",
-        rdzv_configs={"rank": place.node, "timeout": seconds},
+        rdzv_endpoint=f"{cluster.address}:{port}",
+        rdzv_configs={"rank": cluster.node, "timeout": seconds},
         max_restarts=0,  # a stage continues when its command is run again
         signals_to_handle="SIGTERM",
         shutdown_timeout=seconds,  # ranks that are stopped write a checkpoint first
     )
-    os.environ |= {LAUNCHED_HERE: "1", "OMP_NUM_THREADS": str(experiment.launch.threads_per_process)}
-    if place.nodes > 1:
-        print(f"node {place.node} of {place.nodes}: meeting the others at {place.address}:{port}", flush=True)
-        if interface := _interface_towards(place):
+    os.environ |= {LAUNCHED_HERE: str(os.getpid()), "OMP_NUM_THREADS": str(experiment.launch.threads_per_process)}
+    if cluster.nodes > 1:
+        print(f"node {cluster.node} of {cluster.nodes}: meeting the others at {cluster.address}:{port}", flush=True)
+        if interface := _interface_towards(cluster):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    with _stop_signals() as stop, _other_nodes_started(place):
+    with _stop_signals() as stop, _other_nodes_started(cluster):
         try:
             elastic_launch(config, sys.executable)(*sys.argv)
         except (SignalException, KeyboardInterrupt):
@@ -213,7 +216,7 @@ def launch_ranks(experiment: Experiment, place: Place) -> str:
                 return stop[-1] if stop else "another node"
             _raise_failure(error.failures.values())
         except (DistNetworkError, DistStoreError) as error:
-            raise UserError(_explain_no_meeting(place, port, seconds, str(error))) from None
+            raise UserError(_explain_no_meeting(cluster, port, seconds, error)) from None
     return ""
 
 
@@ -239,28 +242,24 @@ def _stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-class RanksFailed(UserError):
-    """Ranks ended badly and left no message of their own; str() says which, and how."""
-
-
 def _raise_failure(failures: Collection[Any]) -> None:
-    """Raise what the ranks of this node ended with: a user's error before a lost connection, which follows from others'
-    errors, and before what only a traceback explains."""
+    """Raise what the ranks of this node ended with: a user's error first, then a kill, then a lost connection, which follows
+    from others' errors, last what only a traceback explains."""
     told = [failure.message for failure in failures if isinstance(failure.message, dict)]  # from torch's error files
-    for kind in (UserError, LostRank):
-        mark = f"{kind.__name__}: "
-        if texts := {message["message"].removeprefix(mark) for message in told if message["message"].startswith(mark)}:
-            raise kind("; ".join(sorted(texts)))
+    errors, lost = (
+        sorted({message["message"].removeprefix(mark) for message in told if message["message"].startswith(mark)})
+        for mark in ("UserError: ", "LostRank: ")
+    )
+    was_killed = any(failure.exitcode == -signal.SIGKILL for failure in failures)
+    if texts := errors or (not was_killed and lost):
+        raise UserError("; ".join(texts))
     for message in told:
-        print(message["extraInfo"]["py_callstack"], file=sys.stderr)
+        if not message["message"].startswith("LostRank: "):
+            print(message["extraInfo"]["py_callstack"], file=sys.stderr)
     exits = ", ".join(
         f"rank {failure.local_rank} of this node {_describe_exit(failure.exitcode)}" for failure in failures
     )
-    raise RanksFailed(f"{exits}. The messages above tell more; run the same command to continue")
-
-
-class LostRank(UserError):
-    """A rank's connection to another was lost."""
+    raise UserError(f"{exits}. The messages above tell more; run the same command to continue")
 
 
 def _describe_exit(code: int) -> str:
@@ -269,30 +268,33 @@ def _describe_exit(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 
-def _explain_no_meeting(place: Place, port: int, seconds: int, error: str) -> str:
+def _explain_no_meeting(cluster: Cluster, port: int, seconds: int, error: Exception) -> str:
     """Why the nodes' agents did not find each other in the store on node 0."""
-    where, minutes = f"{place.address}:{port}", f"{seconds / 60:g} minutes"
-    if "in use" in error:
-        return f"MASTER_PORT={port} cannot be used on {place.address} (already in use); choose another, or unset it"
-    if place.node:
+    where, minutes = f"{cluster.address}:{port}", f"{seconds / 60:g} minutes"
+    if "in use" in str(error):
+        return f"MASTER_PORT={port} cannot be used on {cluster.address} (already in use); choose another, or unset it"
+    if cluster.node:
         return (
-            f"node 0 did not listen at {where} within {minutes} ({in_one_line(RuntimeError(error))}); run the same command"
+            f"node 0 did not listen at {where} within {minutes} ({in_one_line(error)}); run the same command"
             " there with NODE_RANK=0, and see that MASTER_ADDR is its address"
         )
     return (
-        f"not all of {place.nodes} nodes joined {where} within {minutes}; run the same command on each, with its own"
+        f"not all of {cluster.nodes} nodes joined {where} within {minutes}; run the same command on each, with its own"
         " NODE_RANK"
     )
 
 
-def _interface_towards(place: Place) -> str:
+def _interface_towards(cluster: Cluster) -> str:
     """The network interface on the way to node 0; gloo by itself takes the one of the host's name."""
     import psutil
 
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((place.address, place.port))  # sends nothing
+            probe.connect((cluster.address, cluster.port))  # sends nothing
             own = probe.getsockname()[0]
     except OSError as error:
-        raise UserError(f"MASTER_ADDR={place.address} is not an address that this machine reaches ({error})") from None
-    return next((name for name, all in psutil.net_if_addrs().items() if any(a.address == own for a in all)), "")
+        raise UserError(
+            f"MASTER_ADDR={cluster.address} is not an address that this machine reaches ({error})"
+        ) from None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in {a.address for a in addresses}), "")

@@ -1,6 +1,6 @@
-"""One rank among others, whoever started it: torchrun, srun, deepspeed, or the stage script itself (launch.py).
+"""One rank among others, whoever started it: torchrun, srun, deepspeed, or the stage script itself (agent.py).
 
-Rank 0 prepares, decides and publishes; the others wait for its word in torch's store, where no collective can time out,
+Rank 0 prepares, decides and publishes; the others wait in torch's store for its message, where no collective can time out,
 and end when training does.
 """
 
@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from qilin_med.console.progress import progress
 from qilin_med.errors import UserError, in_one_line
 from qilin_med.launch.agent import LAUNCHED_HERE, LostRank
 
-PACKAGE = Path(__file__).parents[1]
+_POLL = 10  # seconds of one wait for a message
+_TO_RECEIVE = 10.0  # seconds that rank 0 gives the others to read its message
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out|timeout|failed to recv|unhandled system error", re.I
 )
@@ -33,22 +35,23 @@ _LOST = re.compile(
 
 def is_rank() -> bool:
     """Whether a launcher started this process as a rank. srun's tasks are ranks too, unless NODES says that each is a node."""
-    if "NODES" not in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        first = re.split(r"[,\[]", os.environ["SLURM_STEP_NODELIST"])[0]
-        if bracket := re.match(r"[^,\[]*\[(\d+)", os.environ["SLURM_STEP_NODELIST"]):
-            first += bracket[1]
+    # A batch script and a shell of salloc, which srun did not start, know the job's number of tasks, but no step's.
+    if not {"NODES", "RANK"} & os.environ.keys() and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        first, inner = re.match(r"([^,\[]*)(?:\[(\d+))?", os.environ["SLURM_STEP_NODELIST"]).groups("")
+        tasks, nodes = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
         os.environ |= {
             "RANK": os.environ["SLURM_PROCID"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
-            "MASTER_ADDR": os.environ.get("MASTER_ADDR", first),
+            "WORLD_SIZE": str(tasks),
+            "LOCAL_WORLD_SIZE": str(-(-tasks // nodes)),
+            "MASTER_ADDR": os.environ.get("MASTER_ADDR", first + inner),
             "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000)),
         }
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 class Ranks:
-    """All ranks of a stage, of which this process is one, met in torch's store."""
+    """All ranks of a stage, of which this process is one. They meet in torch's store."""
 
     def __init__(self, timeout_minutes: float) -> None:
         from torch.distributed import PrefixStore, distributed_c10d, rendezvous
@@ -64,7 +67,8 @@ class Ranks:
 
     @property
     def nodes(self) -> int:
-        return -(-self.count // int(os.environ.get("LOCAL_WORLD_SIZE", self.count)))
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter is DeepSpeed's
+        return -(-self.count // int(local or self.count))
 
     def agree(self, asked: dict[str, Any]) -> None:
         """UserError on every rank unless all were asked for the same, with the same code and libraries."""
@@ -76,33 +80,42 @@ class Ranks:
                 host = other.pop("host")
                 if changed := differences({name: own[name] for name in other}, other):
                     told = "; ".join(changed[:4])
-                    self.tell({"error": f"rank {rank} ({host}) is not like rank 0 ({told}); run the same command with the"
-                               " same code and libraries on all nodes"})  # fmt: skip
+                    self.broadcast(
+                        {
+                            "error": f"rank {rank} ({host}) is not like rank 0 ({told}); run the same command with the same code"
+                            " and libraries on all nodes"
+                        }
+                    )
 
-    def tell(self, word: dict[str, Any]) -> None:
+    def broadcast(self, message: dict[str, Any]) -> None:
         """Rank 0: end the others' wait; an "error" is raised on every rank, here too."""
-        self.store.set("word", json.dumps(word))
-        if "error" in word:
-            raise UserError(word["error"])
+        self.store.set("message", json.dumps(message))
+        # The store may end with this process (under srun and deepspeed), and nobody could read it then.
+        deadline = time.monotonic() + _TO_RECEIVE
+        while self.store.add("received", 0) < self.count - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if "error" in message:
+            raise UserError(message["error"])
 
-    def hear(self) -> dict[str, Any]:
-        """Any other rank: what rank 0 tells, however long its work takes."""
+    def receive(self) -> dict[str, Any]:
+        """Any other rank: the message of rank 0, however long its work takes."""
         with progress("waiting for rank 0 to prepare the stage"):
-            word = json.loads(self._wait_for("word"))
-        if "error" in word:
+            message = json.loads(self._wait_for("message"))
+        self.store.add("received", 1)
+        if "error" in message:
             if LAUNCHED_HERE not in os.environ and os.environ["LOCAL_RANK"] != "0":
                 end_rank(2)  # one of each node tells it
-            raise UserError(word["error"])
-        return word
+            raise UserError(message["error"])
+        return message
 
     def _wait_for(self, key: str) -> bytes:
         from torch.distributed import DistStoreError
 
         while True:
             # What comes over a cut link comes never: torch's store sets its own wait no limit then.
-            with _bounded(self.seconds, "the store of rank 0 does not answer"):
+            with _bounded(self.seconds + _POLL, "the store of rank 0 does not answer"):
                 try:
-                    self.store.wait([key], timedelta(seconds=10))
+                    self.store.wait([key], timedelta(seconds=_POLL))
                     return self.store.get(key)
                 except DistStoreError:
                     continue
@@ -110,7 +123,7 @@ class Ranks:
 
 def _code() -> str:
     """Fingerprint of the code that a rank runs."""
-    files = [*sorted(PACKAGE.rglob("*.py")), Path(sys.argv[0])]
+    files = [*sorted(Path(__file__).parents[1].rglob("*.py")), Path(sys.argv[0])]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -139,9 +152,8 @@ def begin_rank() -> None:
     if int(os.environ["LOCAL_RANK"]) > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-        if os.getppid() == 1:  # the launcher was already gone
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ.get(LAUNCHED_HERE, os.getppid())):  # the launcher was gone before
             os._exit(1)
 
 
@@ -168,8 +180,8 @@ def _end_with(error: BaseException) -> None:
         get_error_handler().record_exception(error)
     if LAUNCHED_HERE not in os.environ:
         told = f"error: {error}" if isinstance(error, UserError) else traceback.format_exc()
-        print(told, file=sys.stderr, flush=True)
-    os._exit(2)
+        print(told, file=sys.stderr)
+    end_rank(2)
 
 
 def end_rank(code: int = 0) -> None:

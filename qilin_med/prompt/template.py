@@ -248,9 +248,7 @@ class ChatTemplate:
             spans = self._find_answers(text, roles)
         sections: list[list[Piece]] = []
         for start, end in pairwise([0, *chain.from_iterable(spans), len(text)]):
-            parts = re.split(
-                SENTINEL.format("([0-9]+)"), text[start:end]
-            )  # literals at even places, indices at odd ones
+            parts = re.split(SENTINEL.format("([0-9]+)"), text[start:end])  # literals and, at odd places, indices
             sections.append([
                 int(part) if place % 2 else tuple(self.tokenizer(part, add_special_tokens=False).input_ids)
                 for place, part in enumerate(parts)

@@ -90,7 +90,6 @@ class Guard(TrainerCallback):
 
     def __init__(self, job: Job, trainer: Any, checkpoints: Checkpoints) -> None:
         self.job, self.trainer, self.checkpoints = job, trainer, checkpoints
-
         self.stopped_by = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -37,7 +37,7 @@ from qilin_med.console.progress import progress
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.data.rows import prepare_rows, read_counts
 from qilin_med.errors import UserError, user_errors_end_with_one_line
-from qilin_med.launch.agent import LAUNCHED_HERE, STOPPED, find_place, launch_ranks
+from qilin_med.launch.agent import LAUNCHED_HERE, STOPPED, find_cluster, launch_ranks
 from qilin_med.launch.operators import build_operators, load_operators, needed_operators
 from qilin_med.launch.rank import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
 from qilin_med.train.checkpoints import COMPLETE, convert_checkpoint, find_checkpoints, newest_complete, step_of
@@ -65,23 +65,31 @@ def stage_script(name: StageName, description: str) -> Iterator["Stage"]:
             options, experiment = parse_experiment(parser)
             experiment.stage(name)
             if options.dry_run:
-                check = str(Path(sys.argv[0]).with_name("scripts") / "check.py")
-                given = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
-                os.execv(sys.executable, [sys.executable, check, "--stage", name, *given])
+                _check(name, options)
             sys.exit(_launch(name, experiment))
     begin_rank()
     with errors_handed_on():
         options, experiment = parse_experiment(parser)
-        with Stage(name, experiment, options) as stage:
-            yield stage
+        if not options.dry_run:
+            with Stage(name, experiment, options) as stage:
+                yield stage
+        elif os.environ["RANK"] == "0":
+            _check(name, options)
         end_rank()
+
+
+def _check(name: StageName, options: Namespace) -> None:
+    """Become scripts/check.py for this stage."""
+    check = str(Path(sys.argv[0]).with_name("scripts") / "check.py")
+    settings = ["--config", options.config, *options.overrides]
+    os.execv(sys.executable, [sys.executable, check, "--stage", name, *settings])
 
 
 def _launch(name: StageName, experiment: Experiment) -> int:
     """The exit code of a stage whose ranks this process starts: 0, or 130 where they were stopped."""
     folder = experiment.stage_folder(name)
     try:
-        stopped_by = launch_ranks(experiment, find_place())
+        stopped_by = launch_ranks(experiment, find_cluster())
     except UserError as error:
         if not (folder / "job.json").exists():
             raise
@@ -108,7 +116,8 @@ class Stage:
 
     def __init__(self, name: StageName, experiment: Experiment, options: Namespace) -> None:
         self.name, self.experiment, self.options = name, experiment, options
-        self.held = ExitStack()
+        self.held = ExitStack()  # what rank 0 holds on to until the end
+        self.held.push(self._broadcast_error)
 
     def __enter__(self) -> "Stage":
         # Before torch and DeepSpeed are imported:
@@ -119,16 +128,18 @@ class Stage:
         self.ranks.agree({"stage": self.name, "experiment": self.experiment.model_dump(mode="json")})
         return self
 
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.held.__exit__(_kind, error, _trace)
+    def __exit__(self, *error: Any) -> None:
+        self.held.__exit__(*error)
+
+    def _broadcast_error(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, UserError) and self.ranks.rank == 0:
-            self.ranks.tell({"error": str(error)})
+            self.ranks.broadcast({"error": str(error)})
 
     def prepare(self) -> Job:
         """Rank 0: verify the parent, make or find the rows, and refuse what cannot go well; the others wait for it. All ranks
         end here if the stage is finished."""
         if self.ranks.rank:
-            return self._find_job(self.ranks.hear())
+            return self._find_job(self.ranks.receive())
         folder = self.experiment.stage_folder(self.name)
         self.held.enter_context(disk_errors_explained(folder))
         self.held.enter_context(exclusive(folder, "training"))
@@ -137,9 +148,13 @@ class Stage:
         with progress(f"preparing {self.name}"):
             job, parameters = prepare_job(self.experiment, self.name, self.ranks.count)
         job.check_begun()
-        if is_published(job):
-            self.ranks.tell({"finished": True})
+        merged = Artifact(job.merged, job.identity()).state()
+        if merged.name in ("done", "differs"):  # merged folders made before 2026-11-25 name no inputs; job.json does
+            print(f"{job.stage}: already finished ({merged.manifest['created']}): {job.merged}", flush=True)
+            self.ranks.broadcast({"finished": True})
             end_rank()
+        if merged.name == "damaged":
+            print(f"{merged.why}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again", flush=True)
         if not self.options.force:
             refuse_what_cannot_fit(job, self.ranks.nodes)
         describe(job, *parameters)
@@ -148,13 +163,13 @@ class Stage:
         job.save(job.folder / "job.json")
         return job
 
-    def _find_job(self, word: dict[str, Any]) -> Job:
+    def _find_job(self, message: dict[str, Any]) -> Job:
         """The job that rank 0 wrote; UserError if this node does not see it, or not the model that it starts from."""
-        if "finished" in word:
+        if "finished" in message:
             end_rank()
-        self.resume = word["resume"] and Path(word["resume"])
+        self.resume = message["resume"] and Path(message["resume"])
         path, deadline = self.experiment.stage_folder(self.name) / "job.json", time.monotonic() + _DELAY
-        while not (path.is_file() and digest(path.read_text(encoding="utf-8")) == word["job"]):
+        while not (path.is_file() and digest(path.read_text(encoding="utf-8")) == message["job"]):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{path.absolute()} is not the file that rank 0 wrote; output_dir must lie on a file system that all"
@@ -176,7 +191,7 @@ class Stage:
             is_trained = checkpoint is not None and step_of(checkpoint) == job.schedule.steps
             text = (job.folder / "job.json").read_text(encoding="utf-8")
             resume = self.resume and str(self.resume.absolute())
-            self.ranks.tell({"finished": True} if is_trained else {"job": digest(text), "resume": resume})
+            self.ranks.broadcast({"finished": True} if is_trained else {"job": digest(text), "resume": resume})
             if is_trained:
                 return checkpoint
         import torch
@@ -229,8 +244,19 @@ class Stage:
                 ends = {ChatTemplate(tokenizer).end_id} if ends_turns else set()
                 dtype = job.experiment.model.dtype
                 save_whole_model(model, tokenizer, folder, dtype, {tokenizer.eos_token_id} | ends)
-                merged.facts = describe_making(job)
-        cost = merged.facts["checkpoints"]
+                metrics = read_metrics(job.folder / "metrics.jsonl")
+                cost = checkpoint_cost(metrics)
+                merged.facts = {  # enough to trace every number measured on it
+                    "stage": job.stage,
+                    "experiment": job.experiment.model_dump(mode="json"),
+                    "job": job.fingerprint(),
+                    "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
+                    "data": {"fingerprint": read_manifest(job.rows)["fingerprint"], "counts": read_counts(job.rows)},
+                    "ranks": job.schedule.ranks,
+                    "optimizer_steps": job.schedule.steps,
+                    "final_metrics": metrics[-1] if metrics else None,
+                    "checkpoints": cost,
+                }
         print(
             f"{job.stage}: finished, {job.merged}. Training waited {cost['seconds']:,} s for {cost['number']} checkpoints,"
             f" {cost['share']:.1%} of its time",
@@ -244,6 +270,8 @@ class Stage:
 def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[Job, tuple[int, int]]:
     """Verify the parent and prepare the rows: all that one process does alone while the others wait. Returns the job, and
     the numbers of parameters and of trainable ones."""
+    import torch
+
     from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
     from qilin_med.model.load import check_packages, check_trackers, load_tokenizer
 
@@ -256,7 +284,10 @@ def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[J
         raise UserError(f"{stage} starts from {parent}, which does not exist; run the stage that makes it first")
     parameters = count_parameters(check_model_folder(parent), section.lora)
     check_packages(experiment.model, training=True)
-    check_number_format(experiment)
+    wants_bf16 = experiment.model.dtype == "bfloat16" and experiment.launch.device == "cuda"
+    if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"model.dtype is bfloat16, which {name} cannot compute; set model.dtype=float32")
     build_operators(*_operators(experiment, stage))
     fingerprint = fingerprint_model(parent)
     tokenizer = load_tokenizer(parent, experiment.model.template)
@@ -269,29 +300,9 @@ def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[J
     return job, parameters
 
 
-def check_number_format(experiment: Experiment) -> None:
-    """UserError if this machine's GPUs cannot compute in the experiment's number format."""
-    import torch
-
-    wants_bf16 = experiment.model.dtype == "bfloat16" and experiment.launch.device == "cuda"
-    if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        raise UserError(f"model.dtype is bfloat16, which {name} cannot compute; set model.dtype=float32")
-
-
 def _operators(experiment: Experiment, stage: StageName) -> tuple[dict[str, str], str]:
     device = experiment.launch.device
     return needed_operators(read_deepspeed(experiment.stage(stage).deepspeed), device), device
-
-
-def is_published(job: Job) -> bool:
-    state = Artifact(job.merged, job.identity()).state()
-    if state.name == "damaged":
-        print(f"{state.why}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again", flush=True)
-    elif state.name in ("done", "differs"):  # merged folders made before 2026-11-25 name no inputs; job.json does
-        print(f"{job.stage}: already finished ({state.manifest['created']}): {job.merged}", flush=True)
-        return True
-    return False
 
 
 def refuse_what_cannot_fit(job: Job, nodes: int) -> None:
@@ -328,9 +339,9 @@ def describe(job: Job, parameters: int, trainable: int) -> None:
     if counts["skipped"]:
         reasons = "; ".join(f"{number} {reason}" for reason, number in counts["skipped"].items())
         lines["skipped"] = f"{reasons} (see {job.rows}/skipped.jsonl)"
-    cut = {name: counts.get(name, 0) for name in ("cut_sources", "cut_targets", "continued", "dropped_turns")}
-    if any(cut.values()):
-        lines["cut"] = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in cut.items() if number)
+    kinds = ("cut_sources", "cut_targets", "continued", "dropped_turns")
+    if cut := [f"{counts[kind]} {kind.replace('_', ' ')}" for kind in kinds if counts.get(kind)]:
+        lines["cut"] = ", ".join(cut)
     for name, value in lines.items():
         print(f"{name + ':':13}{value}", flush=True)
 
@@ -404,22 +415,3 @@ def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: Pat
     wait_for_all()
     unset_hf_deepspeed_config()  # else ZeRO-3 would split the merged model too
     return (guard.stopped_by or "another rank") if trainer.stop_agreed else ""
-
-
-# -------------------------------------------------------------------------------------------------------- publish
-
-
-def describe_making(job: Job) -> dict[str, Any]:
-    """How the merged folder was made: enough to trace every number measured on it."""
-    metrics = read_metrics(job.folder / "metrics.jsonl")
-    return {
-        "stage": job.stage,
-        "experiment": job.experiment.model_dump(mode="json"),
-        "job": job.fingerprint(),
-        "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
-        "data": {"fingerprint": read_manifest(job.rows)["fingerprint"], "counts": read_counts(job.rows)},
-        "ranks": job.schedule.ranks,
-        "optimizer_steps": job.schedule.steps,
-        "final_metrics": metrics[-1] if metrics else None,
-        "checkpoints": checkpoint_cost(metrics),
-    }

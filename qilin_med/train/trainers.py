@@ -91,10 +91,6 @@ class RowTrainer(Trainer):
         items, self.step_tokens, self.stop_agreed, self.save_agreed = totals.tolist()
         return batches, max(items, 1)
 
-    def add_metric(self, name: str, total: torch.Tensor) -> None:
-        """Add this rank's share of a number of the step (a sum over ranks and accumulation steps)."""
-        self.step_metrics[name] = self.step_metrics.get(name, 0) + total.detach()
-
     def share_of_step(self, total: torch.Tensor, items: int) -> torch.Tensor:
         """A sum over this rank's batch as its share of the step's mean; ranks' gradients get averaged later."""
         return total / items * self.args.world_size
@@ -223,6 +219,7 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        for name, values in metrics.items():
-            self.add_metric(name, values.sum() / num_items_in_batch)
+        for name, values in metrics.items():  # this batch's share; the sum over ranks and accumulation is the step's
+            share = values.sum() / num_items_in_batch
+            self.step_metrics[name] = self.step_metrics.get(name, 0) + share.detach()
         return self.share_of_step(losses.sum(), num_items_in_batch)
