@@ -41,7 +41,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, small_tokenizer) -> Path:
-    """A folder with a tiny base model, data for three stages and an experiment file of three updates a stage."""
+    """A folder with a tiny base model, data for three stages and an experiment file of three optimizer steps a stage."""
     folder, source = tmp_path_factory.mktemp("engines"), random.Random(0)
     save_base(folder / "base", LlamaConfig(vocab_size=len(small_tokenizer), **SIZES), small_tokenizer)
     texts = ["".join(source.choices(WORDS, k=source.randint(3, 20))) + "。" for _ in range(60)]
@@ -125,7 +125,7 @@ def test_an_engine_trains_like_one_plain_process(world, plain, zero3, engine):
 
 @pytest.mark.parametrize(("stage", "ranks"), [("pretraining", 2), ("pretraining", 1), ("dpo", 1)])
 def test_a_stopped_stage_goes_on_with_the_same_and_another_number_of_ranks(world, zero3, tmp_path, stage, ranks):
-    """Two ranks of ZeRO-3, stopped behind the second of three updates: what they wrote of the third is taken away."""
+    """Two ranks of ZeRO-3, stopped after the second of three steps: what they wrote of the third is removed."""
     shutil.copytree(zero3 / stage, tmp_path / stage, ignore=shutil.ignore_patterns("merged", "checkpoint-3"))
     parent = {"pretraining": world / "base", "dpo": zero3 / "sft" / "merged"}[stage]
     run_stage(
@@ -225,9 +225,8 @@ def test_what_would_train_on_wrong_logits_is_refused(world, tmp_path, small_toke
     with pytest.raises(UserError, match="covers the output head"):
         count_parameters(base, head)
     hidden, inner, vocabulary, layers = 64, 128, len(small_tokenizer), 2
-    layer = (
-        2 * hidden**2 + 2 * hidden**2 // 2 + 3 * hidden * inner + 2 * hidden
-    )  # two of four heads for keys and values
+    # Two of four heads are for keys and values.
+    layer = 2 * hidden**2 + 2 * hidden**2 // 2 + 3 * hidden * inner + 2 * hidden
     assert count_parameters(base, None) == ((2 * vocabulary * hidden + layers * layer + hidden),) * 2
 
 

@@ -25,7 +25,7 @@ from qilin_med.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
-UPDATES = 60
+STEPS = 60
 
 
 def ip(command: str) -> None:
@@ -74,7 +74,7 @@ def world(tmp_path_factory, small_tokenizer) -> Path:
         "model": {"path": str(folder / "base"), "template": "qilin", "dtype": "float32"},
         "launch": {"device": "cpu", "processes": 1},
         "pretraining": {
-            "data": [str(folder / "cpt.txt")], "block_size": 32, "epochs": 1, "max_steps": UPDATES,
+            "data": [str(folder / "cpt.txt")], "block_size": 32, "epochs": 1, "max_steps": STEPS,
             "batch_size_per_device": 4, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.01,
             "checkpoint_every": 10, "deepspeed": "configs/deepspeed/zero2.json", "report_to": [],
         },
@@ -126,14 +126,14 @@ def test_two_machines_train_like_one_killed_and_preempted(machines, world, tmp_p
     last = said.splitlines()[-1]
     assert last.startswith("error: pretraining did not finish: rank 0 lost its connection to another rank")
     assert "run the same command on all nodes" in last and "checkpoint-" in last
-    assert 10 <= len(losses(world / "run")) < UPDATES
+    assert 10 <= len(losses(world / "run")) < STEPS
     said, _ = one_machine.communicate(timeout=300)
     assert one_machine.returncode == 0, said
 
     slurm = play_slurm(machines, tmp_path)
     job = submit(world, slurm)
-    preempted, updates = job(), len(losses(world / "run"))
-    wait_until(lambda: len(losses(world / "run")) > updates + 2, preempted)
+    preempted, steps = job(), len(losses(world / "run"))
+    wait_until(lambda: len(losses(world / "run")) > steps + 2, preempted)
     preempted.send_signal(signal.SIGUSR1)
     said, _ = preempted.communicate(timeout=300)
     assert preempted.returncode == 130 and "continuing from checkpoint-" in said, said
@@ -144,7 +144,7 @@ def test_two_machines_train_like_one_killed_and_preempted(machines, world, tmp_p
     assert continued.returncode == 0 and "continuing from checkpoint-" in said, said
     verify_folder(folder / "merged")
     assert losses(world / "run") == losses(tmp_path / "one")
-    assert len(losses(world / "run")) == UPDATES
+    assert len(losses(world / "run")) == STEPS
 
 
 def start_over_ssh(machines: tuple[str, str], world: Path, folder: Path) -> subprocess.Popen:

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -373,19 +374,15 @@ def test_no_layout_changes_the_training(world, finished, stage, tmp_path):
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_resume_in_any_epoch_is_bitwise(world, finished, stage, tmp_path):
     settings = [
-        f"output_dir={tmp_path}",
-        f"{stage}.epochs=3",
-        f"{stage}.global_batch_size=16",
-        f"{stage}.checkpoint_every=1",
+        f"output_dir={tmp_path}", f"{stage}.epochs=3", f"{stage}.global_batch_size=16", f"{stage}.checkpoint_every=1",
         f"{stage}.keep_checkpoints=99",
-    ]
+    ]  # fmt: skip
     expected, weights = trained(trainer_here(world, stage, settings))
     per_epoch = len(expected) // 3
     assert len(expected) == 3 * per_epoch and per_epoch > 2
     for step in (per_epoch + 1, 2 * per_epoch, 3 * per_epoch - 1):  # in the second epoch, at its end, in the third
-        found, found_weights = trained(
-            trainer_here(world, stage, settings), tmp_path / stage / f"checkpoints/checkpoint-{step}"
-        )
+        checkpoint = tmp_path / stage / f"checkpoints/checkpoint-{step}"
+        found, found_weights = trained(trainer_here(world, stage, settings), checkpoint)
         assert torch.equal(found, expected)
         assert all(torch.equal(found_weights[name], weight) for name, weight in weights.items())
 
@@ -431,8 +428,6 @@ def flip_a_byte(path: Path) -> None:
 
 
 def test_a_damaged_parent_is_named_and_refused(world, finished, tmp_path):
-    import shutil
-
     parent = shutil.copytree(finished / "pretraining" / "merged", tmp_path / "merged")
     flip_a_byte(parent / "model.safetensors")
     arguments = (f"output_dir={tmp_path}/run", f"sft.parent={parent}")
@@ -445,14 +440,11 @@ def test_a_damaged_parent_is_named_and_refused(world, finished, tmp_path):
 
 
 def test_a_damaged_or_foreign_checkpoint_is_skipped(world, finished, tmp_path):
-    import shutil
-
     arguments = [f"output_dir={tmp_path}/run"]
     folder = tmp_path / "run" / "pretraining"
-    assert kill_when(
-        start(world, "pretraining", *arguments), lambda: (folder / "checkpoints/checkpoint-6" / COMPLETE).exists()
-    )
-    flip_a_byte(next((folder / "checkpoints" / "checkpoint-6").glob("global_step*/*rank_1*optim*")))
+    newest = folder / "checkpoints" / "checkpoint-6"
+    assert kill_when(start(world, "pretraining", *arguments), (newest / COMPLETE).exists)
+    flip_a_byte(next(newest.glob("global_step*/*rank_1*optim*")))
     shutil.copytree(finished / "sft" / "checkpoints" / "checkpoint-9", folder / "checkpoints" / "checkpoint-8")
     output = run(world, "pretraining", *arguments)
     assert "checkpoint-8: written by another run or stage" in output
@@ -506,11 +498,8 @@ def test_a_disk_that_fills_up_behind_the_training_is_told_of(world, small_disk):
     metrics = job.folder / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     fill(small_disk)
-    trainer, state, control = (
-        SimpleNamespace(stop_agreed=0, save_agreed=0),
-        TrainerState(global_step=1),
-        TrainerControl(),
-    )
+    trainer = SimpleNamespace(stop_agreed=0, save_agreed=0)
+    state, control = TrainerState(global_step=1), TrainerControl()
     with pytest.raises(UserError, match="the disk is full"), Checkpoints(job, trainer) as checkpoints:
         checkpoints.on_save(None, state, control)
     with pytest.raises(UserError, match="the disk is full"):
@@ -543,16 +532,12 @@ def test_training_goes_on_while_a_checkpoint_is_committed(world, finished, tmp_p
 @pytest.mark.parametrize(
     ("minutes", "every", "saved"), [("1e-6", "null", [1, 2, 3, 4, 5]), ("null", "2", [2, 4, 5]), ("60", "null", [5])]
 )
-def test_checkpoints_by_the_clock_and_by_updates(world, tmp_path, minutes, every, saved):
-    overrides = [
-        f"output_dir={tmp_path}",
-        "pretraining.deepspeed=null",
-        "pretraining.max_steps=5",
-        f"pretraining.checkpoint_minutes={minutes}",
+def test_checkpoints_by_the_clock_and_by_steps(world, tmp_path, minutes, every, saved):
+    folder = run_stage(
+        world / "c.json", "pretraining", f"output_dir={tmp_path}", "pretraining.deepspeed=null",
+        "pretraining.max_steps=5", "pretraining.keep_checkpoints=9", f"pretraining.checkpoint_minutes={minutes}",
         f"pretraining.checkpoint_every={every}",
-        "pretraining.keep_checkpoints=9",
-    ]
-    folder = run_stage(world / "c.json", "pretraining", *overrides)
+    )  # fmt: skip
     assert [step_of(path) for path in find_checkpoints(folder / "checkpoints")] == saved
     assert all((path / COMPLETE).exists() for path in find_checkpoints(folder / "checkpoints"))
     rows = metrics(folder)
@@ -594,21 +579,14 @@ def test_a_port_in_use_is_named(world, tmp_path):
         ("sft", "sft.parent={run}/nowhere", "does not exist"),
         ("sft", "sft.deepspeed=nowhere.json", "nowhere.json"),
         ("sft", 'sft.lora.target_modules=["nothing"]', "target_modules"),
-        (
-            "pretraining",
-            "pretraining.block_size=200 pretraining.isolate_documents=false",
-            "the model has 128 positions",
-        ),
+        ("pretraining", "pretraining.block_size=200 pretraining.isolate_documents=false", "model has 128 positions"),
     ],
 )
 def test_what_a_user_can_mend_gets_one_line(world, finished, tmp_path, stage, override, words):
     if torch.cuda.is_available() and "cuda" in override:
         pytest.skip("there is a GPU here")
-    overrides = [
-        f"output_dir={tmp_path}/run",
-        f"sft.parent={finished}/pretraining/merged",
-        *override.format(run=finished).split(" "),
-    ]
+    overrides = [f"output_dir={tmp_path}/run", f"sft.parent={finished}/pretraining/merged"]
+    overrides += override.format(run=finished).split(" ")
     with pytest.raises(UserError) as error:
         experiment = load_experiment(world / "c.json", overrides)
         job, *_ = prepare_job(experiment, stage, count_ranks(experiment.launch, torch.cuda.device_count()))
