@@ -119,11 +119,8 @@ def test_every_tensor_is_the_published_one(converted, published):
 
 def test_settings(converted):
     config = json.loads((converted / "config.json").read_text())
-    assert [config[key] for key in ("architectures", "model_type", "dtype")] == [
-        ["LlamaForCausalLM"],
-        "llama",
-        "float16",
-    ]
+    kind = [config[key] for key in ("architectures", "model_type", "dtype")]
+    assert kind == [["LlamaForCausalLM"], "llama", "float16"]
     assert config["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
     assert (config["rms_norm_eps"], config["max_position_embeddings"], config["vocab_size"]) == (1e-6, 4096, 64000)
     assert (config["tie_word_embeddings"], config["hidden_act"]) == (False, "silu")

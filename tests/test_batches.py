@@ -10,17 +10,9 @@ from flash_stand_in import flash_on_cpu
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qilin_med.errors import UserError
-from qilin_med.model.batches import (
-    IGNORED,
-    Layout,
-    PairCollator,
-    StepSampler,
-    TokenCollator,
-    deal,
-    lay_out,
-    model_inputs,
-)
+from qilin_med.model.batches import Layout, PairCollator, StepSampler, TokenCollator, deal, lay_out, model_inputs
 from qilin_med.model.losses import check_isolation
+from qilin_med.prompt.template import IGNORED
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 _ = IGNORED

@@ -35,14 +35,8 @@ ODD_TEXTS = [
     "\ue000\ue001\uf8ff\U000f0000", "\ufff0", "\ufdd0\uffff", "😀👨‍👩‍👧👍🏽🇨🇳", "𠮷𪚥", "▁", "▁▁a ▁", "1234.5!?", "<h2>标题</h2>",
 ]  # fmt: skip
 SMUGGLED = [
-    "</s>",
-    "好。</s>。",
-    "<s>。<unk>",
-    "。<0x0A>。",
-    "<0xE4><0xB8><0xAD>",
-    "a<reserved_102>b",
-    "<reserved_103> x",
-]
+    "</s>", "好。</s>。", "<s>。<unk>", "。<0x0A>。", "<0xE4><0xB8><0xAD>", "a<reserved_102>b", "<reserved_103> x",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +81,9 @@ def random_texts() -> list[str]:
     """Strings of characters that normalisers treat in unlike ways, put side by side."""
     rng = random.Random(0)
     ranges = [
-        (0, 0x250),
-        (0x300, 0x370),
-        (0x600, 0x660),
-        (0x1100, 0x1200),
-        (0x2000, 0x2100),
-        (0x2460, 0x2480),
-        (0x3000, 0x3100),
-    ]
-    ranges += [(0x4E00, 0x4E20), (0xAC00, 0xAC20), (0xE000, 0xE004), (0xFF00, 0xFFF0), (0x1F1E6, 0x1F400)]
+        (0, 0x250), (0x300, 0x370), (0x600, 0x660), (0x1100, 0x1200), (0x2000, 0x2100), (0x2460, 0x2480), (0x3000, 0x3100),
+        (0x4E00, 0x4E20), (0xAC00, 0xAC20), (0xE000, 0xE004), (0xFF00, 0xFFF0), (0x1F1E6, 0x1F400),
+    ]  # fmt: skip
     alphabet = [chr(code) for first, last in ranges for code in range(first, last)]
     marks = ["\u0301", "\u0308", "\u0338", "\u3099", "\u11a8"]
     strange = ["<br>", "</h2>", "---", "，", " ", "\n", *"aeiou<=>-▁", *marks] * 40

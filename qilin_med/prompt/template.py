@@ -37,7 +37,7 @@ SENTINEL = "\ue0f0{}\ue0f1"  # around a message's index; private-use characters,
 Ids: TypeAlias = list[int]
 Piece: TypeAlias = tuple[int, ...] | int
 """Ids of a literal, or the index of the message whose content belongs there."""
-Layout: TypeAlias = tuple[list[tuple[list[Piece], list[Piece]]], Ids]
+Skeleton: TypeAlias = tuple[list[tuple[list[Piece], list[Piece]]], Ids]
 """How a template writes a conversation: for each turn the question (with the system text, if any) and the answer; then the
 literal after the last answer, outside the loss (Qwen's newline; most templates have none)."""
 
@@ -113,7 +113,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template()
         self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
-        self._layout = cache(self._build_layout)
+        self._skeleton = cache(self._build_skeleton)
         self._controls = control_ids(tokenizer)
         if self.template != QILIN_TEMPLATE:
             return
@@ -164,7 +164,7 @@ class ChatTemplate:
             if not reason:
                 *earlier, [question, chosen], [rejected] = turns
                 prompt = self._prompt(system, [*earlier, [question]], max_source_length)
-                [(_, target)], _ = self._layout(("user", "assistant"))
+                [(_, target)], _ = self._skeleton(("user", "assistant"))
                 chosen, chosen_is_cut = _fill_target(target, [[], chosen], max_target_length)
                 rejected, rejected_is_cut = _fill_target(target, [[], rejected], max_target_length)
                 cut = int(prompt.is_cut), chosen_is_cut + rejected_is_cut
@@ -180,7 +180,7 @@ class ChatTemplate:
     @property
     def end_id(self) -> int:
         """The token that ends an answer: not always the tokenizer's EOS, which in base models ends a document."""
-        [(_, target)], _ = self._layout(("user", "assistant"))
+        [(_, target)], _ = self._skeleton(("user", "assistant"))
         return target[-1][-1]
 
     def encode_prompt(self, messages: Sequence[Message], max_source_length: int) -> EncodedPrompt:
@@ -214,9 +214,9 @@ class ChatTemplate:
     def _row(self, system: list[Ids], turns: list[list[Ids]], max_source: int, max_target: int) -> EncodedChat:
         """A row of these turns, of which the last may lack its answer."""
         contents = [*system, *chain.from_iterable(turns)]
-        layout, closing = self._layout(("system",) * len(system) + ("user", "assistant") * len(turns))
+        skeleton, closing = self._skeleton(("system",) * len(system) + ("user", "assistant") * len(turns))
         ids, labels, cut_sources, cut_targets, is_whole = [], [], 0, 0, False
-        for (source, target), turn in zip(layout, turns, strict=True):
+        for (source, target), turn in zip(skeleton, turns, strict=True):
             asked, source_is_cut = _fill_source(source, contents, max_source)
             answered, is_cut = _fill_target(target, contents, max_target) if turn[1:] else ([], False)
             ids += asked + answered
@@ -239,9 +239,9 @@ class ChatTemplate:
             kept, row = kept + 1, longer
         return EncodedPrompt(row.input_ids, bool(row.cut_sources), len(turns) - kept)
 
-    # -------------------------------------------------------------------------------------------------- layouts
+    # -------------------------------------------------------------------------------------------------- skeletons
 
-    def _build_layout(self, roles: tuple[Role, ...]) -> Layout:
+    def _build_skeleton(self, roles: tuple[Role, ...]) -> Skeleton:
         """Render a conversation of sentinels and take it apart: source, target, source, target, ..., closing."""
         text, spans = self._render(roles)
         if not self._is_marked:

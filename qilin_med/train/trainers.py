@@ -16,14 +16,7 @@ from qilin_med.artifact import disk_errors_explained
 from qilin_med.config.experiment import InstructionConfig
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import open_rows, row_costs
-from qilin_med.model.batches import (
-    Collator,
-    Layout,
-    PairCollator,
-    StepSampler,
-    TokenCollator,
-    model_inputs,
-)
+from qilin_med.model.batches import Collator, Layout, PairCollator, StepSampler, TokenCollator, model_inputs
 from qilin_med.model.losses import (
     check_isolation,
     forward_through_head,
