@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qilin_med.artifact import verify_folder
 from qilin_med.errors import UserError
 from qilin_med.launch.agent import Cluster, find_cluster, read_hostfile
+from qilin_med.launch.rank import is_rank
 from qilin_med.train.checkpoints import COMPLETE
 from qilin_med.train.metrics import read_metrics
 
@@ -275,7 +276,7 @@ def variables(monkeypatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_places_follow_from_the_environment(variables, tmp_path):
+def test_the_cluster_follows_from_the_environment(variables, tmp_path):
     assert find_cluster() == Cluster()
     for name, value in {"NODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}.items():
         variables.setenv(name, value)
@@ -312,3 +313,20 @@ def test_a_line_that_is_no_host_is_named(tmp_path, line):
     (tmp_path / "hostfile").write_text(f"a slots=2\n{line}\n")
     with pytest.raises(UserError, match="line 2"):
         read_hostfile(tmp_path / "hostfile")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node[01-04]", "node01"), ("node1,node[2-3]", "node1"), ("rack-1[7,9]", "rack-17"), ("one", "one")],
+)
+def test_a_task_of_srun_is_a_rank_and_a_batch_script_is_none(monkeypatch, nodes, first):
+    job = {"SLURM_JOB_ID": "123", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": nodes}
+    monkeypatch.setattr(os, "environ", job.copy())
+    assert not is_rank()
+    monkeypatch.setattr(os, "environ", job | step)
+    assert is_rank()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["9", "1", "16", "8", first, "20123"]
+    monkeypatch.setattr(os, "environ", job | step | {"NODES": "2"})  # each task is a node
+    assert not is_rank()

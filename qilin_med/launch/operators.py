@@ -122,7 +122,8 @@ def _build(builder: str, operator: str, device: str) -> None:
             try:
                 output = process.communicate()[0]
             except BaseException:
-                os.killpg(process.pid, signal.SIGTERM)  # on which ninja ends its compilers, each in a group of its own
+                with suppress(ProcessLookupError):  # ninja then ends its compilers, each in a group of its own
+                    os.killpg(process.pid, signal.SIGTERM)
                 raise
         made = Path(scratch) / operator / f"{operator}.so"
         if not made.exists():
