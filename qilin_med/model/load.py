@@ -75,13 +75,12 @@ def attention_path(settings: ModelConfig, apart: bool) -> str:
 
 def check_packages(settings: ModelConfig, training: bool = False) -> None:
     """UserError if a setting needs a package that is not installed."""
-    wanted = []
-    if settings.attention == "flash_attention_2":
-        wanted.append(("flash-attn", "model.attention to 'sdpa'"))
-    if settings.fused_kernels and training:
-        wanted.append(("liger-kernel", "model.fused_kernels to false"))
-    for package, otherwise in wanted:
-        if importlib.util.find_spec(package.replace("-", "_")) is None:
+    wanted = (
+        (settings.attention == "flash_attention_2", "flash-attn", "model.attention to 'sdpa'"),
+        (settings.fused_kernels and training, "liger-kernel", "model.fused_kernels to false"),
+    )
+    for is_wanted, package, otherwise in wanted:
+        if is_wanted and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise UserError(
                 f"the package {package} is not installed: .venv/bin/pip install -r requirements-gpu.txt --no-build-isolation"
                 f" (the version that fits), or set {otherwise}"
