@@ -21,7 +21,7 @@ def shell(command: str, folder: Path, code: int = 0, **environment: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},  # the clone's package, not the installed one
         timeout=3600,
     )
     assert run.returncode == code, run.stdout + run.stderr
