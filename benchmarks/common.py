@@ -1,15 +1,16 @@
-"""What all benchmarks share: clocks, options, and facts of this machine that belong beside every measurement."""
+"""What all benchmarks share: clocks, options, tables, and the facts of this machine that belong beside every measurement."""
 
 import argparse
 import os
 import platform
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from qilin_med.artifact import commit, versions, write_json
+from qilin_med.artifact import provenance, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -37,6 +38,11 @@ def fresh_processes(number: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(number, mp_context=get_context("spawn"))
 
 
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def describe_machine() -> dict[str, Any]:
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
@@ -61,4 +67,4 @@ def describe_moment() -> str:
 
 def write_result(output: Path | None, **result: Any) -> None:
     if output:
-        write_json(output, {"machine": describe_machine(), "versions": versions(), "commit": commit(), **result})
+        write_json(output, {"machine": describe_machine(), **provenance(), **result})

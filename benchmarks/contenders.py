@@ -28,11 +28,11 @@ from qilin_med.data.rows import open_rows
 from qilin_med.model.batches import Layout, TokenCollator, model_inputs
 from qilin_med.model.load import add_adapter, load_model, load_tokenizer, lora_config
 from qilin_med.model.losses import unwrap
+from qilin_med.prompt.template import IGNORED
 from qilin_med.train.callbacks import MetricsFile
 from qilin_med.train.job import Job
 from qilin_med.train.trainers import PreferenceTrainer
 
-IGNORED = -100
 POSITIONS_PER_CHUNK = 256  # of the bare loop's loss: logits of 64 MiB with a vocabulary of 64k in fp32
 SCRIPTS = {"pretraining": "pretraining", "sft": "supervised_finetuning", "dpo": "dpo_training"}
 

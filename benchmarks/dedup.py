@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import describe_moment, fresh_processes
+from benchmarks.common import count, describe_moment, fresh_processes
 from qilin_med.config.corpus import DeduplicationSettings, ExecutorSettings
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data import matching
@@ -39,11 +39,12 @@ SETTINGS = DeduplicationSettings()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument(
-        "--sample", type=int, default=4, help="megabytes for the signatures alone (default: %(default)s)"
-    )
+    for name, default, meaning in (
+        ("megabytes", 200, "size of the corpus"),
+        ("workers", 2, "processes"),
+        ("sample", 4, "megabytes for the signatures alone"),
+    ):
+        parser.add_argument(f"--{name}", type=count, default=default, help=f"{meaning} (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -74,7 +75,7 @@ def documents(size: int, seed: int) -> Iterator[tuple[str, float]]:
             changes = round((len(text) - width + 1) * (1 - wanted) / (width * (1 + wanted)))
             places = set(rng.sample(range(0, len(text), width + 1), changes))
             copy = "".join("〇" if index in places else character for index, character in enumerate(text))
-            yield copy, matching.jaccard(*(matching.shingle_set(t, SETTINGS.shingle) for t in (text, copy)))
+            yield copy, matching.jaccard(*(matching.shingle_set(t, width) for t in (text, copy)))
             made += length * CHARACTER_BYTES
 
 
@@ -138,10 +139,10 @@ def measure(megabytes: int, workers: int) -> str:
             list(pool.map(write_shard, [work] * shards, range(shards), [size // shards] * shards))
         with fresh_processes(1) as pool:  # whose children's peak memory is that of the steps alone
             spent, memory = pool.submit(deduplicate, work, workers).result()
-        count = sum(len(work.ranks(shard)) for shard in range(shards))
+        written = sum(len(work.ranks(shard)) for shard in range(shards))
         removed, precision, recall = judge(work)
     rates = ", ".join(f"{low} on: {share:.0%}" for low, share in recall.items())
-    return f"| {megabytes} | {count:,} | {megabytes / spent:.1f} | {memory:.0f} | {removed:,} | {precision:.1%} | {rates} |"
+    return f"| {megabytes} | {written:,} | {megabytes / spent:.1f} | {memory:.0f} | {removed:,} | {precision:.1%} | {rates} |"
 
 
 def deduplicate(work: Workspace, workers: int) -> tuple[float, float]:

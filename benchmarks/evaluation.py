@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import CLOCKS, ROOT, add_shared_arguments, count, describe_moment, write_result
+from benchmarks.common import CLOCKS, ROOT, add_shared_arguments, count, describe_moment, format_table, write_result
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
@@ -51,7 +51,6 @@ def run(arguments: argparse.Namespace) -> None:
         if not (path := getattr(arguments, name)).exists():
             raise UserError(f"--{name}: {path} does not exist; run `bash run_all.sh` for the demo's, or name yours")
     quiet_libraries()
-    os.environ["TQDM_DISABLE"] = "1"
     import torch
 
     torch.set_num_threads(arguments.threads)
@@ -62,9 +61,14 @@ def run(arguments: argparse.Namespace) -> None:
                 return
         else:
             rates = measure(arguments, Path(folder))
+    rows = []
+    for way, of_task in rates.items():
+        others = rates.get("one at a time", of_task)
+        rows.append([way, *(f"{rate:.4g} ({rate / others[task]:.2g} x)" for task, rate in of_task.items())])
     print(
-        f"{format_table(rates)}\n\n{arguments.model}, {arguments.limit} questions, batches of {arguments.batch_size}, at most"
-        f" {arguments.max_new_tokens} new tokens, {arguments.threads} threads, {arguments.clock} clock; {describe_moment()}"
+        f"{format_table(['questions/s', *TASKS], rows)}\n\n{arguments.model}, {arguments.limit} questions, batches of"
+        f" {arguments.batch_size}, at most {arguments.max_new_tokens} new tokens, {arguments.threads} threads,"
+        f" {arguments.clock} clock; {describe_moment()}"
     )
     settings = {name: str(value) for name, value in vars(arguments).items()}
     write_result(arguments.output, settings=settings, questions_per_second=rates)
@@ -144,12 +148,3 @@ def time_one_at_a_time(lm: Any, prompts: list[str], arguments: argparse.Namespac
         output = lm.model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         lm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return len(prompts) / (now() - start)
-
-
-def format_table(rates: dict[str, dict[str, float]]) -> str:
-    lines = ["| questions/s | " + " | ".join(TASKS) + " |", "|---|" + "---|" * len(TASKS)]
-    for way, of_task in rates.items():
-        others = rates.get("one at a time", of_task)
-        cells = [f"{rate:.4g} ({rate / others[task]:.2g} x)" for task, rate in of_task.items()]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)

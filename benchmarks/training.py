@@ -12,10 +12,19 @@ own, in turns, --repeats times; the best rate counts, as whatever else the machi
 import argparse
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, add_shared_arguments, count, describe_moment, fresh_processes, write_result
+from benchmarks.common import (
+    ROOT,
+    add_shared_arguments,
+    count,
+    describe_moment,
+    format_table,
+    fresh_processes,
+    write_result,
+)
 from qilin_med.config.experiment import Experiment
 from qilin_med.config.schedule import make_schedule
 from qilin_med.console.quiet import quiet_libraries
@@ -26,6 +35,7 @@ STAGES = {"cpt": "pretraining", "sft": "sft", "dpo": "dpo"}
 UNITS = {"cpt": "tokens/s", "sft": "tokens/s", "dpo": "pairs/s"}
 WARMUP = 2  # optimizer steps before the clock starts
 VOCABULARY = 64_000
+TABLE = ("stage", "contender", "rate", "ours against it", "peak memory, GiB", "ours against it", "how it runs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +70,7 @@ def sources_of(data: list[str], stage: str) -> list[dict[str, str]]:
     return sources
 
 
-def describe_experiment(stages: list[str], arguments: argparse.Namespace, work: Path) -> Experiment:
+def make_experiment(stages: list[str], arguments: argparse.Namespace, work: Path) -> Experiment:
     shared = {
         "epochs": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0, "report_to": [],
         "checkpoint_minutes": None, "parent": str(work / "model"),
@@ -139,8 +149,7 @@ def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[s
             with fresh_processes(1) as pool:
                 measured.append(pool.submit(measure, job, name, WARMUP, arguments.clock).result())
             measured[-1]["load_after"] = os.getloadavg()[0]
-            rate, memory = measured[-1]["rate"], measured[-1]["memory"] / 2**30
-            told = f"{rate:.4g} {UNITS[stage]}, {memory:.2f} GiB"
+            told = f"{measured[-1]['rate']:.4g} {UNITS[stage]}, {measured[-1]['memory'] / 2**30:.2f} GiB"
             print(f"{stage} {turn + 1}/{arguments.repeats} {name}: {told}", flush=True)
     best = {
         name: {
@@ -154,20 +163,12 @@ def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[s
     return {"unit": UNITS[stage], "rows": job.schedule.rows, "contenders": best}
 
 
-def format_table(stages: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| stage | contender | rate | ours against it | peak memory, GiB | ours against it | how it runs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for stage, result in stages.items():
-        ours = result["contenders"]["ours"]
-        for name, other in result["contenders"].items():
-            rate, memory = ours["rate"] / other["rate"], ours["memory"] / other["memory"]
-            lines.append(
-                f"| {stage} | {name} | {other['rate']:.4g} {result['unit']} | {rate:.2f} x |"
-                f" {other['memory'] / 2**30:.2f} | {memory:.2f} x | {other['how']} |"
-            )
-    return "\n".join(lines)
+def table_rows(stage: str, result: dict[str, Any]) -> Iterator[list[str]]:
+    ours = result["contenders"]["ours"]
+    for name, other in result["contenders"].items():
+        rate, memory = ours["rate"] / other["rate"], ours["memory"] / other["memory"]
+        yield [stage, name, f"{other['rate']:.4g} {result['unit']}", f"{rate:.2f} x",
+               f"{other['memory'] / 2**30:.2f}", f"{memory:.2f} x", other["how"]]  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -179,17 +180,17 @@ def run(arguments: argparse.Namespace) -> None:
                         " a model folder")  # fmt: skip
     moment = describe_moment()
     quiet_libraries()
-    os.environ.update(
-        OMP_NUM_THREADS=str(arguments.threads), TOKENIZERS_PARALLELISM="false"
-    )  # of what is started below
+    # Of the processes started below:
+    os.environ.update(OMP_NUM_THREADS=str(arguments.threads), TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
         work = Path(folder)
-        experiment = describe_experiment(stages, arguments, work)
+        experiment = make_experiment(stages, arguments, work)
         parameters = make_model(arguments.tokenizer, work / "model")
         jobs = {stage: make_job(experiment, stage, WARMUP + arguments.steps, work) for stage in stages}
         results = {stage: measure_stage(job, stage, arguments) for stage, job in jobs.items()}
+    rows = (row for stage, result in results.items() for row in table_rows(stage, result))
     print(
-        f"\n{format_table(results)}\n\n{moment} before; {parameters:,} parameters in fp32, {arguments.threads} threads;"
+        f"\n{format_table(TABLE, rows)}\n\n{moment} before; {parameters:,} parameters in fp32, {arguments.threads} threads;"
         f" {arguments.steps} optimizer steps, best of {arguments.repeats} by the {arguments.clock} clock"
     )
     settings = {name: getattr(arguments, name) for name in ("clock", "threads", "steps", "repeats")}
