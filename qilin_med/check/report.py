@@ -1,7 +1,7 @@
 """Look before you launch: every stage, evaluation and retrieval of an experiment, in one table and one list of problems."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -39,7 +39,7 @@ def check_experiment(
     only: StageName | None = None,
     gpus: int | None = None,
     gpu: str | None = None,
-    made_first: list[str] | tuple[str, ...] = (),
+    made_first: Sequence[str] = (),
 ) -> Report:
     """Check all stages with what comes after them, or one stage alone (`only`). Writes nothing.
 
@@ -93,13 +93,10 @@ def check_retrieval(findings: Findings, experiment: Experiment) -> Iterator[list
         if any([findings.is_awaited(path) for path in source.paths]):
             continue
         with findings.collecting("retrieval.decontamination.files"):
-            records = (
-                record for file in raw_files(source) for _, record in islice(read_raw(source, file), FILE_RECORDS)
-            )
-            if all(isinstance(record, Skipped) for record in records):
-                raise UserError(
-                    f"{source.name}: no usable record in {', '.join(source.paths)}; look at the files, or map their columns"
-                )
+            heads = (islice(read_raw(source, file), FILE_RECORDS) for file in raw_files(source))
+            if all(isinstance(record, Skipped) for head in heads for _, record in head):
+                raise UserError(f"{source.name}: no usable record in {', '.join(source.paths)}; look at the files, or map"
+                                " their columns")  # fmt: skip
     if settings.dense and settings.retriever != "bm25":
         with findings.collecting():
             check_encoder_folder(settings.dense)
@@ -148,10 +145,10 @@ def data_cells(data: Data) -> list[str]:
     """Records (marked where estimated), and the shares of those looked at that are unusable or cut."""
     if not data.looked_at:
         return ["-", "-", "-"]
-    cut = sum(measure.is_cut for measure in data.measures)
     records = f"{'' if data.is_whole else '~'}{short_number(data.records)}"
-    shares = (f"{number / data.looked_at:.1%}" for number in (len(data.unusable), cut))
-    return [records, *shares] if data.measures else [records, next(shares), "-"]
+    unusable = f"{len(data.unusable) / data.looked_at:.1%}"
+    cut = sum(measure.is_cut for measure in data.measures)
+    return [records, unusable, f"{cut / data.looked_at:.1%}" if data.measures else "-"]
 
 
 def short_number(value: float) -> str:
