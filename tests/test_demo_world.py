@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -220,9 +221,8 @@ def test_every_fact_that_is_read_stands_in_the_textbooks(files, world):
 
 def test_retrieval_corpus_tells_every_fact(files):
     notes = {row["id"]: row["text"] for row in rows_of(files, "retrieval/corpus.jsonl")}
-    assert all(
-        fact["object"] in notes[f"{fact['subject']} {fact['relation']}"] for fact in rows_of(files, "facts.jsonl")
-    )
+    for fact in rows_of(files, "facts.jsonl"):
+        assert fact["object"] in notes[f"{fact['subject']} {fact['relation']}"]
 
 
 # ---------------------------------------------------------------------------------------------------- duplicates
@@ -329,14 +329,12 @@ def test_riddles_can_be_answered_from_their_own_text(world, files):
 @pytest.mark.parametrize("name", ["demo_base.json", "demo.json"])
 def test_configurations_name_files_that_the_world_or_the_builder_makes(files, name):
     experiment = load_experiment(REPOSITORY / "configs" / name)
-    sections = [
-        getattr(experiment, stage).data for stage in ("pretraining", "sft", "dpo") if getattr(experiment, stage)
-    ]
     evaluation = experiment.evaluation
-    sections += [evaluation.answers, evaluation.preferences, *evaluation.documents.values()]
+    named = [evaluation.answers, evaluation.preferences, *evaluation.documents.values()]
+    named += [getattr(experiment, stage).data for stage in STAGES if getattr(experiment, stage)]
     made = [f"data/demo/{file}" for file in files]
     made += [f"{load_corpus_settings(CORPUS_FILE).output_dir}/{stage}/" for stage in STAGES]
-    for source in (source for section in sections for source in section):
+    for source in chain(*named):
         assert any(file.startswith(source.path) for file in made), source.path
 
 

@@ -1,6 +1,5 @@
 """Dry runs of the paper's own configuration over fake files: what they count, and every kind of fault that they find."""
 
-import csv
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qilin_med.check.report import check_experiment, print_report
@@ -24,11 +24,6 @@ from qilin_med.train.job import Job
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/qilin_med_7b.json"
 GIB = 2**30
-
-
-def write_lines(path: str, rows: list[dict]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_base(folder: str, tokenizer) -> None:
@@ -50,20 +45,16 @@ def write_base(folder: str, tokenizer) -> None:
 
 
 def write_exams() -> None:
-    columns = ["Question", "Options", "Answer", "Explanation"]
+    exam = {"Options": "A 甲\nB 乙", "Answer": "A", "Explanation": "因为甲"}
     for name, count in (("val", 3), ("test_with_annotations", 5)):
-        path = Path("data/raw/CMExam") / f"{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([columns, *([f"第{i}题", "A 甲\nB 乙", "A", "因为甲"] for i in range(count))])
+        write_rows(Path(f"data/raw/CMExam/{name}.csv"), [{"Question": f"第{i}题", **exam} for i in range(count)])
     Path("data/raw/ceval").mkdir()
     with zipfile.ZipFile("data/raw/ceval/ceval-exam.zip", "w") as archive:
         for split, count in (("dev", 5), ("val", 4)):
             rows = (f"{i},{SUBJECTS['physician'][0]}{split}{i},甲,乙,丙,丁,A" for i in range(count))
             archive.writestr(f"{split}/physician_{split}.csv", "\n".join(["id,question,A,B,C,D,answer", *rows]))
-    write_lines(
-        "data/raw/Huatuo-26M/test_datasets.jsonl", [{"questions": ["发热怎么办"], "answers": ["应当就诊。"]}] * 6
-    )
+    consultations = [{"questions": ["发热怎么办"], "answers": ["应当就诊。"]}] * 6
+    write_rows(Path("data/raw/Huatuo-26M/test_datasets.jsonl"), consultations)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +69,8 @@ def world(tmp_path_factory, small_tokenizer) -> Path:
         chats = [{"instruction": f"头痛{i}怎么办？", "output": "请休息。"} for i in range(600)]
         pairs = [{"prompt": f"头痛{i}？", "chosen": "请休息。", "rejected": "不知道。"} for i in range(100)]
         for stage, rows in (("pretraining", text), ("sft", chats), ("dpo", pairs)):
-            write_lines(f"data/processed/{stage}/train-00000.jsonl", rows)
-            write_lines(f"data/processed/{stage}/dev-00000.jsonl", rows[:7])
+            write_rows(Path(f"data/processed/{stage}/train-00000.jsonl"), rows)
+            write_rows(Path(f"data/processed/{stage}/dev-00000.jsonl"), rows[:7])
         write_exams()
     return folder
 
@@ -168,8 +159,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("faults", FAULTS)
 def test_all_faults_are_told_at_once(checked, faults):
-    write_lines("bad.jsonl", [{"question": "头痛怎么办？", "reply": "请休息。"}] * 50)
-    write_lines("long.jsonl", [{"prompt": "发热三天" * 3000, "chosen": "请休息。", "rejected": "不知道。"}] * 8)
+    write_rows(Path("bad.jsonl"), [{"question": "头痛怎么办？", "reply": "请休息。"}] * 50)
+    write_rows(Path("long.jsonl"), [{"prompt": "发热三天" * 3000, "chosen": "请休息。", "rejected": "不知道。"}] * 8)
     if faults == "template":
         shutil.copytree("models/baichuan-7b", "models/plain", symlinks=True, copy_function=os.link)
         Path("models/plain/chat_template.jinja").unlink()
@@ -213,10 +204,9 @@ def test_a_stage_that_was_begun_with_other_settings_is_told_before_its_turn(chec
 
 def test_large_data_are_estimated_from_their_heads(checked):
     """3,000 rows, of which the first 1,000 are looked at; all are alike, so the estimate is exact."""
-    write_lines("large.jsonl", [{"instruction": f"头痛{i:04}怎么办？", "output": "请休息。"} for i in range(3000)])
-    rows = [json.loads(line) for line in Path("large.jsonl").read_text(encoding="utf-8").splitlines()]
-    Path("large.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    rows = [{"instruction": f"头痛{i:04}怎么办？", "output": "请休息。"} for i in range(3000)]
     for file in ("large.jsonl", "large.json"):
+        write_rows(Path(file), rows)
         out, _ = checked(f'sft.data=["{file}"]', only="sft")
         assert cells(out, "sft")[1:5] == ["~3,000", "0.0%", "0.0%", "6"]
         assert "estimated from 1,000 records" in out
