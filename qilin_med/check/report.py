@@ -8,7 +8,7 @@ from itertools import islice
 from qilin_med.artifact import MANIFEST
 from qilin_med.check.findings import Findings
 from qilin_med.check.heads import FILE_RECORDS, Data, Model, check_data
-from qilin_med.check.stages import GIB, Models, StageCheck, check_disk, check_folder, check_stage, find_machine
+from qilin_med.check.stages import Models, StageCheck, check_disk, check_folder, check_stage, find_machine
 from qilin_med.config.experiment import STAGES, Experiment, StageName
 from qilin_med.console.progress import progress
 from qilin_med.data.read.readers import raw_files, read_raw
@@ -17,6 +17,7 @@ from qilin_med.evaluate.harness import check_backend, check_room, describe_task,
 from qilin_med.evaluate.held_out import held_out_sets
 from qilin_med.model.load import check_packages
 from qilin_med.plan.duration import Rates, stage_duration
+from qilin_med.plan.machines import GIB
 from qilin_med.plan.tables import format_table
 from qilin_med.records import Skipped
 from qilin_med.retrieve.search import check_encoder_folder, check_encoder_package

@@ -1,6 +1,5 @@
 """One stage before it is launched: the model that it starts from, its data, its settings, and what it needs."""
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +13,11 @@ from qilin_med.launch.agent import count_ranks, find_cluster
 from qilin_med.model.folder import check_model_folder, count_parameters, max_positions
 from qilin_med.model.load import attention_path, check_trackers, load_tokenizer
 from qilin_med.plan.data import find_amount
-from qilin_med.plan.machines import GPUS, Machines, local_machine
+from qilin_med.plan.machines import GIB, GPUS, Machines, local_machine
 from qilin_med.plan.measure import Unmeasured
 from qilin_med.plan.plan import MARGIN, StagePlan, plan_stage
-from qilin_med.plan.preflight import check_memory
+from qilin_med.plan.preflight import check_memory, free_bytes
 from qilin_med.train.job import Job
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,7 @@ class Machine:
     """Whether the run is to be on this machine, so that its disk and packages matter."""
 
 
-def find_machine(
-    findings: Findings, experiment: Experiment, gpus: int | None = None, gpu: str | None = None
-) -> Machine | None:
+def find_machine(findings: Findings, experiment: Experiment, gpus: int | None, gpu: str | None) -> Machine | None:
     """This machine and its like, or where it has no GPU (or `gpus` or `gpu` name others), those that are planned for.
     None, and a problem, where the device asked for is not enough."""
     import torch
@@ -117,9 +112,7 @@ class StageCheck:
 def check_stage(
     findings: Findings, experiment: Experiment, stage: StageName, models: Models, machine: Machine | None
 ) -> StageCheck:
-    section, remarks = experiment.stage(stage), []
-    is_model = False
-    plan = None
+    section, remarks, plan = experiment.stage(stage), [], None
     start, model = models.of_stage(stage)
     with findings.collecting():
         check_trackers(stage, section.report_to)
@@ -134,7 +127,12 @@ def check_stage(
         with findings.collecting():
             total, trainable = count_parameters(model.without_weights, section.lora)
             remarks.append(f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})")
-            is_model = True
+            try:
+                plan = machine and plan_stage(experiment, stage, model.folder, machine.planned, amount)
+            except Unmeasured as error:
+                findings.note(f"memory, disk and time not checked: {error}")
+            if plan and not is_finished:
+                check_memory(plan)
     if machine:
         with findings.collecting():
             schedule = make_schedule(stage, section, amount.rows if amount else 0, machine.planned.ranks)
@@ -142,14 +140,6 @@ def check_stage(
                 check_rows(stage, schedule)
         with findings.collecting():
             job.check_engine()
-    if is_model and machine:
-        with findings.collecting():
-            try:
-                plan = plan_stage(experiment, stage, model.folder, machine.planned, amount)
-            except Unmeasured as error:
-                findings.note(f"memory, disk and time not checked: {error}")
-            if plan and not is_finished:
-                check_memory(plan)
     remarks.append(f"attention: {attention_path(experiment.model, job.keeps_sequences_apart)}")
     if amount:
         remarks.append(f"{amount.rows:,} rows, {amount.tokens:,.0f} tokens ({amount.source})")
@@ -166,9 +156,7 @@ def check_folder(findings: Findings, experiment: Experiment, stage: StageName, m
 def check_disk(findings: Findings, experiment: Experiment, checks: list[StageCheck], machine: Machine) -> None:
     """A problem if what all unfinished stages write does not fit on the disk together."""
     needed = {check.stage: check.plan.disk for check in checks if check.plan and not check.is_finished}
-    output = Path(experiment.output_dir).absolute()
-    free = shutil.disk_usage(next(path for path in (output, *output.parents) if path.exists())).free
-    free += sum(file.stat().st_size for file in output.glob("*/checkpoints/**/*") if file.is_file())
+    free = free_bytes(Path(experiment.output_dir))
     if free < sum(needed.values()) * (1 - MARGIN):
         parts = ", ".join(f"{stage} {size / GIB:.1f}" for stage, size in needed.items())
         (findings.problem if machine.is_here else findings.note)(

@@ -8,6 +8,7 @@ import psutil
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
 
+GIB = 2**30
 # What a ring of 8 A100s reaches over NVSwitch, 230 GB/s, is 77% of a link's line rate (NCCL's authors count on 80%,
 # github.com/NVIDIA/nccl-tests/issues/212). Cards on PCIe reach 20 GB/s (issue 178 there), whatever its generation:
 # GeForce cards may not write into each other's memory, so their data pass through the host's.

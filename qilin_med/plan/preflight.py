@@ -7,11 +7,9 @@ from qilin_med.config.experiment import Experiment, StageName
 from qilin_med.errors import UserError
 from qilin_med.plan.advice import describe_change
 from qilin_med.plan.data import Amount
-from qilin_med.plan.machines import Machines, local_machine
+from qilin_med.plan.machines import GIB, Machines, local_machine
 from qilin_med.plan.measure import Unmeasured
 from qilin_med.plan.plan import MARGIN, StagePlan, plan_stage
-
-GIB = 2**30
 
 
 def check_machine(
@@ -44,14 +42,17 @@ def check_memory(plan: StagePlan) -> None:
 
 def check_disk(plan: StagePlan, folder: Path) -> None:
     """UserError if the checkpoints and the merged model will not fit on the disk that `folder` lies on."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    free += sum(
-        file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file()
-    )  # a resumed run's own
+    free = free_bytes(folder)
     if free < plan.disk * (1 - MARGIN):
         raise UserError(
             f"{folder}: {plan.disk / GIB:.1f} GiB needed for {plan.section.keep_checkpoints} + 1 checkpoints and the"
             f" merged model ({plan.merged_bytes / GIB:.1f} GiB), {free / GIB:.1f} GiB free; free the disk, lower"
             f" {plan.stage}.keep_checkpoints or set output_dir; --force tries it nevertheless"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that a folder lies or will lie on. Its checkpoints count as room: a resumed run replaces them."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    checkpoints = (file.stat().st_size for file in folder.glob("**/checkpoints/**/*") if file.is_file())
+    return shutil.disk_usage(there).free + sum(checkpoints)

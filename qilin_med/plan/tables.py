@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from qilin_med.config.experiment import EXAMPLES
 from qilin_med.plan.advice import alternatives, describe_change
 from qilin_med.plan.duration import PUBLISHED_MFU, Rates, at_mfu, estimate, stage_duration, utilisation
+from qilin_med.plan.machines import GIB
 from qilin_med.plan.plan import StagePlan
-
-GIB = 2**30
 
 
 def format_plan(plan: StagePlan, device: str, rates: Rates) -> str:
