@@ -15,7 +15,7 @@ from demo.raw import RawFile, raw_files
 from demo.world import World
 
 EXACT, NEAR, CUT = "exact duplicate", "near-duplicate", "passages cut"
-HTML, SPACE, LINK, PHONE = "HTML", "white space", "link to more", "phone number"  # rules that mend a text
+HTML, SPACE, LINK, PHONE = "HTML", "white space", "link to more", "phone number"  # rules that repair a text
 TEST, VALIDATION = "repeats a question of exam-test", "repeats a question of exam-val"
 TELEPHONE = "电话13800138000。"  # the number that Chinese forms show as an example
 
@@ -41,7 +41,7 @@ def spoilt_files(world: World) -> dict[str, RawFile]:
 
 @dataclass
 class Leaks:
-    """Questions of the held-out exams in any order, each handed out once."""
+    """Questions of the held-out exams in random order, each handed out once."""
 
     validation: Iterator[Exam]
     copied: Iterator[Exam]

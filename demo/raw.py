@@ -67,7 +67,7 @@ class RawFile:
     planted: dict[str, Counter[str]] = field(default_factory=dict)
 
     def deal(self, rng: Random, fits: Callable[[Any], bool] = lambda row: True) -> Iterator[int]:
-        """Numbers of fitting rows in any order."""
+        """Numbers of fitting rows in random order."""
         numbers = [number for number, row in enumerate(self.rows) if fits(row)]
         return iter(rng.sample(numbers, len(numbers)))
 
@@ -75,7 +75,7 @@ class RawFile:
         return [self.rows[number] for number in islice(dealt, count)]
 
     def plant(self, reason: str, *rows: Any) -> None:
-        """Add rows of which each is a case of `reason`."""
+        """Add rows, each a case of `reason`."""
         self.rows += rows
         self.expect(reason, count=len(rows))
 

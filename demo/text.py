@@ -24,10 +24,10 @@ def passages(rng: Random, disease: Thing) -> list[str]:
         sentences = [rng.choice(pool) for pool in pools]
         if all(sum(map(eq, sentences, other)) <= ALIKE for other in chosen):
             chosen.append(sentences)
-    return [disease.opening + in_any_order(rng, sentences) for sentences in chosen]
+    return [disease.opening + in_random_order(rng, sentences) for sentences in chosen]
 
 
-def in_any_order(rng: Random, sentences: list[str]) -> str:
+def in_random_order(rng: Random, sentences: list[str]) -> str:
     rng.shuffle(sentences)
     return "".join(sentences)
 
@@ -72,7 +72,7 @@ def medical_heldout(world: World) -> list[dict[str, str]]:
     """Facts that pre-training has read, in words that it has not."""
     rng = Random(f"medical heldout {world.seed}")
     read = world.diseases_seen("cpt+sft", "cpt")
-    texts = [in_any_order(rng, [disease.state_unread(relation) for relation in MEDICAL]) for disease in read]
+    texts = [in_random_order(rng, [disease.state_unread(relation) for relation in MEDICAL]) for disease in read]
     return [{"text": text} for text in texts + [textbook(disease)[disease.kept["textbook"]] for disease in read]]
 
 
@@ -81,7 +81,7 @@ def general_text(world: World) -> list[str]:
     rng, lines = Random(f"general {world.seed}"), []
     for thing in world.general:
         for _ in range(4):
-            lines.append(thing.opening + in_any_order(rng, [thing.state(rng, r) for r in thing.relations]))
+            lines.append(thing.opening + in_random_order(rng, [thing.state(rng, r) for r in thing.relations]))
         for relation in [r for r in thing.relations for _ in range(2)]:
             lines.append(f"问：{thing.say(rng.choice(relation.questions), relation)} 答：{thing.state(rng, relation)}")
     lines += [_riddle(rng, world.spare_stems) for _ in range(GENERAL_RIDDLES)]
@@ -104,7 +104,7 @@ def general_replay(world: World) -> list[dict[str, str]]:
 
 def general_heldout(world: World) -> list[str]:
     rng = Random(f"general heldout {world.seed}")
-    return [in_any_order(rng, [thing.state_unread(r) for r in thing.relations]) for thing in world.general]
+    return [in_random_order(rng, [thing.state_unread(r) for r in thing.relations]) for thing in world.general]
 
 
 def _reading(rng: Random, world: World) -> str:
