@@ -1,26 +1,19 @@
-"""What all benchmarks share: clocks, options, tables, and the facts of this machine that belong beside every measurement."""
+"""What all benchmarks share: clocks, options, and facts of this machine that belong beside every measurement."""
 
 import argparse
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from qilin_med.artifact import provenance, write_json
+from qilin_med.config.experiment import count
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-def count(text: str) -> int:
-    """An option's value: a whole number from 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return number
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +29,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 def fresh_processes(number: int) -> ProcessPoolExecutor:
     """Processes that have computed nothing yet, so that peaks of memory do not mix."""
     return ProcessPoolExecutor(number, mp_context=get_context("spawn"))
-
-
-def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def describe_machine() -> dict[str, Any]:

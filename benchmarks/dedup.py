@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import count, describe_moment, fresh_processes
+from benchmarks.common import describe_moment, fresh_processes
 from qilin_med.config.corpus import DeduplicationSettings, ExecutorSettings
+from qilin_med.config.experiment import count
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data import matching
 from qilin_med.data.build import PART_BYTES, near_steps

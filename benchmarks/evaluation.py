@@ -18,10 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import CLOCKS, ROOT, add_shared_arguments, count, describe_moment, format_table, write_result
-from qilin_med.config.experiment import Experiment, TaskSettings
+from benchmarks.common import CLOCKS, ROOT, add_shared_arguments, describe_moment, write_result
+from qilin_med.config.experiment import Experiment, TaskSettings, count
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
+from qilin_med.report.tables import markdown_table
 
 TASKS = ("cmexam_letters", "cmexam_options", "cmexam_generate")
 
@@ -64,9 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
     rows = []
     for way, of_task in rates.items():
         others = rates.get("one at a time", of_task)
-        rows.append([way, *(f"{rate:.4g} ({rate / others[task]:.2g} x)" for task, rate in of_task.items())])
+        cells = {task: f"{rate:.4g} ({rate / others[task]:.2g} x)" for task, rate in of_task.items()}
+        rows.append({"questions/s": way, **cells})
     print(
-        f"{format_table(['questions/s', *TASKS], rows)}\n\n{arguments.model}, {arguments.limit} questions, batches of"
+        f"{markdown_table(rows)}\n\n{arguments.model}, {arguments.limit} questions, batches of"
         f" {arguments.batch_size}, at most {arguments.max_new_tokens} new tokens, {arguments.threads} threads,"
         f" {arguments.clock} clock; {describe_moment()}"
     )

@@ -16,26 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import (
-    ROOT,
-    add_shared_arguments,
-    count,
-    describe_moment,
-    format_table,
-    fresh_processes,
-    write_result,
-)
-from qilin_med.config.experiment import Experiment
+from benchmarks.common import ROOT, add_shared_arguments, describe_moment, fresh_processes, write_result
+from qilin_med.config.experiment import Experiment, count
 from qilin_med.config.schedule import make_schedule
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
+from qilin_med.report.tables import markdown_table
 from qilin_med.train.job import Job
 
 STAGES = {"cpt": "pretraining", "sft": "sft", "dpo": "dpo"}
 UNITS = {"cpt": "tokens/s", "sft": "tokens/s", "dpo": "pairs/s"}
 WARMUP = 2  # optimizer steps before the clock starts
 VOCABULARY = 64_000
-TABLE = ("stage", "contender", "rate", "ours against it", "peak memory, GiB", "ours against it", "how it runs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,12 +155,18 @@ def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[s
     return {"unit": UNITS[stage], "rows": job.schedule.rows, "contenders": best}
 
 
-def table_rows(stage: str, result: dict[str, Any]) -> Iterator[list[str]]:
+def table_rows(stage: str, result: dict[str, Any]) -> Iterator[dict[str, str]]:
     ours = result["contenders"]["ours"]
     for name, other in result["contenders"].items():
-        rate, memory = ours["rate"] / other["rate"], ours["memory"] / other["memory"]
-        yield [stage, name, f"{other['rate']:.4g} {result['unit']}", f"{rate:.2f} x",
-               f"{other['memory'] / 2**30:.2f}", f"{memory:.2f} x", other["how"]]  # fmt: skip
+        yield {
+            "stage": stage,
+            "contender": name,
+            "rate": f"{other['rate']:.4g} {result['unit']}",
+            "our rate against it": f"{ours['rate'] / other['rate']:.2f} x",
+            "peak memory, GiB": f"{other['memory'] / 2**30:.2f}",
+            "our memory against it": f"{ours['memory'] / other['memory']:.2f} x",
+            "how it runs": other["how"],
+        }
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -188,9 +186,9 @@ def run(arguments: argparse.Namespace) -> None:
         parameters = make_model(arguments.tokenizer, work / "model")
         jobs = {stage: make_job(experiment, stage, WARMUP + arguments.steps, work) for stage in stages}
         results = {stage: measure_stage(job, stage, arguments) for stage, job in jobs.items()}
-    rows = (row for stage, result in results.items() for row in table_rows(stage, result))
+    rows = [row for stage, result in results.items() for row in table_rows(stage, result)]
     print(
-        f"\n{format_table(TABLE, rows)}\n\n{moment} before; {parameters:,} parameters in fp32, {arguments.threads} threads;"
+        f"\n{markdown_table(rows)}\n\n{moment} before; {parameters:,} parameters in fp32, {arguments.threads} threads;"
         f" {arguments.steps} optimizer steps, best of {arguments.repeats} by the {arguments.clock} clock"
     )
     settings = {name: getattr(arguments, name) for name in ("clock", "threads", "steps", "repeats")}

@@ -12,7 +12,7 @@ are greedy, as in evaluation; evaluation.chat says who is asked in the chat temp
 import sys
 from contextlib import redirect_stdout
 
-from qilin_med.config.experiment import experiment_parser, parse_experiment
+from qilin_med.config.experiment import count, experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.evaluate.results import existing_models, model_folders
@@ -22,7 +22,7 @@ def main() -> None:
     parser = experiment_parser(__doc__)
     parser.add_argument("--model", help="base, pretraining, sft or dpo (default: the experiment's last stage)")
     parser.add_argument("--retrieval", action="store_true", help="put passages of the index before each question")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer (default 256)")
+    parser.add_argument("--max-new-tokens", type=count, default=256, help="most tokens of an answer (default 256)")
     parser.add_argument("--web", action="store_true", help="serve a page instead of the terminal")
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default 7860)")
     parser.add_argument(

@@ -10,14 +10,14 @@ ends there. Amounts of large data are estimated from the first records of each f
 
 import json
 
-from qilin_med.config.experiment import STAGES, experiment_parser, parse_experiment
+from qilin_med.config.experiment import STAGES, count, experiment_parser, parse_experiment
 from qilin_med.errors import user_errors_end_with_one_line
 from qilin_med.plan.machines import GPUS
 
 
 def main() -> None:
     parser = experiment_parser(__doc__)
-    parser.add_argument("--gpus", type=int, help="GPUs of a machine to plan for (default: those here, else"
+    parser.add_argument("--gpus", type=count, help="GPUs of a machine to plan for (default: those here, else"
                         " launch.processes, or 8)")  # fmt: skip
     parser.add_argument("--gpu", choices=GPUS, help="which GPU to plan for (default: those here, else a100-80g)")
     parser.add_argument("--made-first", action="append", default=[], metavar="PATH",

@@ -10,7 +10,7 @@ How it is planned, and how well that agrees with what is measured: docs/scaling.
 import argparse
 from pathlib import Path
 
-from qilin_med.config.experiment import STAGES, Experiment, experiment_parser, parse_experiment
+from qilin_med.config.experiment import STAGES, Experiment, count, experiment_parser, parse_experiment
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.plan.data import find_amount, stated_amount
 from qilin_med.plan.duration import Rates
@@ -40,9 +40,9 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = experiment_parser(__doc__)
-    parser.add_argument("--gpus", type=int, help="GPUs of a machine (default: launch.processes, or 8)")
+    parser.add_argument("--gpus", type=count, help="GPUs of a machine (default: launch.processes, or 8)")
     parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="which GPU (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
+    parser.add_argument("--nodes", type=count, default=1, help="machines (default: %(default)s)")
     for name, default, what in (
         ("efficiency", Rates.efficiency, "share of a GPU's peak that kernels reach while they compute"),
         ("disk-gbs", Rates.disk / 1e9, "GB/s at which checkpoints are written"),

@@ -347,6 +347,13 @@ def parse_experiment(parser: argparse.ArgumentParser) -> tuple[argparse.Namespac
     return arguments, load_experiment(arguments.config, arguments.overrides)
 
 
+def count(text: str) -> int:
+    """The value of an option that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return number
+
+
 def read_deepspeed(path: str | None) -> dict[str, Any] | None:
     """Contents of a stage's DeepSpeed file (None for none); UserError if it cannot be read."""
     try:
