@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def test_the_list_of_rooms_is_whole():
 def test_data_work_needs_no_torch(module):
     code = f"import sys, qilin_med.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["contenders", "dedup", "evaluation", "training"])
+def test_benchmarks_find_what_they_import(name):
+    """No other test runs them."""
+    import_module(f"benchmarks.{name}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qilin_med.artifact import Artifact, disk_errors_explained, exclusive, hash_files, sha256_of
-from qilin_med.config.corpus import CorpusSettings
+from qilin_med.config.corpus import CorpusSettings, DeduplicationSettings
 from qilin_med.config.experiment import STAGES
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data.card import describe
@@ -110,12 +110,7 @@ def steps_of(
         Step("exact", parts, partial(deduplication.find_exact, work)),
     ]
     if repeated.near:
-        steps += [
-            Step("sign", shards, partial(deduplication.sign_shard, work, repeated)),
-            Step("pair", repeated.bands * parts, partial(deduplication.pair_candidates, work, repeated)),
-            Step("verify", parts, partial(deduplication.verify_pairs, work, repeated)),
-            Step("near", 1, partial(deduplication.find_near, work)),
-        ]
+        steps += near_steps(work, repeated)
     if repeated.substring_tokens and "pretraining" in work.stages:
         pretraining = work.stages.count("pretraining")  # these shards come first
         steps += [
@@ -123,3 +118,13 @@ def steps_of(
             Step("repeats", parts, partial(deduplication.find_repeats, work, repeated.substring_tokens)),
         ]
     return [*steps, Step("write", shards, partial(write_shard, work, settings)), Step("publish", 1, publish)]
+
+
+def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
+    """Near-deduplication of what exact deduplication left (benchmarks/dedup.py times it alone)."""
+    return [
+        Step("sign", len(work.stages), partial(deduplication.sign_shard, work, settings)),
+        Step("pair", settings.bands * work.parts, partial(deduplication.pair_candidates, work, settings)),
+        Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings)),
+        Step("near", 1, partial(deduplication.find_near, work)),
+    ]
