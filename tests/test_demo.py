@@ -200,7 +200,7 @@ def test_the_dry_run_of_the_paper_misses_only_the_published_exams(clone, demo):
 def test_the_docs_commands_run(clone, demo):
     """Commands of docs/ that the READMEs do not have, with the demo's settings in place of the paper's."""
     # Under test in test_nodes.py, test_training.py, test_chat.py, or above:
-    elsewhere = ("NODES=", "HOSTFILE=", "--nnodes", "srun ", "--hostfile", "build_chimed", "convert_baichuan", "chat.py")
+    elsewhere = ("NODES=", "HOSTFILE=", "--nnodes", "srun ", "--hostfile", "build_chimed", "convert_baichuan", "chat.")
     not_here = ("accelerate launch", "scripts/setup.sh", "bash run_pt.sh &&", "export ")
     of_others = ("pip install", "transformers serve", "curl ", "vllm serve", "convert_hf_to_gguf.py")
     lines = [command for page in sorted((clone / "docs").glob("*.md")) for command in commands_of(page)]
