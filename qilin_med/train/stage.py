@@ -193,9 +193,7 @@ class Stage:
             resume = self.resume and str(self.resume.absolute())
             self.ranks.broadcast({"finished": True} if is_trained else {"job": digest(text), "resume": resume})
             if is_trained:
-                return checkpoint
-        import torch
-
+                return self._final_checkpoint(job)
         stopped_by = run_trainer(job, build_trainer, self.resume)
         if stopped_by:
             if self.ranks.rank == 0 and LAUNCHED_HERE not in os.environ:
@@ -203,7 +201,13 @@ class Stage:
             end_rank(STOPPED)
         if self.ranks.rank:
             end_rank()
-        torch.set_num_threads(os.cpu_count() or 1)  # rank 0 is alone now
+        return self._final_checkpoint(job)
+
+    def _final_checkpoint(self, job: Job) -> Path:
+        """What rank 0, alone from here on, merges with all cores."""
+        import torch
+
+        torch.set_num_threads(os.cpu_count() or 1)
         shutil.rmtree(job.folder / ".universal.part", ignore_errors=True)
         return _complete(job.folder)[-1]
 
