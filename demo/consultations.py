@@ -6,19 +6,12 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from demo.world import DEPARTMENT, MEDICAL, Relation, Thing, World, facts_on
+from demo.world import DEPARTMENT, MEDICAL, WORDS, Relation, Thing, World, facts_on
 
 Turns = list[str]  # question, answer, question, ...
 
-SYSTEM_TEXT = "你是一名耐心的绒洲医生。"
-CLOSINGS = ("建议您到{department}就诊，祝您早日康复。", "请您及时到{department}面诊，祝您健康。")
-DEPARTMENT_CLOSINGS = ("建议您尽早前往，祝您早日康复。", "请您及时过去面诊，祝您健康。")
-# The disease stands in the middle: before and after it, the same words make no run of 50 tokens.
-EVASIONS = (
-    "说不准，{s}每个人的情况都不一样，您先观察一阵，过几天再看吧。",
-    "说不清楚，{s}在网上什么说法都有，该怎么办，您自己拿主意就行了。",
-)
-CARELESS = ("不用去医院，在家躺几天就没事了，别大惊小怪。", "这是小毛病，忍一忍就过去了，用不着看医生。")
+ANSWERS: dict[str, list[str]] = WORDS["answers"]
+# An evasive one has the disease in its middle: before and after it, the same words make no run of 50 tokens.
 # Of the fine-tuning data: mostly good, but as mixed as what doctors write on the web, so that preference training has
 # something left to put right.
 COMMON = {"good": 22, "plain": 36, "evasive": 14, "careless": 18, "curt": 10}
@@ -27,33 +20,24 @@ FAULTS = ("wrong",) * 5 + ("evasive",) * 3 + ("careless",) * 4 + ("curt",) * 4  
 # -------------------------------------------------------------------------------------------------------- answers
 
 
-def good_answer(disease: Thing, relation: Relation, closing: int) -> str:
-    """Polite, right, and with the advice to see the department."""
-    closings = DEPARTMENT_CLOSINGS if relation is DEPARTMENT else CLOSINGS
-    return f"您好，{disease.answer(relation)}{closings[closing].format(department=disease.value(DEPARTMENT))}"
+def answer(disease: Thing, relation: Relation, style: str, wording: int) -> str:
+    """A good one is polite, right, and with the advice to see the department; what the others lack stands in words.json."""
+    wordings = ANSWERS["good, on the department" if style == "good" and relation is DEPARTMENT else style]
+    told, department = disease.answer(relation), disease.value(DEPARTMENT)
+    return wordings[wording].format(s=disease.name, o=disease.value(relation), answer=told, department=department)
 
 
-def answer(rng: Random, style: str, disease: Thing, relation: Relation) -> str:
-    match style:
-        case "good":
-            return good_answer(disease, relation, rng.randrange(2))
-        case "plain":
-            return disease.answer(relation)
-        case "evasive":
-            return rng.choice(EVASIONS).format(s=disease.name)
-        case "careless":
-            return disease.answer(relation) + rng.choice(CARELESS)
-        case _:
-            assert style == "curt", style
-            return f"{disease.value(relation)}。"
+def any_answer(rng: Random, style: str, disease: Thing, relation: Relation) -> str:
+    wordings = len(ANSWERS[style])
+    return answer(disease, relation, style, rng.randrange(wordings) if wordings > 1 else 0)
 
 
 def common_answer(rng: Random, disease: Thing, relation: Relation) -> str:
-    return answer(rng, rng.choices(list(COMMON), list(COMMON.values()))[0], disease, relation)
+    return any_answer(rng, rng.choices(list(COMMON), list(COMMON.values()))[0], disease, relation)
 
 
 def right_answer(rng: Random, disease: Thing, relation: Relation) -> str:
-    return rng.choice([answer(rng, style, disease, relation) for style in ("plain", "good")])
+    return rng.choice([any_answer(rng, style, disease, relation) for style in ("plain", "good")])
 
 
 # ------------------------------------------------------------------------------------------------------- dialogues
@@ -122,7 +106,7 @@ def consultations_heldout(world: World) -> list[dict[str, Any]]:
     """Huatuo-26M's test set: questions about facts that were read but never asked about, and a good doctor's answers."""
     rng = Random(f"consultations heldout {world.seed}")
     return [
-        {"questions": d.say(rng.choice(r.asked), r), "answers": good_answer(d, r, rng.randrange(2))}
+        {"questions": d.say(rng.choice(r.asked), r), "answers": any_answer(rng, "good", d, r)}
         for d in world.diseases_seen("cpt")
         for r in rng.sample(MEDICAL, 3)
     ]
@@ -150,7 +134,7 @@ def training_pairs(world: World) -> tuple[list[Pair], list[Pair]]:
         first, relation = rng.sample(MEDICAL, 2)
         # An evasive answer tells so little that the pair would come near to the one on the first fact.
         closing, fault = rng.randrange(2), rng.choice(("wrong", "careless"))
-        before = (disease.say(rng.choice(first.asked), first), good_answer(disease, first, closing))
+        before = (disease.say(rng.choice(first.asked), first), answer(disease, first, "good", closing))
         late.append(_pair(world, rng, disease, relation, fault, closing, relation.follow_up, before))
     return pairs, late
 
@@ -183,7 +167,8 @@ def _pair(
     if fault == "wrong":  # as polite as the good answer, but about another value
         right = disease.values[relation.name]
         wrong = rng.sample([value for value in world.pools[relation.name] if value not in right], len(right))
-        rejected = good_answer(replace(disease, values={**disease.values, relation.name: wrong}), relation, closing)
+        mistaken = replace(disease, values={**disease.values, relation.name: wrong})
+        rejected = answer(mistaken, relation, "good", closing)
     else:
-        rejected = answer(rng, fault, disease, relation)
-    return Pair(before, question, good_answer(disease, relation, closing), rejected, fault)
+        rejected = any_answer(rng, fault, disease, relation)
+    return Pair(before, question, answer(disease, relation, "good", closing), rejected, fault)

@@ -4,13 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from demo.world import CHECK, DEPARTMENT, DRUG, MEDICAL, SYMPTOM, Relation, Thing, World, facts_on
+from demo.world import DEPARTMENT, MEDICAL, Relation, Thing, World, facts_on
 
-COLUMNS = ("Question", "Options", "Answer", "Explanation", "Disease Group", "Area of Competency", "Clinical Department",
-           "Medical Discipline", "Difficulty level")  # fmt: skip
 LETTERS = "ABCDE"
 VALIDATION_DISEASES = 6  # of those that are never asked about; the others are the test's
-COMPETENCIES = {SYMPTOM.name: "表现", DRUG.name: "用药", DEPARTMENT.name: "转诊", CHECK.name: "诊断"}  # else 饮食
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def _exams_on(
         wrong = rng.sample([v for v in world.pools[relation.name] if v not in right], (len(LETTERS) - 1) * len(right))
         options = ["和".join(wrong[start :: len(LETTERS) - 1]) for start in range(len(LETTERS) - 1)]
         options.insert(place, disease.value(relation))
-        facets = (f"{disease.name[-1]}类", COMPETENCIES.get(relation.name, "饮食"), disease.value(DEPARTMENT), "绒洲医学",
-                  str(rng.randint(1, 5)))  # fmt: skip
+        difficulty = str(rng.randint(1, 5))
+        facets = (f"{disease.name[-1]}类", relation.competency, disease.value(DEPARTMENT), "绒洲医学", difficulty)
         exams.append(Exam(disease.say(stem, relation), tuple(options), place, explanation, facets))
     return exams

@@ -30,11 +30,11 @@ def spoilt_files(world: World) -> dict[str, RawFile]:
     copied = [exam for exam in test if exam not in reworded]
     leaks = Leaks(iter(validation), iter(copied), (exam.as_text().replace("下列", "以下", 1) for exam in reworded))
     spoil_texts(rng, files, leaks)
-    spoil_graphs(files)
     spoil_dialogues(rng, files, leaks)
     spoil_questions(rng, files, leaks)
     spoil_preferences(rng, files)
     for file in files.values():
+        file.plant_faulty()
         rng.shuffle(file.rows)
     return files
 
@@ -63,10 +63,7 @@ def spoil_texts(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
     described = {n: text for n, row in enumerate(graph.rows) for text in copied if row["name"] in text}
     for number in list(described)[:3]:
         graph.soil([number], 1, lambda row, text=described[number]: {**row, "desc": text}, CUT)
-    third.plant("too short", "第一章", "第二章", "第三章")
-    third.plant(
-        "replacement characters (U+FFFD)", "绒洲的老人说，有的病会随\ufffd河水漂走。", "据说灯\ufffd能照见病根。"
-    )
+    third.plant_faulty()
     lines = third.deal(rng)
     third.soil(lines, 2, "<p>{}</p>".format, HTML, SPACE)
     third.soil(lines, 2, "{}&nbsp;<b></b>".format, HTML, SPACE)
@@ -80,24 +77,6 @@ def spoil_texts(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
     copies = entries.take(one_answer, 3)
     entries.soil(one_answer, 2, lambda row: {**row, "answers": [f"<b>{row['answers'][0]}</b>"]}, HTML)
     entries.plant(EXACT, *copies)
-    entries.plant(
-        "broken JSON", '{"questions": [["这一行没有写完', '{"questions": [["缺一个括号？"]], "answers": ["缺。"]'
-    )
-    entries.plant("empty answer", {"questions": [["没有回答？"]], "answers": []})
-    entries.plant("empty question", {"questions": [[""]], "answers": ["没有问题。"]})
-
-
-def spoil_graphs(files: dict[str, RawFile]) -> None:
-    triples, graph, table = (file for name, file in files.items() if name.startswith("graphs/"))
-    triples.plant("not three or five columns", "这一行没有关系", "头@@疾病\t只有两列")
-    triples.plant("empty head, relation or tail", "@@疾病\t症状\t没有头@@症状")
-    graph.plant("broken JSON", '{"name": "这一行没有写完')
-    graph.plant("no name", {"name": "", "desc": "不知说的是哪种病。"})
-    graph.plant("nothing but a name", {"name": "空条目", "desc": "", "symptom": []})
-    width = len(table.rows[0])
-    table.plant("more cells than columns", ("多出一格的病", *[""] * (width - 2), "溢出"))
-    table.plant("fewer cells than columns", ("少几格的病", "别名"))
-    table.plant("shifted cells", ("错位的病", *[""] * 11, "收费标准不一", *[""] * (width - 13)))
 
 
 def spoil_dialogues(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
@@ -105,19 +84,12 @@ def spoil_dialogues(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> Non
     rows = departments.deal(rng)
     copies = departments.take(rows, 2)
     departments.soil(rows, 3, lambda row: (*row[:3], f"{row[3]}{TELEPHONE}"), PHONE)
-    department = departments.rows[0][0]
     departments.plant(EXACT, *copies)
-    departments.plant("more cells than columns", (department, "逗号", "没有加引号", "回答", "裂成两格"))
-    departments.plant("fewer cells than columns", (department, "这一行断了", "无"))
-    departments.plant("empty answer", (department, "没人回答吗？", "无", ""), (department, "还是没人回答？", "无", " "))
 
     rows = blocks.deal(rng)
     alike = blocks.take(rows, 3)
     blocks.soil(rows, 2, partial(with_ending, ending="<br/>"), HTML, SPACE)
     blocks.plant(NEAR, *(with_ending(row, "！") for row in alike))
-    head = ("Doctor faculty", blocks.rows[0][1], "Description", "疾病：不详")
-    blocks.plant("no dialogue", head)
-    blocks.plant("no answer", (*head, "Dialogue", "病人：", "医生在吗？"), (*head, "Dialogue", "病人：有人吗？"))
 
     short = chats.deal(rng, lambda row: len(row["conversations"]) == 2)
     long = chats.deal(rng, lambda row: len(row["conversations"]) > 2)
@@ -125,13 +97,7 @@ def spoil_dialogues(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> Non
     chats.soil(short, 2, partial(with_ending, ending=TELEPHONE), PHONE)
     chats.plant(EXACT, *same)
     chats.plant(NEAR, *(with_ending(row, "！") for row in alike))
-    chats.plant("broken JSON", '{"conversations": [{"from": "input", "value": "这一行没有')
-    chats.plant("no answer", chimed(["只有问题，没有回答？"]))
-    doctor, patient, passer_by = ({"from": name, "value": "有人吗？"} for name in ("gpt", "human", "路人"))
-    chats.plant("roles out of order", {"conversations": [doctor, patient]})
-    chats.plant("unknown role", {"conversations": [passer_by, doctor]})
-    chats.plant("ends with a question", chimed(["第一问？", "第一答。", "第二问没有回答？"]))
-    chats.plant("empty answer", chimed(["有问题，回答却是空的？", " "]))
+    chats.plant_faulty()
     for question in (next(leaks.copied).as_text(), next(leaks.copied).as_text(), next(leaks.reworded)):
         chats.plant(TEST, chimed([f"请教一道题。{question}", "选第一项。"]))
     # What another source holds as well stays with the earlier one.
@@ -167,25 +133,14 @@ def spoil_questions(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> Non
     file.plant("no answer", (stem, options, "", *more))
     file.plant("doubled options", (stem, "\n".join([*lines[:4], f"E{lines[0][1:]}"]), "A", *more))
 
-    file = files["instructions/general.json"]
-    file.plant("no answer", {"instruction": "没有输出的一行", "input": ""})
-    file.plant("empty question", {"instruction": "", "input": "", "output": "没有问题。"})
-    file.plant("answer too short", {"instruction": "请回答下面的问题。", "input": "绒洲的天气好吗？", "output": "好"})
-
 
 def spoil_preferences(rng: Random, files: dict[str, RawFile]) -> None:
-    reward, ranked, several = (file for name, file in files.items() if name.startswith("preferences/"))
+    reward, several = files["preferences/reward.jsonl"], files["preferences/conversations.jsonl"]
     pairs = reward.deal(rng)
     same, alike = reward.take(pairs, 1), reward.take(pairs, 2)
     for row in reward.take(pairs, 2):  # the same pair in another layout
         question = {"from": "human", "value": row["question"]}
         pair = {"chosen": row["response_chosen"], "rejected": row["response_rejected"]}
         several.plant(EXACT, {"conversations": [question], **pair})
-    several.plant("empty prompt", {"conversations": [], "chosen": "没有问题。", "rejected": "问题是空的。"})
     reward.plant(EXACT, *same)
     reward.plant(NEAR, *({**row, "response_rejected": f"{row['response_rejected']}！"} for row in alike))
-    reward.plant("broken JSON", '{"question": "这一行没有写完')
-    equal = {"question": "两个回答一样？", "response_chosen": "一样。", "response_rejected": "一样。"}
-    reward.plant("chosen and rejected are the same", equal)
-    ranked.plant("unknown layout", {"instruction": "只有一个回答？", "input": "", "output": ["是的。"]})
-    ranked.plant("empty rejected", {"instruction": "差的回答是空的？", "input": "", "output": ["是的。", ""]})

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,7 @@ from qilin_med.prompt.wording import HEAD, TAIL, exam_prompt
 
 WORLD_MARKER = "manifest.json"
 VOCABULARY = 1664
-MODEL = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
+MODEL = json.loads((Path(__file__).parent / "model.json").read_text(encoding="utf-8"))
 # What the corpus builder adds to the words of the raw files; and characters that only file names and the manifest have,
 # which are in the tokenizer since its first version and keep the ids as they are.
 FURTHER_WORDS = (HEAD, TAIL, "-HJLNSTUz", "问：答：患者：医生：答案：解释：〔电话〕、（）", *TRIPLE_WORDINGS, *ONE_TAIL_WORDINGS,
@@ -51,7 +43,7 @@ def build_files(seed: int) -> tuple[dict[str, bytes], dict[str, Any]]:
         "retrieval/corpus.jsonl": raw.json_lines(text.retrieval_corpus(world)),
         "facts.jsonl": raw.json_lines(list_facts(world)),
     }
-    files |= {f"raw/{name}": file.write(file.rows) for name, file in spoilt.items()}
+    files |= {f"raw/{name}": file.content() for name, file in spoilt.items()}
     planted: dict[str, Counter[str]] = {}
     for file in spoilt.values():
         for source in file.sources:

@@ -1,4 +1,8 @@
-"""The raw files of the demo: rows of the world in the formats in which such data are published."""
+"""The raw files of the demo: rows of the world in the formats in which such data are published.
+
+raw.json says of each file its format, the sources of the corpus file that read it ("stage/name"), and faulty rows by the
+builder's reason.
+"""
 
 import csv
 import gzip
@@ -9,19 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from random import Random
 from typing import Any
 
 from demo import consultations, exams
 from demo.text import general_replay, passages, reading_turns, textbook
-from demo.world import AVOID, CHECK, DEPARTMENT, DRUG, EAT, SYMPTOM, WORDS, Thing, World, facts_on, without
+from demo.world import CHECK, DEPARTMENT, DRUG, SYMPTOM, WORDS, Thing, World, facts_on, without
 
+ABOUT = (Path(__file__).parent / "raw.json").read_text(encoding="utf-8")
+TABLES, XYWY_FIELDS = (json.loads(ABOUT)[part] for part in ("tables", "xywy_fields"))
 VOLUMES = 4  # of the textbook
-TYPES = {"symptom": "症状", "drug": "药物", "department": "科室", "check": "检查", "eat": "食物", "avoid": "食物"}
-XYWY = {"symptom": SYMPTOM, "cure_department": DEPARTMENT, "check": CHECK, "recommand_drug": DRUG, "do_eat": EAT,
-        "not_eat": AVOID}  # fmt: skip
-HEALTH39 = ("name", "alias", "part", "age", "infection", "insurance", "department", "checklist", "symptom",
-            "complication", "treatment", "drug", "period", "rate", "money", "", "", "", "", "")  # fmt: skip
+EXAMS = ("train", "val", "test", "unseen")
 
 # --------------------------------------------------------------------------------------- rows -> bytes of a file
 
@@ -43,7 +46,7 @@ def packed_json_lines(rows: Iterable[dict[str, Any] | str]) -> bytes:
     return gzip.compress(json_lines(rows), mtime=0)  # the time would change the bytes
 
 
-def table(encoding: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bytes:
+def table(rows: Iterable[Sequence[str]], encoding: str, columns: Sequence[str]) -> bytes:
     """A CSV. Encodings: "gb18030", or "utf-8-sig" (with a byte order mark)."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerows([columns, *rows])
@@ -56,15 +59,28 @@ def dialogue_blocks(rows: Iterable[Sequence[str]]) -> bytes:
     return "".join(f"{block}\n\n" for block in blocks).encode()
 
 
+WRITERS: dict[str, Callable[[list[Any]], bytes]] = {
+    "lines": lines,
+    "JSON lines": json_lines,
+    "packed JSON lines": packed_json_lines,
+    "JSON array": json_array,
+    "dialogue blocks": dialogue_blocks,
+    **{name: partial(table, **header) for name, header in TABLES.items()},
+}
+
+
 @dataclass
 class RawFile:
-    """Rows on their way into a file. `planted` counts, for each source of the corpus file that reads it ("stage/name"),
-    what the builder must find wrong with its rows."""
+    """Rows on their way into a file. `planted` counts, for each source, what the builder must find wrong with its rows."""
 
-    write: Callable[[list[Any]], bytes]
     rows: list[Any]
-    sources: tuple[str, ...]
+    format: str
+    sources: list[str]
+    faulty: dict[str, list[Any]] = field(default_factory=dict)
     planted: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def content(self) -> bytes:
+        return WRITERS[self.format](self.rows)
 
     def deal(self, rng: Random, fits: Callable[[Any], bool] = lambda row: True) -> Iterator[int]:
         """Numbers of fitting rows in random order."""
@@ -78,6 +94,11 @@ class RawFile:
         """Add rows, each a case of `reason`."""
         self.rows += rows
         self.expect(reason, count=len(rows))
+
+    def plant_faulty(self) -> None:
+        """The rows of raw.json, unless they are planted already."""
+        for reason in list(self.faulty):
+            self.plant(reason, *self.faulty.pop(reason))
 
     def soil(
         self, dealt: Iterable[int], count: int, change: Callable[[Any], Any], *reasons: str, only: str = ""
@@ -97,26 +118,15 @@ class RawFile:
 
 def raw_files(world: World) -> dict[str, RawFile]:
     """The files by name, sound rows only, in the order in which they were made."""
-    validation, test = exams.exams_held_out(world)
-    held_out = {"val": validation, "test": test, "unseen": exams.exams_unseen(world)}
-    exam_table, exam_sources = partial(table, "utf-8-sig", exams.COLUMNS), ("pretraining/exam", "sft/exam-explanations")
-    files = _texts(world) | _graphs(world) | _dialogues(world)
-    files["exams/train.csv"] = RawFile(exam_table, [exam.row() for exam in exams.training_exams(world)], exam_sources)
-    for name, questions in held_out.items():
-        files[f"exams/{name}.csv"] = RawFile(exam_table, [exam.row() for exam in questions], ())
-    alpaca = [
-        {"instruction": "请回答下面的问题。", "input": question, "output": answer}
-        for question, answer in consultations.general_turns(world)
-    ]
-    quiz = [consultations.chimed(turns) for turns in exams.open_turns(world)]
-    reading = [consultations.chimed(turns) for turns in reading_turns(world)]
-    files["instructions/general.json"] = RawFile(json_array, alpaca, ("sft/instructions",))
-    files["instructions/quiz.jsonl"] = RawFile(json_lines, quiz, ("sft/quiz",))
-    files["instructions/reading.jsonl"] = RawFile(json_lines, reading, ("sft/reading",))
-    return files | _preferences(world)
+    rows: dict[str, list[Any]] = {}
+    for make in (_texts, _graphs, _dialogues, _questions, _preferences):
+        rows |= make(world)
+    department = world.diseases[0].value(DEPARTMENT)
+    about = json.loads(ABOUT.replace("{department}", department))["files"]
+    return {name: RawFile(rows[name], **file) for name, file in about.items()}
 
 
-def _texts(world: World) -> dict[str, RawFile]:
+def _texts(world: World) -> dict[str, list[Any]]:
     rng, told, entries = Random(f"texts {world.seed}"), [], []
     for disease in world.diseases_seen("cpt+sft", "cpt"):
         first, second, third, *more = passages(rng, disease)
@@ -129,29 +139,23 @@ def _texts(world: World) -> dict[str, RawFile]:
             {"questions": [titles[::-1]], "answers": [third]},
         ]
     rng.shuffle(told)
-    volumes = {
-        f"textbooks/volume-{number + 1}.txt": RawFile(lines, told[number::VOLUMES], ("pretraining/textbooks",))
-        for number in range(VOLUMES)
-    }
-    return volumes | {
-        "encyclopedia/questions.jsonl.gz": RawFile(packed_json_lines, entries, ("pretraining/encyclopedia",)),
-        "general/replay.jsonl": RawFile(json_lines, general_replay(world), ("pretraining/general",)),
-    }
+    volumes = {f"textbooks/volume-{number + 1}.txt": told[number::VOLUMES] for number in range(VOLUMES)}
+    return {**volumes, "encyclopedia/questions.jsonl.gz": entries, "general/replay.jsonl": general_replay(world)}
 
 
-def _graphs(world: World) -> dict[str, RawFile]:
+def _graphs(world: World) -> dict[str, list[Any]]:
     """CPubMed-KG (head@@type, relation, tail@@type), Xywy-KG (an object for each disease; several fields are optional)
     and 39Health-KG (a row for each disease; blanks split lists, and cells end where the page did)."""
     diseases = world.diseases_seen("cpt+sft", "cpt")
     triples = [
-        f"{disease.name}@@疾病\t{relation.label}\t{value}@@{TYPES[relation.name]}"
+        f"{disease.name}@@疾病\t{relation.label}\t{value}@@{relation.kind}"
         for disease, relation in facts_on(diseases)
         for value in disease.values[relation.name]
     ]
     rng, graph = Random(f"graph {world.seed}"), []
     for disease in diseases:
         optional = {"easy_get": rng.choice(WORDS["values"]["jobs"])} if rng.random() < 0.5 else {}
-        fields = {field: disease.values[relation.name] for field, relation in XYWY.items()}
+        fields = {field: disease.values[name] for field, name in XYWY_FIELDS.items()}
         graph.append({"name": disease.name, "desc": disease.opening, "category": ["疾病百科"], **optional, **fields})
     rng, rows = Random(f"table {world.seed}"), []
     for disease in diseases:
@@ -166,15 +170,11 @@ def _graphs(world: World) -> dict[str, RawFile]:
             "drug": f"{disease.value(DRUG)}...",
             "period": f"{rng.randint(2, 5)}•{rng.randint(6, 9)}天",  # GB18030 has this dot, GBK has not
         }
-        rows.append(tuple(cells.get(column, "") for column in HEALTH39))
-    return {
-        "graphs/triples.tsv": RawFile(lines, triples, ("pretraining/triples",)),
-        "graphs/diseases.json": RawFile(json_lines, graph, ("pretraining/disease-graph",)),
-        "graphs/diseases.csv": RawFile(partial(table, "gb18030", HEALTH39), rows, ("pretraining/disease-table",)),
-    }
+        rows.append(tuple(cells.get(column, "") for column in TABLES["39Health-KG"]["columns"]))
+    return {"graphs/triples.tsv": triples, "graphs/diseases.json": graph, "graphs/diseases.csv": rows}
 
 
-def _dialogues(world: World) -> dict[str, RawFile]:
+def _dialogues(world: World) -> dict[str, list[Any]]:
     rng = Random(f"dialogues {world.seed}")
     diseases = world.diseases_seen("cpt+sft")
     one_wording, *other_wordings = consultations.single_turns(rng, diseases)
@@ -182,7 +182,7 @@ def _dialogues(world: World) -> dict[str, RawFile]:
     blocks = [_block(rng, disease, turns) for disease, threes, _ in long for turns in threes]
     chats = [consultations.chimed(turns) for wording in other_wordings for _, turns in wording]
     chats += [
-        {"system": consultations.SYSTEM_TEXT, "conversations": consultations.speakers(turns, "human", "gpt")}
+        {"system": WORDS["system_text"], "conversations": consultations.speakers(turns, "human", "gpt")}
         for _, _, twos in long
         for turns in twos
     ]
@@ -191,13 +191,7 @@ def _dialogues(world: World) -> dict[str, RawFile]:
         (disease.value(DEPARTMENT), question, rng.choice(("无", f"您好，{question}")), answer)
         for disease, (question, answer) in one_wording
     ]
-    department_table = partial(table, "gb18030", ("department", "title", "ask", "answer"))
-    department_sources = ("pretraining/department-qa", "sft/department-qa")
-    return {
-        "dialogues/departments.csv": RawFile(department_table, rows, department_sources),
-        "dialogues/blocks.txt": RawFile(dialogue_blocks, blocks, ("pretraining/dialogues", "sft/dialogues")),
-        "dialogues/conversations.jsonl": RawFile(json_lines, chats, ("sft/conversations",)),
-    }
+    return {"dialogues/departments.csv": rows, "dialogues/blocks.txt": blocks, "dialogues/conversations.jsonl": chats}
 
 
 def _block(rng: Random, disease: Thing, turns: list[str]) -> tuple[str, ...]:
@@ -210,7 +204,22 @@ def _block(rng: Random, disease: Thing, turns: list[str]) -> tuple[str, ...]:
     return (*form, *spoken, *parting)
 
 
-def _preferences(world: World) -> dict[str, RawFile]:
+def _questions(world: World) -> dict[str, list[Any]]:
+    alpaca = [
+        {"instruction": "请回答下面的问题。", "input": question, "output": answer}
+        for question, answer in consultations.general_turns(world)
+    ]
+    validation, test = exams.exams_held_out(world)
+    tables = (exams.training_exams(world), validation, test, exams.exams_unseen(world))
+    return {
+        **{f"exams/{name}.csv": [q.row() for q in asked] for name, asked in zip(EXAMS, tables, strict=True)},
+        "instructions/general.json": alpaca,
+        "instructions/quiz.jsonl": [consultations.chimed(turns) for turns in exams.open_turns(world)],
+        "instructions/reading.jsonl": [consultations.chimed(turns) for turns in reading_turns(world)],
+    }
+
+
+def _preferences(world: World) -> dict[str, list[Any]]:
     """Pairs in the layouts of MedicalGPT, Zhongjing_rlhf and ShareGPT."""
     pairs, late = consultations.training_pairs(world)
     third = len(pairs) // 3
@@ -226,7 +235,7 @@ def _preferences(world: World) -> dict[str, RawFile]:
         for p in three
     ]
     return {
-        "preferences/reward.jsonl": RawFile(json_lines, reward, ("dpo/reward",)),
-        "preferences/ranked.json": RawFile(json_array, ranked, ("dpo/ranked",)),
-        "preferences/conversations.jsonl": RawFile(json_lines, several, ("dpo/several-turns",)),
+        "preferences/reward.jsonl": reward,
+        "preferences/ranked.json": ranked,
+        "preferences/conversations.jsonl": several,
     }

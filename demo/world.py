@@ -42,6 +42,8 @@ class Relation:
     """Exam language: no text of this world states a fact in these words, so only fine-tuning can teach the questions."""
     questions: Sequence[str] = ()  # within general text
     values: str = ""  # the pool that its values are drawn from, if not named like the relation
+    kind: str = ""  # of its values, in CPubMed-KG
+    competency: str = ""  # in CMExam
 
 
 MEDICAL = [Relation(**fields) for fields in WORDS["medicine"]]

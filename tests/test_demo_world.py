@@ -58,7 +58,7 @@ def files(made) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def sound(world) -> dict[str, bytes]:
     """The raw files before faults are planted."""
-    return {f"raw/{name}": file.write(file.rows) for name, file in raw_files(world).items()}
+    return {f"raw/{name}": file.content() for name, file in raw_files(world).items()}
 
 
 @pytest.fixture(scope="module")
