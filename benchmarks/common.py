@@ -1,4 +1,4 @@
-"""What all benchmarks share: clocks, options, and facts of this machine that belong beside every measurement."""
+"""What all benchmarks share: options, and facts of this machine that belong beside every measurement."""
 
 import argparse
 import os
@@ -9,20 +9,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from qilin_med.artifact import provenance, write_json
 from qilin_med.config.experiment import count
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, default=2, help="CPU threads of a process (default: %(default)s)")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall",
-        help="time by the wall clock, or by the process's CPU clock: with --threads 1 that is the one to trust on a"
-        " machine that others use (default: %(default)s)",
-    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="write the result as JSON")
 
 
@@ -34,11 +30,10 @@ def fresh_processes(number: int) -> ProcessPoolExecutor:
 def describe_machine() -> dict[str, Any]:
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
@@ -53,6 +48,7 @@ def describe_moment() -> str:
     )
 
 
-def write_result(output: Path | None, **result: Any) -> None:
-    if output:
-        write_json(output, {"machine": describe_machine(), **provenance(), **result})
+def write_result(arguments: argparse.Namespace, **result: Any) -> None:
+    if arguments.output:
+        settings = {name: str(value) for name, value in vars(arguments).items()}
+        write_json(arguments.output, {"machine": describe_machine(), **provenance(), "settings": settings, **result})

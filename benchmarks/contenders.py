@@ -11,6 +11,7 @@ import importlib
 import io
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.common import CLOCKS
 from qilin_med.data.rows import open_rows
 from qilin_med.model.batches import Layout, TokenCollator, model_inputs
 from qilin_med.model.load import add_adapter, load_model, load_tokenizer, lora_config
@@ -49,14 +49,13 @@ class Window:
     """Times optimizer steps: from the end of the last warm-up step to the end of the last one of all."""
 
     warmup: int
-    clock: Callable[[], float]
     items: list[int] = field(default_factory=list)  # useful tokens (or pairs) of each batch, in the order of making
     ended: list[float] = field(default_factory=list)  # when each step ended
     reference: float = 0.0  # seconds a pair of a reference pass made before the first step
     memory: int = 0  # peak, in bytes
 
     def step_ended(self) -> None:
-        self.ended.append(self.clock())
+        self.ended.append(time.perf_counter())
         self.memory = process_memory("VmHWM")
 
     def results(self) -> dict[str, Any]:
@@ -96,9 +95,9 @@ def train_ours(job: Job, window: Window) -> None:
     compute_reference = PreferenceTrainer._compute_reference
 
     def timed(self: Any, store: Any, missing: Any) -> None:
-        start = window.clock()
+        start = time.perf_counter()
         compute_reference(self, store, missing)
-        window.reference = (window.clock() - start) / len(missing)
+        window.reference = (time.perf_counter() - start) / len(missing)
         window.items.clear()  # its batches are none of training's
 
     PreferenceTrainer._compute_reference = timed
@@ -271,10 +270,10 @@ CONTENDERS: dict[str, dict[str, Callable[[Job, Window], None]]] = {
 """By stage. Their docstrings say in the table how they run."""
 
 
-def measure(job: Job, contender: str, warmup: int, clock: str) -> dict[str, Any]:
+def measure(job: Job, contender: str, warmup: int) -> dict[str, Any]:
     """One contender's rate and memory; to be called in a process of its own."""
     before = process_memory("VmRSS")  # everything is imported, no model is loaded
-    window, silence = Window(warmup, CLOCKS[clock]), io.StringIO()
+    window, silence = Window(warmup), io.StringIO()
     with (
         tempfile.TemporaryDirectory(dir=job.rows.parent) as copied,
         contextlib.redirect_stdout(silence),

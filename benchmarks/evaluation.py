@@ -15,11 +15,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import CLOCKS, ROOT, add_shared_arguments, describe_moment, write_result
-from qilin_med.config.experiment import Experiment, TaskSettings, count
+from benchmarks.common import ROOT, add_shared_arguments, describe_moment, write_result
+from qilin_med.config.experiment import TaskSettings, count, load_experiment
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
 from qilin_med.report.tables import markdown_table
@@ -69,11 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
         rows.append({"questions/s": way, **cells})
     print(
         f"{markdown_table(rows)}\n\n{arguments.model}, {arguments.limit} questions, batches of"
-        f" {arguments.batch_size}, at most {arguments.max_new_tokens} new tokens, {arguments.threads} threads,"
-        f" {arguments.clock} clock; {describe_moment()}"
+        f" {arguments.batch_size}, at most {arguments.max_new_tokens} new tokens, {arguments.threads} threads;"
+        f" {describe_moment()}"
     )
-    settings = {name: str(value) for name, value in vars(arguments).items()}
-    write_result(arguments.output, settings=settings, questions_per_second=rates)
+    write_result(arguments, questions_per_second=rates)
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
@@ -117,36 +117,29 @@ def time_tasks(arguments: argparse.Namespace, folder: Path, kind: Any = None) ->
     task = TaskSettings(test=[str(arguments.questions)], limit=arguments.limit)
     generated = task.model_copy(update={"max_new_tokens": arguments.max_new_tokens})
     tasks = {name: generated if name == "cmexam_generate" else task for name in TASKS}
-    # An experiment has a stage; this one is only measured.
-    stage = {"data": ["none"], "epochs": 1, "batch_size_per_device": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0,
-             "weight_decay": 0.0, "block_size": 8}  # fmt: skip
-    dtype = "bfloat16" if arguments.device == "cuda" else "float32"
-    experiment = Experiment(
-        name="benchmark",
-        seed=0,
-        output_dir=str(folder),
-        model={"path": str(arguments.model), "template": "own", "dtype": dtype},
-        launch={"device": arguments.device},
-        pretraining=stage,
-        evaluation={
-            "batch_size": arguments.batch_size,
-            "tasks": {name: task.model_dump() for name, task in tasks.items()},
-        },
-    )
-    model, rates, now = (kind or ModelUnderTest)(experiment, "sft", arguments.model), {}, CLOCKS[arguments.clock]
+    settings = {
+        "output_dir": folder,
+        "model.path": arguments.model,
+        "model.template": "own",
+        "model.dtype": "bfloat16" if arguments.device == "cuda" else "float32",
+        "launch.device": arguments.device,
+        "evaluation.batch_size": arguments.batch_size,
+    }
+    # Of the demo's experiment nothing else matters here.
+    experiment = load_experiment(ROOT / "configs/demo.json", [f"{key}={value}" for key, value in settings.items()])
+    model, rates = (kind or ModelUnderTest)(experiment, "sft", arguments.model), {}
     _ = model.lm.max_length  # loads the model
     for name in TASKS:
-        start = now()
-        result = run_task(model, name, experiment.evaluation.tasks[name])
-        rates[name] = (result["counts"]["questions"] if result else 0) / (now() - start)
+        start = time.perf_counter()
+        result = run_task(model, name, tasks[name])
+        rates[name] = (result["counts"]["questions"] if result else 0) / (time.perf_counter() - start)
     return model, rates
 
 
 def time_one_at_a_time(lm: Any, prompts: list[str], arguments: argparse.Namespace) -> float:
-    now = CLOCKS[arguments.clock]
-    start = now()
+    start = time.perf_counter()
     for prompt in prompts:
         inputs = lm.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(lm.device)
         output = lm.model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         lm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return len(prompts) / (now() - start)
+    return len(prompts) / (time.perf_counter() - start)

@@ -5,11 +5,13 @@
         --tokenizer models/baichuan-7b --data sft=chats.jsonl dpo=pairs.jsonl cpt=texts.jsonl:content
 
 Without --data and --tokenizer it takes the demo world (scripts/make_demo.py writes it). The model is a random Llama of
-37.6M parameters with a vocabulary of 64k, in fp32 on the CPU, in one process. Every contender runs in a process of its
+37.6M parameters with a vocabulary of 64k (model.json), in fp32 on the CPU, in one process; the settings of the stages lie
+in training.json. Every contender runs in a process of its
 own, in turns, --repeats times; the best rate counts, as whatever else the machine does can only slow one down.
 """
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, add_shared_arguments, describe_moment, fresh_processes, write_result
-from qilin_med.config.experiment import Experiment, count
+from qilin_med.config.experiment import Experiment, count, load_experiment
 from qilin_med.config.schedule import make_schedule
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
 from qilin_med.report.tables import markdown_table
 from qilin_med.train.job import Job
 
+HERE = Path(__file__).parent
 STAGES = {"cpt": "pretraining", "sft": "sft", "dpo": "dpo"}
 UNITS = {"cpt": "tokens/s", "sft": "tokens/s", "dpo": "pairs/s"}
 WARMUP = 2  # optimizer steps before the clock starts
-VOCABULARY = 64_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,26 +65,10 @@ def sources_of(data: list[str], stage: str) -> list[dict[str, str]]:
 
 
 def make_experiment(stages: list[str], arguments: argparse.Namespace, work: Path) -> Experiment:
-    shared = {
-        "epochs": 1, "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0, "report_to": [],
-        "checkpoint_minutes": None, "parent": str(work / "model"),
-    }  # fmt: skip
-    limits = {"max_source_length": 256, "max_target_length": 256}
-    lora = {"rank": 8, "alpha": 32, "dropout": 0.05}
-    settings = {
-        "cpt": {"block_size": 512, "batch_size_per_device": 4},
-        "sft": {**limits, "batch_size_per_device": 8, "lora": lora},
-        "dpo": {**limits, "beta": 0.1, "batch_size_per_device": 4, "lora": lora},
-    }
-    sections = {STAGES[s]: {**shared, **settings[s], "data": sources_of(arguments.data, s)} for s in stages}
-    return Experiment(
-        name="benchmark",
-        seed=42,
-        output_dir=str(work),
-        model={"path": str(work / "model"), "template": "qilin", "dtype": "float32"},
-        launch={"device": "cpu", "processes": 1, "threads_per_process": arguments.threads},
-        **sections,
-    )
+    places = [f"output_dir={work}", f"model.path={work / 'model'}"]
+    data = [f"{STAGES[stage]}.data={json.dumps(sources_of(arguments.data, stage))}" for stage in stages]
+    threads = f"launch.threads_per_process={arguments.threads}"
+    return load_experiment(HERE / "training.json", [*places, *data, threads])
 
 
 def make_model(tokenizer_folder: Path, folder: Path) -> int:
@@ -90,15 +76,11 @@ def make_model(tokenizer_folder: Path, folder: Path) -> int:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    if len(tokenizer) > VOCABULARY:
-        raise UserError(f"--tokenizer: {tokenizer_folder} has {len(tokenizer)} tokens, more than {VOCABULARY}")
+    tokenizer, config = AutoTokenizer.from_pretrained(tokenizer_folder), LlamaConfig.from_json_file(HERE / "model.json")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"--tokenizer: {tokenizer_folder} has {len(tokenizer)} tokens, more than {config.vocab_size}")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=448, num_hidden_layers=8, num_attention_heads=4,
-        max_position_embeddings=4096, tie_word_embeddings=False,
-    )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return model.num_parameters()
@@ -107,10 +89,9 @@ def make_model(tokenizer_folder: Path, folder: Path) -> int:
 def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
     """A job over as many rows, drawn at random, as `steps` optimizer steps take."""
     import numpy as np
-    import pyarrow as pa
 
     from qilin_med.artifact import MANIFEST, commit_folder
-    from qilin_med.data.rows import ROWS, open_rows, prepare_rows
+    from qilin_med.data.rows import ROWS, prepare_rows
     from qilin_med.model.load import load_tokenizer
 
     name, section = STAGES[stage], experiment.stage(STAGES[stage])
@@ -121,12 +102,9 @@ def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
         raise UserError(f"{stage}: the data give {len(dataset)} rows, {wanted} are needed; lower --steps")
     # Sorted, as the rows of a whole run would lie.
     drawn = np.sort(np.random.default_rng(0).permutation(len(dataset))[:wanted])
-    table = dataset.with_format("arrow")[drawn.tolist()]
     rows.mkdir()
-    with pa.OSFile(str(rows / ROWS), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
+    dataset.select(drawn).flatten_indices(cache_file_name=str(rows / ROWS))
     commit_folder(rows, MANIFEST, {"counts": {}})
-    assert len(open_rows(rows).dataset) == wanted, rows
     return Job(experiment, name, work / "model", "benchmark", rows, make_schedule(name, section, wanted, ranks=1))
 
 
@@ -139,7 +117,7 @@ def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[s
     for turn in range(arguments.repeats):
         for name, measured in runs.items():
             with fresh_processes(1) as pool:
-                measured.append(pool.submit(measure, job, name, WARMUP, arguments.clock).result())
+                measured.append(pool.submit(measure, job, name, WARMUP).result())
             measured[-1]["load_after"] = os.getloadavg()[0]
             told = f"{measured[-1]['rate']:.4g} {UNITS[stage]}, {measured[-1]['memory'] / 2**30:.2f} GiB"
             print(f"{stage} {turn + 1}/{arguments.repeats} {name}: {told}", flush=True)
@@ -189,8 +167,6 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [row for stage, result in results.items() for row in table_rows(stage, result)]
     print(
         f"\n{markdown_table(rows)}\n\n{moment} before; {parameters:,} parameters in fp32, {arguments.threads} threads;"
-        f" {arguments.steps} optimizer steps, best of {arguments.repeats} by the {arguments.clock} clock"
+        f" {arguments.steps} optimizer steps, best of {arguments.repeats}"
     )
-    settings = {name: getattr(arguments, name) for name in ("clock", "threads", "steps", "repeats")}
-    about = {"started": moment, "parameters": parameters, "warmup": WARMUP, **settings}
-    write_result(arguments.output, **about, stages=results)
+    write_result(arguments, started=moment, parameters=parameters, warmup=WARMUP, stages=results)
