@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv, installs exactly requirements.txt (and requirements-gpu.txt where a GPU is), and compiles DeepSpeed's CPU
-# operator into it; takes a blink when nothing changed. Called by run_all.sh and run_tests.sh; run_pt.sh, run_sft.sh and
-# run_dpo.sh use what it made. PYTHON=... chooses the interpreter.
+# Makes .venv and installs exactly requirements.txt in it (and requirements-gpu.txt where a GPU is); takes a blink when
+# nothing changed. Called by run_all.sh and run_tests.sh; run_pt.sh, run_sft.sh and run_dpo.sh use what it made.
+# PYTHON=... chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,7 +34,6 @@ if command -v "$python" >/dev/null; then
   esac
   "$python" -c 'import venv, ensurepip' 2>/dev/null || missing+=("Python's venv module: not found; install it (Debian: apt-get install python3-venv)")
 fi
-command -v g++ >/dev/null || missing+=("g++: not found; an operator of DeepSpeed is compiled (Debian: apt-get install g++)")
 
 requirements=(requirements.txt)
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then requirements+=(requirements-gpu.txt); fi
@@ -65,5 +64,4 @@ if [ ${#requirements[@]} -gt 1 ]; then
       "refused until .venv/bin/pip install -r requirements-gpu.txt --no-build-isolation succeeds" >&2
 fi
 pip_install --no-deps --editable .
-.venv/bin/python -m qilin_med.launch.operators
 echo "$wanted" >"$stamp"

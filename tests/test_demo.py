@@ -43,7 +43,7 @@ def clone(tmp_path_factory) -> Path:
     for name in filter(None, listed.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
-    # The same environment by its own path: under another one, DeepSpeed would compile its operator again.
+    # The same environment by its own path.
     (folder / ".venv/bin").mkdir(parents=True)
     shutil.copy2(ROOT / ".venv/installed", folder / ".venv/installed")
     python = folder / ".venv/bin/python"

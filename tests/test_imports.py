@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["errors", "records", "console", "config", "artifact", "launch", "prompt", "model", "convert", "data",
          "plan", "retrieve", "train",
          "evaluate", "check", "report", "chat"]  # fmt: skip
-WITHOUT_TORCH = ["config.experiment", "records", "errors", "console.progress", "artifact", "train.job", "launch.operators",
+WITHOUT_TORCH = ["config.experiment", "records", "errors", "console.progress", "artifact", "train.job",
                  "prompt.template", "data.rows", "data.build", "retrieve.index", "retrieve.retriever", "retrieve.recall",
                  "evaluate.results", "report.pages", "plan.preflight", "plan.tables"]  # fmt: skip
 

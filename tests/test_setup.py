@@ -45,7 +45,7 @@ def set_up(checkout: Path, lists: str = "false", fails: str = "nothing") -> tupl
     return run.stdout, asked.read_text().splitlines()
 
 
-BASE = ["pip: -r requirements.txt", "pip: --no-deps --editable .", "-m qilin_med.launch.operators"]
+BASE = ["pip: -r requirements.txt", "pip: --no-deps --editable ."]
 FOR_GPUS = "pip: --no-build-isolation -r requirements-gpu.txt"
 
 

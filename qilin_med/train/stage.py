@@ -30,7 +30,6 @@ from qilin_med.config.experiment import (
     StageName,
     experiment_parser,
     parse_experiment,
-    read_deepspeed,
 )
 from qilin_med.config.schedule import check_batch_size, check_rows, make_schedule
 from qilin_med.console.progress import progress
@@ -38,7 +37,6 @@ from qilin_med.console.quiet import quiet_libraries
 from qilin_med.data.rows import prepare_rows, read_counts
 from qilin_med.errors import UserError, user_errors_end_with_one_line
 from qilin_med.launch.agent import LAUNCHED_HERE, STOPPED, find_cluster, launch_ranks
-from qilin_med.launch.operators import build_operators, load_operators, needed_operators
 from qilin_med.launch.rank import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
 from qilin_med.train.checkpoints import COMPLETE, convert_checkpoint, find_checkpoints, newest_complete, step_of
 from qilin_med.train.job import Job
@@ -292,7 +290,6 @@ def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[J
     if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
         raise UserError(f"model.dtype is bfloat16, which {name} cannot compute; set model.dtype=float32")
-    build_operators(*_operators(experiment, stage))
     fingerprint = fingerprint_model(parent)
     tokenizer = load_tokenizer(parent, experiment.model.template)
     cache = Path(experiment.output_dir) / "cache"
@@ -302,11 +299,6 @@ def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[J
     check_rows(stage, schedule)
     job.check_engine()
     return job, parameters
-
-
-def _operators(experiment: Experiment, stage: StageName) -> tuple[dict[str, str], str]:
-    device = experiment.launch.device
-    return needed_operators(read_deepspeed(experiment.stage(stage).deepspeed), device), device
 
 
 def refuse_what_cannot_fit(job: Job, nodes: int) -> None:
@@ -357,8 +349,12 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
     """The library's arguments for a job; `kind` is TrainingArguments or a subclass of it."""
     from transformers import TrainingArguments
 
-    load_operators(*_operators(job.experiment, job.stage))
     section, on_cpu = job.section, job.experiment.launch.device == "cpu"
+    if on_cpu and section.deepspeed:
+        import deepspeed
+
+        # Ranks on a CPU would compile and load an operator that only inference uses.
+        deepspeed.ops.__compatible_ops__ = {}
     arguments = (kind or TrainingArguments)(
         output_dir=str(job.checkpoints),
         seed=job.experiment.seed,
