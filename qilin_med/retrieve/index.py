@@ -7,7 +7,7 @@ An interrupted build continues after its last whole step (embeddings: after the 
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from qilin_med.config.experiment import Experiment
 from qilin_med.console.progress import counted, progress
 from qilin_med.data.decontaminate import Hit, Index, build_index
 from qilin_med.data.read.readers import find_files, raw_files, read_named_documents
-from qilin_med.data.shards import JsonLines, batched, load, read_json_lines, save, save_json, write_json_lines
+from qilin_med.data.shards import batched, read_json_lines, save, save_json, write_json_lines
 from qilin_med.errors import UserError
 from qilin_med.records import Document, Skipped
 from qilin_med.retrieve.cutting import Span, cut
@@ -36,7 +36,9 @@ OF_ENCODER = {"batch_size": True, "query_prefix": True, "model": True}
 REMEDY = "build it anew with scripts/build_index.py --restart, which moves this one aside, or set retrieval.index"
 
 TOGETHER = 1000  # documents read, compared and cut at once: all texts that are in memory
-LINES, OFFSETS, SOURCES, NAMES = "chunks.jsonl", "offsets.npy", "sources.npy", "sources.json"
+# A chunk has `document` and `source` (names), `text`, and `start` and `end`: which characters of the document it is. Beside
+# the lines lie where each begins, and its source as a number in the order of the manifest.
+CHUNKS, OFFSETS, SOURCES = "chunks.jsonl", "offsets.npy", "sources.npy"
 LEFT_OUT, SKIPPED = "left_out.jsonl", "skipped.jsonl"
 # What stands between stem, options and answers in running text, and would break the n-grams of short ones.
 MARKS = re.compile(r"^\s*(?:[(（]?[A-Z][)）.．、:：\s]|(?:问|答|患者|医生)[:：])\s*", re.MULTILINE)
@@ -103,7 +105,7 @@ def build(experiment: Experiment, restart: bool = False, encoder: Encoder | None
             shutil.rmtree(unfinished, ignore_errors=True)
             label = "indexing terms" if kind == "bm25" else "embedding"
             with progress(label, index.facts["chunks"], "chunks") as advance:
-                texts = counted((chunk["text"] for chunk in Chunks(out)), advance)
+                texts = counted((chunk["text"] for chunk in read_json_lines(out / CHUNKS)), advance)
                 if kind == "bm25":
                     build_bm25(texts, settings.bm25_unit, unfinished)
                 else:
@@ -122,50 +124,6 @@ def verify_index(experiment: Experiment) -> dict[str, Any]:
         missing = f"{index.folder}: no index here; build it with scripts/build_index.py"
         raise UserError(f"{state.why}; {REMEDY}" if state.why else missing)
     return state.manifest
-
-
-# --------------------------------------------------------------------------------------------------------------- chunks
-
-
-class Chunks(JsonLines):
-    """The chunks of an index, by number from 0, and the source of each as a number.
-
-    A chunk has `document` and `source` (names), `text`, and `start` and `end`: which characters of the document it is.
-    """
-
-    def __init__(self, folder: Path):
-        super().__init__(folder / LINES, folder / OFFSETS)
-        self._folder = folder
-        self.sources: list[str] = orjson.loads((folder / NAMES).read_bytes())["sources"]
-        """Names of all sources, in the order of their first chunks."""
-
-    @staticmethod
-    def write(folder: Path, chunks: Iterable[dict[str, Any]]) -> Counter[str]:
-        """Write chunks as they come (memory: some 50 bytes for each); returns how many each source has."""
-        numbers: dict[str, int] = {}
-        sources: list[int] = []
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for chunk in chunks:
-                sources.append(numbers.setdefault(chunk["source"], len(numbers)))
-                yield chunk
-
-        save(folder / OFFSETS, np.array(write_json_lines(folder / LINES, rows()), np.uint64))
-        save(folder / SOURCES, np.array(sources, np.uint32))
-        names = list(numbers)
-        save_json(folder / NAMES, {"sources": names})
-        return Counter(names[number] for number in sources)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All chunks in order, streamed."""
-        return read_json_lines(self._folder / LINES)
-
-    def allowed(self, excluded: list[str]) -> np.ndarray | None:
-        """Which chunks stem from none of these sources (bool for each chunk); None: all."""
-        if not excluded:
-            return None
-        numbers = [number for number, name in enumerate(self.sources) if name in excluded]
-        return ~np.isin(load(self._folder / SOURCES), numbers)
 
 
 def read_corpus(experiment: Experiment, work: Path) -> Iterator[Skipped | tuple[Document, str, list[Span], Hit | None]]:
@@ -195,6 +153,8 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
     """
     documents, near_misses = Counter(read=0, indexed=0), Counter()
     left_out, skipped = [], []
+    numbers: dict[str, int] = {}  # of the sources
+    sources: list[int] = []  # of the chunks
 
     def chunks(advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
         for row in counted(read_corpus(experiment, work), advance):
@@ -211,23 +171,26 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
                 continue
             near_misses.update([hit.file] if hit else [])
             documents["indexed"] += 1
+            sources.extend([numbers.setdefault(source, len(numbers))] * len(spans))
             yield from ({**names, "start": a, "end": b, "text": document.text[a:b]} for a, b in spans)
 
     with progress("cutting the corpus", unit="documents") as advance:
-        by_source = Chunks.write(out, chunks(advance))
+        offsets = write_json_lines(out / CHUNKS, chunks(advance))
     documents.update(left_out=len(left_out), skipped=len(skipped))
     assert 2 * documents["read"] == documents.total(), documents
-    if not by_source:
+    if not sources:
         raise UserError(
             f"retrieval.corpus holds nothing to index: of {documents['read']} documents {documents['left_out']} repeat"
             f" evaluation questions and {documents['skipped']} are unusable; name other files"
         )
+    save(out / OFFSETS, np.array(offsets, np.uint64))
+    save(out / SOURCES, np.array(sources, np.uint32))
     write_json_lines(out / LEFT_OUT, left_out)
     write_json_lines(out / SKIPPED, skipped)
     files = Counter(row["file"] for row in left_out)
     return {
-        "chunks": by_source.total(),
-        "sources": by_source,
+        "chunks": len(sources),
+        "sources": dict(zip(numbers, np.bincount(sources).tolist(), strict=True)),
         "documents": documents,
         "skipped": Counter(row["reason"] for row in skipped),
         "left_out_documents": files,

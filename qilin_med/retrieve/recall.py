@@ -10,10 +10,10 @@ import numpy as np
 from qilin_med.artifact import commit, sha256_of, write_json
 from qilin_med.config.experiment import DataSource, DecontaminationSettings, Experiment, Kind, RawFiles
 from qilin_med.data.read.readers import raw_files, read_raw
-from qilin_med.data.shards import write_json_lines
+from qilin_med.data.shards import read_json_lines, write_json_lines
 from qilin_med.errors import UserError
 from qilin_med.records import Chat
-from qilin_med.retrieve.index import build
+from qilin_med.retrieve.index import CHUNKS, build
 from qilin_med.retrieve.retriever import Retriever
 from qilin_med.retrieve.search import Encoder
 
@@ -59,19 +59,19 @@ def evaluate_retrieval(
         }
         changed = experiment.model_copy(update={"retrieval": experiment.retrieval.model_copy(update=changes)})
         build(changed, encoder=encoder)
-        recall = measure(Retriever(changed, encoder), [turn["user"] for turn in turns])
+        documents = np.array([int(chunk["document"]) for chunk in read_json_lines(changed.index_folder() / CHUNKS)])
+        recall = measure(Retriever(changed, encoder), [turn["user"] for turn in turns], documents)
     settings = experiment.retrieval.model_dump(mode="json", exclude={"corpus", "decontamination"})
     facts = {"file": str(file), "sha256": sha256_of(file), "kind": kind, "retrieval": settings, "commit": commit()}
     write_json(folder / f"{file.stem}.json", {**asdict(recall), **facts})
     return recall
 
 
-def measure(retriever: Retriever, questions: list[str]) -> Recall:
-    """Question n's own answer is the document named n."""
+def measure(retriever: Retriever, questions: list[str], documents: np.ndarray) -> Recall:
+    """`documents`: that of each chunk; number n has the answer to question n."""
     begin = time.perf_counter()
     retriever.search(questions)
     seconds = time.perf_counter() - begin
-    documents = np.array([int(chunk["document"]) for chunk in retriever.chunks])
     ranks = ranks_of_own([documents[numbers] for numbers, _ in retriever.rank(questions, DEPTH)])
     recall = {cut: float((ranks <= cut).mean()) for cut in CUTS}
     return Recall(len(ranks), recall, float((1 / ranks).mean()), len(questions) / seconds)

@@ -4,12 +4,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from qilin_med.config.experiment import Experiment
+from qilin_med.data.shards import JsonLines, load
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import option_lines, with_passages
-from qilin_med.retrieve.index import KINDS, Chunks, tokenizer_file, verify_index
+from qilin_med.retrieve.index import CHUNKS, KINDS, OFFSETS, SOURCES, tokenizer_file, verify_index
 from qilin_med.retrieve.search import Bm25, Dense, Encoder, Ranking, fuse, load_encoder
 
 POOL = 100  # chunks of each ranking that are fused
@@ -55,14 +57,15 @@ class Retriever:
         names a source that it does not have.
         """
         self.settings = settings = experiment.retrieval
-        self.fingerprint: str = verify_index(experiment)["fingerprint"]
+        manifest, folder = verify_index(experiment), experiment.index_folder()
+        self.fingerprint: str = manifest["fingerprint"]
         """Of the index, for result files."""
-        folder = experiment.index_folder()
-        self.chunks = Chunks(folder)
-        if unknown := set(settings.exclude_sources) - set(self.chunks.sources):
+        self.chunks, sources = JsonLines(folder / CHUNKS, folder / OFFSETS), manifest["sources"]
+        if unknown := set(settings.exclude_sources) - set(sources):
             raise UserError(f"retrieval.exclude_sources names '{min(unknown)}', which the index does not have; it has: "
-                            + ", ".join(self.chunks.sources))  # fmt: skip
-        self._allowed = self.chunks.allowed(settings.exclude_sources)
+                            + ", ".join(sources))  # fmt: skip
+        excluded = [number for number, name in enumerate(sources) if name in settings.exclude_sources]
+        self._allowed = ~np.isin(load(folder / SOURCES), excluded) if excluded else None
         self._tokenizer = Tokenizer.from_file(str(tokenizer_file(experiment)))
         self._indexes: list[Bm25 | Dense] = []
         for kind in KINDS[settings.retriever]:
