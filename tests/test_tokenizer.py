@@ -170,11 +170,12 @@ def test_same_file_in_every_process(trained, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["identity", "nfkc", "nmt_nfkc"])
-def test_other_normalisers(tmp_path, rule):
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_other_normalisers(tmp_path, rule, squeeze):
     (tmp_path / "text").write_text("\n".join(SENTENCES * 20), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=470, model_type="bpe",
-        byte_fallback=True, normalization_rule_name=rule, remove_extra_whitespaces=False,
+        byte_fallback=True, normalization_rule_name=rule, remove_extra_whitespaces=squeeze,
     )  # fmt: skip
     tokenizer = fast_tokenizer_from_sentencepiece(tmp_path / "m.model")
     assert_same(tokenizer, SentencePieceProcessor(str(tmp_path / "m.model")), [*SENTENCES, *ODD_TEXTS, *random_texts()])

@@ -59,16 +59,14 @@ def fast_tokenizer_from_sentencepiece(
     merges = [(left, right) for left, right in splits if left in normal and right in normal]
     # ignore_merges makes a user-defined piece, which no merge builds, one token.
     tokenizer = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, ignore_merges=True, unk_token=UNKNOWN))
-    # "▁" goes before all, so that an emptied text gives it too, as with SentencePiece.
-    prefix = [normalizers.Prepend(SPACE)] if spec.add_dummy_prefix else []
-    rules = rule_steps(spec, kept) if spec.precompiled_charsmap else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, *rules, normalizers.Replace(" ", SPACE)])
+    tokenizer.normalizer = normalizers.Sequence(normalizer_steps(spec, kept))
     # User-defined pieces are split off first; then text that only looks like a piece is kept from becoming that piece.
     patterns = [*([quick_any_of(kept)] if kept else []), false_wholes(vocabulary, merges, kept)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(p), "isolated") for p in patterns])
     # Bytes to characters, then "▁" to spaces, less the one that the normaliser had put before the text.
-    unprefixed = [decoders.Replace(Regex(rf"\A{SPACE}"), "")] if spec.add_dummy_prefix else []
-    to_spaces = [*unprefixed, decoders.Replace(SPACE, " ")]
+    leading = rf"\A{SPACE}{'+' if spec.remove_extra_whitespaces else ''}"
+    is_led = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    to_spaces = [*([decoders.Replace(Regex(leading), "")] if is_led else []), decoders.Replace(SPACE, " ")]
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *to_spaces])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -108,7 +106,6 @@ def read_sentencepiece_bpe(model_file: Path) -> spm.ModelProto:
         *((name not in kinds, f"no piece {name}") for name in (UNKNOWN, BEGIN, END)),
         (KIND("UNUSED") in kinds.values(), "unused pieces"),
         (suffixes, "whitespace that is not a '▁' before the word"),
-        (normalizer.remove_extra_whitespaces, "a normaliser that removes extra whitespace"),
     ]
     for is_there, obstacle in obstacles:
         if is_there:
@@ -117,6 +114,17 @@ def read_sentencepiece_bpe(model_file: Path) -> spm.ModelProto:
 
 
 # ------------------------------------------------------------------------------------------------------ normaliser
+
+
+def normalizer_steps(spec: spm.NormalizerSpec, kept: list[str]) -> list[normalizers.Normalizer]:
+    """Dummy prefix, character rules, whitespace, in an order that leaves an emptied text "▁", as SentencePiece does."""
+    prefix = [normalizers.Prepend(SPACE)] if spec.add_dummy_prefix else []
+    rules = rule_steps(spec, kept) if spec.precompiled_charsmap else []
+    escape = [normalizers.Replace(" ", SPACE)]
+    if not spec.remove_extra_whitespaces:
+        return [*prefix, *rules, *escape]
+    squeeze = [normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex(r"\A "), "")]
+    return [*rules, *squeeze, *prefix, *escape, normalizers.Replace(Regex(rf"{SPACE}+\z"), "")]
 
 
 def rule_steps(spec: spm.NormalizerSpec, kept: list[str]) -> list[normalizers.Normalizer]:
