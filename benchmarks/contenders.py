@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -232,23 +231,17 @@ class TwoModelTrainer(Trainer):
 
 def train_two_models(job: Job, window: Window) -> None:
     """transformers' Trainer: policy and frozen copy, all logits, activation checkpointing"""
+    collator = DataCollatorForSeq2Seq(load_tokenizer(job.parent, job.experiment.model.template))
+
+    def pad(rows: list[dict]) -> dict[str, torch.Tensor]:  # [2B, T]: the chosen sequences, then the rejected ones
+        pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+        return collator([{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p, answer in pairs])
+
     arguments = arguments_for(job, TrainingArguments, activation_checkpointing=True, remove_unused_columns=False)
     reference = plain_model(job).eval().requires_grad_(False)
-    trainer = TwoModelTrainer(adapted_model(job), arguments, pad_pairs, open_rows(job.rows).dataset)
+    trainer = TwoModelTrainer(adapted_model(job), arguments, pad, open_rows(job.rows).dataset)
     trainer.reference, trainer.beta = reference, job.section.beta
     train(trainer, window)
-
-
-def pad_pairs(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """[2B, T]: the chosen sequences, then the rejected ones."""
-    pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
-    labels = [torch.tensor([IGNORED] * len(prompt) + answer) for prompt, answer in pairs]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-    }
 
 
 CONTENDERS: dict[str, dict[str, Callable[[Job, Window], None]]] = {

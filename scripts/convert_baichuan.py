@@ -1,7 +1,6 @@
 """Convert Baichuan-7B as published into a native Llama folder: python scripts/convert_baichuan.py SRC DST"""
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from qilin_med.console.progress import progress
@@ -18,8 +17,7 @@ def main() -> None:
         from qilin_med.convert.baichuan import convert_baichuan
         from qilin_med.prompt.template import QILIN_TEMPLATE
 
-        say = partial(print, flush=True)
-        made = convert_baichuan(arguments.source, arguments.target, QILIN_TEMPLATE, report=say)
+        made = convert_baichuan(arguments.source, arguments.target, QILIN_TEMPLATE)
     parameters, shards = f"{made['parameters']:,} parameters ({made['dtype']})", f"{made['shards']} shard(s)"
     print(f"done: {parameters} in {shards}, with tokenizer and chat template, in {arguments.target}")
 

@@ -26,9 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=7, help="which world (default: 7)")
-    parser.add_argument(
-        "--config", default=REPOSITORY / "configs/demo_base.json", help="experiment file of the base model"
-    )
     parser.add_argument("--no-training", action="store_true", help="stop before the base model is trained")
     options, for_training = parser.parse_known_args()
     quiet_libraries()
@@ -38,7 +35,8 @@ def main() -> None:
         write_world(files, about, Path("data/demo"))
         write_untrained_model(files, options.seed, Path("models/demo-init"))
     if not options.no_training:
-        command = [sys.executable, str(REPOSITORY / "pretraining.py"), "--config", str(options.config), *for_training]
+        script, config = str(REPOSITORY / "pretraining.py"), str(REPOSITORY / "configs/demo_base.json")
+        command = [sys.executable, script, "--config", config, *for_training]
         os.execv(sys.executable, command)  # its own process would not hear of Ctrl-C in time to save a checkpoint
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -146,9 +147,9 @@ def test_every_layout_of_the_source_gives_the_same(converted, published, source,
         assert (source.parent / "llama" / name).read_bytes() == (converted / name).read_bytes()
 
 
-def test_output_is_split_at_the_shard_size(converted, tmp_path):
-    lines: list[str] = []
-    made = convert_baichuan(PUBLISHED, tmp_path / "llama", TEMPLATE, max_shard_size=8_300_000, report=lines.append)
+def test_output_is_split_at_the_shard_size(converted, tmp_path, capsys):
+    made = convert_baichuan(PUBLISHED, tmp_path / "llama", TEMPLATE, max_shard_size=8_300_000)
+    lines = capsys.readouterr().out.splitlines()
     shards = sorted(tmp_path.glob("llama/model-*.safetensors"))
     assert made["shards"] == len(shards) == len([line for line in lines if line.startswith("wrote")]) == 3
     assert made["parameters"] == 8_342_976 and made["dtype"] == "float16"
@@ -258,23 +259,22 @@ def test_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
 
 
 def test_failure_half_way_leaves_nothing_that_the_next_run_does_not_clear(converted, tmp_path):
-    def interrupt(line: str) -> None:
-        if line.startswith("wrote"):
-            raise KeyboardInterrupt
+    def interrupt(weights: Weights, file: Path, **options: object) -> None:
+        save_file(weights, file, **options)
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        convert_baichuan(PUBLISHED, tmp_path / "llama", TEMPLATE, max_shard_size=8_300_000, report=interrupt)
+    with pytest.raises(KeyboardInterrupt), patch("qilin_med.convert.baichuan.save_file", interrupt):
+        convert_baichuan(PUBLISHED, tmp_path / "llama", TEMPLATE, max_shard_size=8_300_000)
     assert not (tmp_path / "llama").exists()
     convert_baichuan(PUBLISHED, tmp_path / "llama", TEMPLATE)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
     assert verify_folder(tmp_path / "llama")["fingerprint"] == verify_folder(converted)["fingerprint"]
 
 
-def test_run_again_it_is_done_and_of_other_files_refused(converted, source, published):
-    lines: list[str] = []
+def test_run_again_it_is_done_and_of_other_files_refused(converted, source, published, capsys):
     before = (converted / MANIFEST).stat().st_mtime_ns
-    made = convert_baichuan(PUBLISHED, converted, TEMPLATE, report=lines.append)
-    assert lines == [f"{converted} was made from these files already"]
+    made = convert_baichuan(PUBLISHED, converted, TEMPLATE)
+    assert capsys.readouterr().out == f"{converted} was made from these files already\n"
     assert (made["parameters"], made["shards"], made["dtype"]) == (8_342_976, 1, "float16")
     assert (converted / MANIFEST).stat().st_mtime_ns == before
     torch.save(published | {"model.norm.weight": 2 * published["model.norm.weight"]}, source / "pytorch_model.bin")

@@ -8,7 +8,6 @@ import json
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,9 @@ KEPT_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
              "initializer_range", "max_position_embeddings", "rms_norm_eps", *TOKEN_KEYS)  # fmt: skip
 
 Weights = dict[str, torch.Tensor]
-Report = Callable[[str], None]
 
 
-def convert_baichuan(
-    source: Path, target: Path, chat_template: str, max_shard_size: int = 5 * 10**9, report: Report = lambda line: None
-) -> dict[str, Any]:
+def convert_baichuan(source: Path, target: Path, chat_template: str, max_shard_size: int = 5 * 10**9) -> dict[str, Any]:
     """Write the Llama folder `target` from the published folder `source`; returns the manifest of `target`, with the facts
     parameters, shards and dtype. A folder that was made from the same files is done already.
 
@@ -51,7 +47,7 @@ def convert_baichuan(
     hashes = dict(zip((path.name for path in inputs), hash_files(inputs, f"hashing {source}"), strict=True))
     artifact = Artifact(target, {"files": hashes, "template": digest(chat_template), "max_shard_size": max_shard_size})
     if manifest := artifact.finished(False, f"{target} exists already: name a new folder, or remove it first"):
-        report(f"{target} was made from these files already")
+        print(f"{target} was made from these files already")
         return manifest
     target.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(file.stat().st_size for file in files) + 50 * 10**6  # the tokenizer and some air
@@ -59,7 +55,7 @@ def convert_baichuan(
         raise UserError(
             f"{target.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; make room there"
         )
-    weights = read_llama_weights(files, report)
+    weights = read_llama_weights(files)
     check_weights(weights, config, source)
     config.dtype = weights["model.embed_tokens.weight"].dtype
     config.architectures = [LlamaForCausalLM.__name__]
@@ -70,7 +66,7 @@ def convert_baichuan(
         tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)
         GenerationConfig(**{key: getattr(config, key) for key in TOKEN_KEYS}).save_pretrained(folder)
-        shards = write_shards(folder, weights, max_shard_size, report)
+        shards = write_shards(folder, weights, max_shard_size)
         parameters = sum(tensor.numel() for tensor in weights.values())
         dtype = str(config.dtype).removeprefix("torch.")
         artifact.facts = {"stage": "base", "parameters": parameters, "shards": shards, "dtype": dtype}
@@ -127,12 +123,12 @@ def find_weight_files(source: Path) -> list[Path]:
     return files
 
 
-def read_llama_weights(files: list[Path], report: Report) -> Weights:
+def read_llama_weights(files: list[Path]) -> Weights:
     """All weights under their Llama names, as views of the mapped files. W_pack [3 x hidden, hidden] -> three of
     [hidden, hidden]."""
     weights: Weights = {}
     for number, file in enumerate(files, start=1):
-        report(f"reading {file.name} ({number}/{len(files)})")
+        print(f"reading {file.name} ({number}/{len(files)})", flush=True)
         for name, tensor in open_weights(file).items():
             parts = {} if name.endswith(DERIVED) else {name: tensor}
             if name.endswith(PACKED):
@@ -184,7 +180,7 @@ def check_weights(weights: Weights, config: LlamaConfig, source: Path) -> None:
             raise UserError(f"{source}: {name} is {weights[name].dtype}, quantised; expected the published weights")
 
 
-def write_shards(folder: Path, weights: Weights, max_shard_size: int, report: Report) -> int:
+def write_shards(folder: Path, weights: Weights, max_shard_size: int) -> int:
     """Safetensors in the layout of `save_pretrained`; returns how many shards there are."""
     # Planned without memory: Q, K and V lie in one storage, which the library would take for one tensor.
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
@@ -197,7 +193,7 @@ def write_shards(folder: Path, weights: Weights, max_shard_size: int, report: Re
         with progress(f"writing {file}"):
             save_file(shard, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # save_file keeps others out
-        report(f"wrote {file} ({number}/{len(plan.filename_to_tensors)})")
+        print(f"wrote {file} ({number}/{len(plan.filename_to_tensors)})", flush=True)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -59,22 +59,18 @@ def evaluate_retrieval(
         }
         changed = experiment.model_copy(update={"retrieval": experiment.retrieval.model_copy(update=changes)})
         build(changed, encoder=encoder)
+        retriever, questions = Retriever(changed, encoder), [turn["user"] for turn in turns]
+        begin = time.perf_counter()
+        retriever.search(questions)
+        seconds = time.perf_counter() - begin
         documents = np.array([int(chunk["document"]) for chunk in read_json_lines(changed.index_folder() / CHUNKS)])
-        recall = measure(Retriever(changed, encoder), [turn["user"] for turn in turns], documents)
+        ranks = ranks_of_own([documents[numbers] for numbers, _ in retriever.rank(questions, DEPTH)])
+    shares = {cut: float((ranks <= cut).mean()) for cut in CUTS}
+    recall = Recall(len(ranks), shares, float((1 / ranks).mean()), len(questions) / seconds)
     settings = experiment.retrieval.model_dump(mode="json", exclude={"corpus", "decontamination"})
     facts = {"file": str(file), "sha256": sha256_of(file), "kind": kind, "retrieval": settings, "commit": commit()}
     write_json(folder / f"{file.stem}.json", {**asdict(recall), **facts})
     return recall
-
-
-def measure(retriever: Retriever, questions: list[str], documents: np.ndarray) -> Recall:
-    """`documents`: that of each chunk; number n has the answer to question n."""
-    begin = time.perf_counter()
-    retriever.search(questions)
-    seconds = time.perf_counter() - begin
-    ranks = ranks_of_own([documents[numbers] for numbers, _ in retriever.rank(questions, DEPTH)])
-    recall = {cut: float((ranks <= cut).mean()) for cut in CUTS}
-    return Recall(len(ranks), recall, float((1 / ranks).mean()), len(questions) / seconds)
 
 
 def ranks_of_own(found: list[np.ndarray]) -> np.ndarray:
