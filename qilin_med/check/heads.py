@@ -1,4 +1,5 @@
-"""The first records of data files: can they be used, are they cut, and how much does the whole data hold.
+"""The first records of data files, made into training rows as a stage makes them: can they be used, are they cut, and how
+much does the whole data hold.
 
 Amounts of a file that is longer than its head are estimated from its bytes (parquet: from its rows).
 """
@@ -6,19 +7,19 @@ Amounts of a file that is longer than its head are estimated from its bytes (par
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
 from qilin_med.check.findings import Findings
-from qilin_med.config.experiment import DataSource, DpoConfig, PretrainingConfig, StageConfig, StageName
+from qilin_med.config.experiment import DataSource, PretrainingConfig, StageConfig, StageName
 from qilin_med.data.read.files import content_suffix, share_of_lines
 from qilin_med.data.read.readers import find_files
-from qilin_med.data.rows import READERS
+from qilin_med.data.rows import ENCODERS, READERS, Counts, RecordReader
 from qilin_med.plan.data import Amount
-from qilin_med.prompt.template import IGNORED, ChatTemplate, EncodedPreference, control_ids, encode_texts
+from qilin_med.prompt.template import ChatTemplate
 from qilin_med.records import Document, Skipped
 
 FILE_RECORDS, FEWEST_RECORDS = 1_000, 20  # of one file; fewer of each where there are many, never fewer than the second
@@ -38,27 +39,58 @@ class Model(NamedTuple):
     positions: int | None
 
 
-class Measure(NamedTuple):
-    """One record as training rows; of a document, `rows` is a share of a block."""
-
-    rows: float
-    tokens: int
-    trained: int
-    longest: int
-    """Tokens of its longest run of positions."""
-    is_cut: bool
-
-
 @dataclass
-class Head:
-    """First records of a file. `share`: the part of the file that they are. Those that are usable are measured where the
-    stage has what encodes them."""
+class RowCounts(Counts):
+    """Counts that tell the newest row's own length, and whether a text of it was cut."""
 
-    file: Path
-    looked_at: int
-    share: float
-    unusable: list[Skipped]
-    measures: list[Measure] = field(default_factory=list)
+    newest: tuple[int, bool] = (0, False)
+
+    def add_row(self, tokens: int, trained: int, longest: int, encoded: Any = None) -> None:
+        super().add_row(tokens, trained, longest, encoded)
+        self.newest = longest, bool(encoded and (encoded.cut_sources or encoded.cut_targets))
+
+
+class Head(RecordReader):
+    """The first records of a file, at most so many, which the encoders of training rows read in place of all of them."""
+
+    def __init__(self, stage: StageName, file: Path, source: DataSource, most: int) -> None:
+        self.file, self.counts = file, RowCounts()
+        self.lengths: dict[str, int] = {}
+        """Tokens of the longest run of positions that a record became part of, by its id."""
+        self.cut: set[str] = set()
+        """Ids of the records that lost text."""
+        records, found, characters = READERS[stage]([DataSource(path=str(file), text=source.text)]), [], 0
+        while len(found) < most and characters < FILE_CHARACTERS and (record := next(records, None)):
+            characters += len(record.text) if isinstance(record, Document) else 0
+            found.append(record)
+        self.looked_at, self.share = len(found), 1.0
+        """The part of the file that they are."""
+        self.unusable = [record for record in found if isinstance(record, Skipped)]
+        self._usable = [record for record in found if not isinstance(record, Skipped)]
+        if found and next(records, None):
+            self.share = self._share(found[-1].id, records)
+
+    def _share(self, last: str, others: Iterator[Any]) -> float:
+        share, (place, _, line) = 1.0, last.rpartition(":")
+        if self.file.suffix.lower() == ".parquet":
+            share = self.looked_at / pyarrow.parquet.ParquetFile(self.file).metadata.num_rows
+        elif place == str(self.file) and content_suffix(self.file.name) in LINE_SUFFIXES:
+            share = share_of_lines(self.file, int(line))
+        # Arrays, books of tables, archives and small packed files are read to their end.
+        return share if share < 1 else self.looked_at / (self.looked_at + 1 + sum(1 for _ in others))
+
+    def batches(self) -> Iterator[list[Any]]:
+        yield self._usable
+
+    def skip(self, record: Skipped) -> None:
+        self.unusable.append(record)
+
+    def measure(self, stage: StageName, section: StageConfig, tokenizer: Any) -> None:
+        """Make rows of the usable records and count them."""
+        for row in ENCODERS[stage](self, section, tokenizer):
+            longest, is_cut = self.counts.newest
+            self.lengths |= {id_: max(longest, self.lengths.get(id_, 0)) for id_ in row["ids"]}
+            self.cut.update(row["ids"] if is_cut else ())
 
 
 class Data:
@@ -70,19 +102,21 @@ class Data:
         self.records = sum(round(head.looked_at / head.share) for head in heads)
         self.is_whole = all(head.share == 1 for head in heads)
         self.unusable = [record for head in heads for record in head.unusable]
-        self.measures = [measure for head in heads for measure in head.measures]
-        self.longest = max((measure.longest for measure in self.measures), default=0)
+        self.lengths = [length for head in heads for length in head.lengths.values()]
+        self.cut = sum(len(head.cut) for head in heads)
 
-    def amount(self) -> Amount | None:
+    def amount(self, section: StageConfig) -> Amount | None:
         """Of all files; None if no record can be used."""
-        if not self.measures:
+        if not self.lengths:
             return None
         rows, tokens, trained = (
-            sum(getattr(measure, name) / head.share for head in self.heads for measure in head.measures)
-            for name in ("rows", "tokens", "trained")
+            sum(getattr(head.counts, name) / head.share for head in self.heads)
+            for name in ("rows", "tokens", "trained_tokens")
         )
+        if isinstance(section, PretrainingConfig):  # blocks go on from file to file
+            rows = tokens / section.block_size
         source = "all records" if self.is_whole else f"estimated from {self.looked_at:,} records"
-        return Amount(math.ceil(rows - 1e-6), round(tokens), round(trained), self.longest, source)
+        return Amount(math.ceil(rows - 1e-6), round(tokens), round(trained), max(self.lengths), source)
 
 
 def check_data(
@@ -91,79 +125,28 @@ def check_data(
 ) -> Data:  # fmt: skip
     """The heads of a setting's files (`key`, as problems name it), read as the stage reads them, and measured as the rows
     that its section makes of them."""
-    files = []
+    files, heads = [], []
     for source in sources:
         if not findings.is_awaited(source.path):
             with findings.collecting(key):
                 files += find_files([source])
-    template = None
-    if model and section and stage != "pretraining":
+    can_measure = bool(section and model)
+    if can_measure and stage != "pretraining":
+        can_measure = False
         with findings.collecting(str(model.folder)):
-            template = ChatTemplate(model.tokenizer)
-            assert template.end_id is not None  # UserError: the template does not write a question and its answer
+            # UserError: there is no template, or it does not write a question and its answer.
+            can_measure = ChatTemplate(model.tokenizer).end_id is not None
     most = max(FEWEST_RECORDS, min(FILE_RECORDS, STAGE_RECORDS // max(len(files), 1)))
-    heads = []
     for file, source in files:
         with findings.collecting(key):
-            head, usable = read_head(stage, file, source, most)
-            heads.append(head)
-            if section and (template or (model and stage == "pretraining")):
-                results = list(measure_records(section, model.tokenizer, template, usable, head.share))
-                head.unusable += [result for result in results if isinstance(result, Skipped)]
-                head.measures = [result for result in results if isinstance(result, Measure)]
+            heads.append(Head(stage, file, source, most))
+            if can_measure:
+                heads[-1].measure(stage, section, model.tokenizer)
     data = Data(heads)
     judge_format(findings, key, data)
     if section and model and model.positions:
         judge_lengths(findings, key, section, data, model.positions)
     return data
-
-
-def read_head(stage: StageName, file: Path, source: DataSource, most: int) -> tuple[Head, list[Any]]:
-    """At most so many records, and those of them that can be used."""
-    records, found, characters = READERS[stage]([DataSource(path=str(file), text=source.text)]), [], 0
-    while len(found) < most and characters < FILE_CHARACTERS and (record := next(records, None)):
-        characters += len(record.text) if isinstance(record, Document) else 0
-        found.append(record)
-    share = 1.0
-    if found and next(records, None):
-        place, _, line = found[-1].id.rpartition(":")
-        if file.suffix.lower() == ".parquet":
-            share = len(found) / pyarrow.parquet.ParquetFile(file).metadata.num_rows
-        elif place == str(file) and content_suffix(file.name) in LINE_SUFFIXES:
-            share = share_of_lines(file, int(line))
-        if share == 1:  # arrays, books of tables, archives, small packed files
-            share = len(found) / (len(found) + 1 + sum(1 for _ in records))
-    unusable = [record for record in found if isinstance(record, Skipped)]
-    return Head(file, len(found), share, unusable), [record for record in found if not isinstance(record, Skipped)]
-
-
-def measure_records(
-    section: StageConfig, tokenizer: Any, template: ChatTemplate | None, records: list[Any], share: float
-) -> Iterator[Measure | Skipped]:
-    if isinstance(section, PretrainingConfig):
-        controls, texts = control_ids(tokenizer), encode_texts(tokenizer, [document.text for document in records])
-        joined = round(sum(len(ids) + 1 for ids in texts) / share)  # tokens of the whole file
-        for document, ids in zip(records, texts, strict=True):
-            if not ids or not controls.isdisjoint(ids):
-                yield Skipped(document.id, "contains a role mark" if ids else "empty text", "")
-                continue
-            tokens = len(ids) + 1  # with EOS
-            longest = min(section.block_size, tokens if section.isolate_documents else joined)
-            yield Measure(tokens / section.block_size, tokens, len(ids), longest, False)
-        return
-    encode = template.encode_preferences if isinstance(section, DpoConfig) else template.encode_chats
-    for row in encode(records, section.max_source_length, section.max_target_length):
-        if isinstance(row, Skipped):
-            yield row
-        elif isinstance(row, EncodedPreference):
-            prompt, answers = len(row.prompt_ids), (len(row.chosen_ids), len(row.rejected_ids))
-            is_cut = bool(row.cut_sources or row.cut_targets)
-            yield Measure(1, prompt + sum(answers), sum(answers), prompt + max(answers), is_cut)
-        else:  # the rows of one conversation
-            lengths = [len(part.input_ids) for part in row]
-            trained = sum(lengths) - sum(part.labels.count(IGNORED) for part in row)
-            is_cut = any(part.cut_sources or part.cut_targets for part in row)
-            yield Measure(len(row), sum(lengths), trained, max(lengths), is_cut)
 
 
 def judge_format(findings: Findings, key: str, data: Data) -> None:
@@ -195,9 +178,9 @@ def judge_lengths(findings: Findings, key: str, section: StageConfig, data: Data
         most, limits = section.block_size, "block_size"
     else:
         most, limits = section.max_source_length + section.max_target_length, "max_source_length or max_target_length"
-    if too_long := sum(measure.longest > positions for measure in data.measures):
+    if too_long := sum(length > positions for length in data.lengths):
         findings.problem(
-            f"{key}: {too_long:,} of {len(data.measures):,} records looked at give rows of up to {data.longest:,} tokens,"
+            f"{key}: {too_long:,} of {len(data.lengths):,} records looked at give rows of up to {max(data.lengths):,} tokens,"
             f" the model has {positions:,} positions: lower {limits}"
         )
     elif most > positions and not data.is_whole:

@@ -148,8 +148,7 @@ def data_cells(data: Data) -> list[str]:
         return ["-", "-", "-"]
     records = f"{'' if data.is_whole else '~'}{short_number(data.records)}"
     unusable = f"{len(data.unusable) / data.looked_at:.1%}"
-    cut = sum(measure.is_cut for measure in data.measures)
-    return [records, unusable, f"{cut / data.looked_at:.1%}" if data.measures else "-"]
+    return [records, unusable, f"{data.cut / data.looked_at:.1%}" if data.lengths else "-"]
 
 
 def short_number(value: float) -> str:

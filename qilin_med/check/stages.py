@@ -117,7 +117,7 @@ def check_stage(
     with findings.collecting():
         check_trackers(stage, section.report_to)
     data = check_data(findings, f"{stage}.data", stage, section.data, section, model)
-    amount = data.amount()
+    amount = data.amount(section)
     if amount and not data.is_whole:
         with findings.collecting(f"{stage}.data"):
             amount = find_amount(experiment, stage) or amount

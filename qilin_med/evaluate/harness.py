@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parents[1]
 TASK_FILES = PACKAGE.parent / "configs/tasks"
 # Code that decides a score; results of other code are computed again, from the cached answers.
-CODE = ("evaluate/tasks/*.py", "evaluate/metrics/**/*.py", "evaluate/extraction.py", "prompt/wording.py")
+CODE = ("evaluate/tasks/*.*", "evaluate/metrics/**/*.py", "evaluate/extraction.py", "prompt/wording.py")
 LIBRARIES = ("lm_eval", "sacrebleu", "rouge-chinese", "jieba", "scikit-learn")
 
 

@@ -1,5 +1,6 @@
 """Machines: graphics cards with their memory, peak arithmetic and links, and what this machine has free."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,33 +49,8 @@ class Gpu:
         return (self.fp32 if dtype == "float32" else self.bf16) * 1e12
 
 
-# FLOP/s without sparsity and GB/s of NVLink from NVIDIA's data sheets (A100, H100 SXM, H200 SXM, L40S, V100 SXM2) and
-# architecture white papers (GA102: 3090; Ada: 4090; RTX Blackwell: 5090). The cards for China have no public sheet at
-# NVIDIA: A800 and H800 are A100 and H100 with 400 GB/s of NVLink; H20 and L20 as vendors print them and verl's table
-# of peaks has them (github.com/volcengine/verl, utils/flops_counter.py). Ascend: the 910B3 of Huawei's Atlas 800T A2,
-# 7 HCCS links of 56 GB/s (support.huawei.com, EDDOC1100317202); a 910B2 has 376 TFLOP/s, verl's table says 354.
-# Memory as nvidia-smi shows it: the sheets' figures less what ECC takes.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100-40g", 40_960, 312, 19.5, 600),
-        Gpu("a100-80g", 81_920, 312, 19.5, 600),
-        Gpu("a800-80g", 81_920, 312, 19.5, 400),
-        Gpu("h100-80g", 81_559, 989, 67, 900),
-        Gpu("h800-80g", 81_559, 989, 67, 400),
-        Gpu("h200-141g", 143_771, 989, 67, 900),
-        Gpu("h20-96g", 97_871, 148, 44, 900),
-        Gpu("l20-48g", 46_068, 119.5, 59.8, None),
-        Gpu("l40s-48g", 46_068, 362, 91.6, None),
-        Gpu("3090-24g", 24_576, 71, 35.6, None),
-        Gpu("4090-24g", 24_564, 165.2, 82.6, None),
-        Gpu("5090-32g", 32_607, 209.5, 104.8, None),
-        Gpu("v100-32g", 32_768, None, 15.7, 300),
-        Gpu(
-            "910b-64g", 65_536, 313, 78, 392, "for planning only: torch-npu is not part of this pipeline's environment"
-        ),
-    )
-}
+_SHEETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+GPUS = {sheet["name"]: Gpu(**sheet) for sheet in _SHEETS["gpus"]}
 
 
 @dataclass(frozen=True)
