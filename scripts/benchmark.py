@@ -1,7 +1,8 @@
 """Compare our way with other ways to do the same, on this machine, side by side in one run.
 
 python scripts/benchmark.py train --help     # the three stages' training
-python scripts/benchmark.py dedup --help     # near-deduplication of a corpus
+python scripts/benchmark.py corpus --help    # build and rows of a growing corpus
+python scripts/benchmark.py dedup --help     # near-deduplication alone
 python scripts/benchmark.py evaluate --help  # questions per second
 """
 
@@ -11,7 +12,7 @@ from importlib import import_module
 
 from qilin_med.errors import user_errors_end_with_one_line
 
-BENCHMARKS = {"train": "training", "dedup": "dedup", "evaluate": "evaluation"}
+BENCHMARKS = {"train": "training", "corpus": "corpus", "dedup": "deduplication", "evaluate": "evaluation"}
 
 
 def main() -> None:

@@ -22,6 +22,17 @@ PASSED_OVER = re.compile(r"\.md$|^(readme|licen[cs]e|copying|notice)\b|^manifest
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Whole rows that follow each other in a file, between two of its bytes (of .parquet: row groups)."""
+
+    start: int
+    end: int
+    first: int
+    """Lines of the file that lie before, or elements of its array, or rows of its groups."""
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One stream of rows: a file, or a member of an archive (then valid until the next part is asked for)."""
 
@@ -32,6 +43,13 @@ class Part:
     open_bytes: Callable[[], BinaryIO]
     strict: bool
     """Bytes that are no text raise UnicodeDecodeError; else they become U+FFFD, which cleaning looks for."""
+    span: Span | None = None
+    """The rows to read, if not all."""
+
+    @property
+    def first(self) -> int:
+        """How many lines (or elements, or rows) of the file lie before what is read."""
+        return self.span.first if self.span else 0
 
 
 # ------------------------------------------------------------------------------------------------------- finding
@@ -87,14 +105,14 @@ def content_suffix(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------- opening
 
 
-def open_parts(file: Path, suffixes: tuple[str, ...], strict: bool = False) -> Iterator[Part]:
-    """The file itself, or the members of a .zip that have one of the suffixes, in name order.
+def open_parts(file: Path, suffixes: tuple[str, ...], strict: bool = False, span: Span | None = None) -> Iterator[Part]:
+    """The file itself (or a span of it), or the members of a .zip that have one of the suffixes, in name order.
 
     UserError: the archive is broken, locked, or holds no such member.
     """
     if content_suffix(file.name) != ".zip":
         opened = partial(_unpack, file.name, partial(file.open, "rb"))
-        yield Part(str(file), content_suffix(file.name), opened, strict)
+        yield Part(str(file), content_suffix(file.name), opened, strict, span)
         return
     try:
         archive = zipfile.ZipFile(file)
@@ -144,15 +162,39 @@ def read_head(part: Part) -> tuple[str, str, bool]:
 
 
 def open_text(part: Part, newline: str = "\n") -> TextIO:
-    """The part decoded as `read_head` says."""
-    errors = "strict" if part.strict else "replace"
-    return io.TextIOWrapper(part.open_bytes(), encoding=read_head(part)[0], errors=errors, newline=newline)
+    """The part, or its span, decoded as `read_head` says."""
+    errors, encoding, stream = "strict" if part.strict else "replace", read_head(part)[0], part.open_bytes()
+    if part.span:
+        stream = io.BufferedReader(Window(stream, part.span.start, part.span.end))
+        if part.span.start:
+            encoding = encoding.removesuffix("-sig")
+    return io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline=newline)
+
+
+class Window(io.RawIOBase):
+    """The bytes of a stream between two places."""
+
+    def __init__(self, stream: BinaryIO, start: int, end: int) -> None:
+        stream.seek(start)
+        self._stream, self._left = stream, end - start
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = self._stream.readinto(memoryview(buffer)[: self._left])
+        self._left -= size
+        return size
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def read_lines(part: Part) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1."""
     with open_text(part) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(stream, part.first + 1):
             if line.strip():
                 yield number, line.rstrip("\r\n")
 

@@ -10,7 +10,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 from qilin_med.config.experiment import DataSource, Kind, RawFiles
-from qilin_med.data.read.files import content_suffix, list_files, not_text, open_parts
+from qilin_med.data.read.files import Span, content_suffix, list_files, not_text, open_parts
 from qilin_med.data.read.formats import chats, documents, exams, preferences
 from qilin_med.data.read.formats.reading import Counted, Fields, Reader, row_reader
 from qilin_med.errors import UserError
@@ -51,24 +51,28 @@ def raw_files(source: RawFiles) -> list[Path]:
     return [file for path in source.paths for file in list_files(Path(path), reader.suffixes)]
 
 
-def read_raw(source: RawFiles, file: Path) -> Iterator[Counted]:
-    """(rows, record) of one of `raw_files`, streamed. The rows add up to the raw rows of the file: mostly 1 each, 0 for
+def read_raw(source: RawFiles, file: Path, span: Span | None = None) -> Iterator[Counted]:
+    """(rows, record) of one of `raw_files`, or of a span of it, streamed. The rows add up to the raw rows of the file: mostly 1 each, 0 for
     a further record out of a row, n for a passage made of n triples. Unusable rows come as Skipped.
 
     UserError: an archive or a whole-file .json is broken.
     """
-    for rows, record in read_file(file, READERS[source.kind], source):
+    for rows, record in read_file(file, READERS[source.kind], source, span=span):
         if isinstance(record, Skipped):
             # Without the details, so that reasons can be counted.
             record = replace(record, reason=re.split(r'[:"]| null$', record.reason)[0].strip())
         yield rows, record
 
 
-def read_file(file: Path, reader: Reader, source: RawFiles, strict: bool = False) -> Iterator[Counted]:
+def read_file(
+    file: Path, reader: Reader, source: RawFiles, strict: bool = False, span: Span | None = None
+) -> Iterator[Counted]:
     """As `read_raw`, with reasons in full. `strict`: a byte that is no text is a UserError, else it becomes U+FFFD."""
     part = None
+    if span and span.start == span.end:
+        return
     try:
-        for part in open_parts(file, reader.suffixes, strict):
+        for part in open_parts(file, reader.suffixes, strict, span):
             yield from reader.read(part, source)
     except UnicodeDecodeError:
         raise not_text(part) from None

@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, TextIO
 
 import orjson
@@ -44,7 +46,8 @@ def read_rows(part: Part, nested: bool = False) -> Iterator[RawRow]:
     delimiter = "\t" if part.suffix == ".tsv" else ","
     match part.suffix:
         case ".csv" | ".tsv":
-            yield from _table(part.place, _csv_cells(part, delimiter), delimiter)
+            header = _csv_header(part, delimiter) if part.first else []
+            yield from _table(part.place, _csv_cells(part, delimiter), delimiter, header)
         case ".xlsx":
             yield from _xlsx_rows(part)
         case ".parquet":
@@ -62,7 +65,7 @@ def read_rows(part: Part, nested: bool = False) -> Iterator[RawRow]:
 def _json_rows(part: Part, nested: bool) -> Iterator[RawRow]:
     _, head, whole = read_head(part)
     head = head.lstrip()
-    if part.suffix != ".jsonl" and not _holds_lines(head, whole, nested):
+    if part.suffix != ".jsonl" and not holds_lines(head, whole, nested):
         yield from _json_elements(part, head, keyed=nested and head.startswith("{"))
         return
     for number, line in read_lines(part):
@@ -73,7 +76,7 @@ def _json_rows(part: Part, nested: bool) -> Iterator[RawRow]:
         yield RawRow(f"{part.place}:{number}", value, line, fault)
 
 
-def _holds_lines(head: str, whole: bool, nested: bool) -> bool:
+def holds_lines(head: str, whole: bool, nested: bool) -> bool:
     """Whether a .json file holds JSON lines, as many published ones do: a first line that is whole, or, where the
     file is no single value, a later line that is an object (then the first line is broken)."""
     first, *rest = head.split("\n")
@@ -111,13 +114,16 @@ def _parse(text: str) -> tuple[Any, str | None]:
 
 def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[RawRow]:
     """Elements of an array, each parsed by itself, or one value. `keyed`: those of an object's values."""
-    index = 0
+    index, inside, ends = part.first, bool(part.span and part.span.start), not part.span or part.span.is_last
     with open_text(part) as stream:
-        pieces = _split_json(stream) if keyed or head.startswith("[") else [(0, stream.read())]
+        is_split = keyed or head.startswith("[")
+        pieces = split_json(stream, inside, ends) if is_split else [(0, stream.read())]
         for start, text in pieces:
             try:
                 value, fault = _parse(f"{{{text}}}" if keyed and text.strip() else text)
             except json.JSONDecodeError as error:
+                if part.span:  # only the whole file tells the line
+                    deque(_json_elements(replace(part, span=None), head, keyed), maxlen=0)
                 line, column = _line_and_column(part, start + error.pos - keyed)
                 raise UserError(
                     f"{part.place}: line {line}, column {column}: not valid JSON after {index} whole rows ({error.msg});"
@@ -130,10 +136,10 @@ def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[RawRow]:
                 index += 1
 
 
-def _split_json(stream: TextIO) -> Iterator[tuple[int, str]]:
+def split_json(stream: TextIO, inside: bool = False, ends: bool = True) -> Iterator[tuple[int, str]]:
     """(offset, text) of what the commas of a JSON array or object divide. Last comes text that is no JSON if the value
-    does not end, or goes on."""
-    text, offset, start, scanned, depth, pieces = "", 0, 0, 0, 0, 0
+    does not end, or goes on. `inside`: the stream begins after a comma; unless it `ends`, it stops at one."""
+    text, offset, start, scanned, depth, pieces = "", 0, 0, 0, int(inside), int(inside)
     while chunk := stream.read(READ_CHARACTERS):
         text, offset, scanned, start = text[start:] + chunk, offset + start, scanned - start, 0
         for sign in JSON_SIGN.finditer(text, scanned):
@@ -155,7 +161,8 @@ def _split_json(stream: TextIO) -> Iterator[tuple[int, str]]:
                 return
     if text[start:].strip():
         yield offset + start, text[start:]
-    yield offset + len(text), ""
+    if ends:
+        yield offset + len(text), ""
 
 
 def _line_and_column(part: Part, offset: int) -> tuple[int, int]:
@@ -176,7 +183,7 @@ def _csv_cells(part: Part, delimiter: str) -> Iterator[tuple[int, Cells | None]]
     with open_text(part, newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter)
         while True:
-            line = reader.line_num + 1
+            line = part.first + reader.line_num + 1
             try:
                 yield line, next(reader)
             except StopIteration:
@@ -185,9 +192,19 @@ def _csv_cells(part: Part, delimiter: str) -> Iterator[tuple[int, Cells | None]]
                 yield line, None
 
 
-def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: str) -> Iterator[RawRow]:
-    """Rows of cells as {column: text}; the first that is not blank names the columns."""
-    header: Cells = []
+def _csv_header(part: Part, delimiter: str) -> Cells:
+    """The names of the columns, which only the beginning of a file has."""
+    whole = _csv_cells(replace(part, span=None), delimiter)
+    return next(_names_in(cells) for _, cells in whole if cells and any(map(str.strip, cells)))
+
+
+def _names_in(cells: Cells) -> Cells:
+    width = max((index for index, cell in enumerate(cells, 1) if cell.strip()), default=0)
+    return [name.strip() for name in cells[:width]]
+
+
+def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: str, header: Cells) -> Iterator[RawRow]:
+    """Rows of cells as {column: text}; unless there is a header already, the first that is not blank is one."""
     for number, cells in numbered:
         id_ = f"{place}:{number}"
         if cells is None:
@@ -195,7 +212,7 @@ def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: 
             continue
         width = max((index for index, cell in enumerate(cells, 1) if cell.strip()), default=0)
         if width and not header:
-            header = [name.strip() for name in cells[:width]]
+            header = _names_in(cells)
         elif width > len(header):
             yield RawRow(id_, None, delimiter.join(cells), "more cells than columns")
         elif width and len(cells) < len(header):
@@ -215,7 +232,7 @@ def _xlsx_rows(part: Part) -> Iterator[RawRow]:
             # Some programs write a wrong size into the file.
             sheet.reset_dimensions()
             place = part.place if len(book.worksheets) == 1 else f"{part.place}!{sheet.title}"
-            yield from _table(place, _sheet_cells(sheet), "\t")
+            yield from _table(place, _sheet_cells(sheet), "\t", [])
     except Exception as error:  # openpyxl lets whatever it meets through
         raise UserError(f"{part.place}: no readable .xlsx ({error}); save it again, or as .csv") from None
 
@@ -236,8 +253,10 @@ def _parquet_rows(part: Part) -> Iterator[RawRow]:
 
     with part.open_bytes() as stream:
         try:
-            batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
-            for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            file = pyarrow.parquet.ParquetFile(stream)
+            groups = range(part.span.start, part.span.end) if part.span else range(file.num_row_groups)
+            batches = file.iter_batches(batch_size=1024, row_groups=list(groups))
+            for index, row in enumerate((row for batch in batches for row in batch.to_pylist()), part.first):
                 yield RawRow(f"{part.place}#{index}", {name: value for name, value in row.items() if value is not None})
         except (pyarrow.ArrowException, OSError) as error:
             message = str(error).splitlines()[0]

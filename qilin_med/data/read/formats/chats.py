@@ -326,4 +326,7 @@ def _trimmed_chat(id_: str, turns: list[Message]) -> Chat:
     return checked_chat(id_, turns)
 
 
-MEDDIALOG = Reader(_read_meddialog, _dialogue_list.fields, (".txt", ".jsonl", ".json", ".parquet"))
+MEDDIALOG = Reader(
+    _read_meddialog, _dialogue_list.fields, (".txt", ".jsonl", ".json", ".parquet"),
+    lambda suffix, source: BLOCK.fullmatch if suffix == ".txt" else str,
+)  # fmt: skip

@@ -72,7 +72,11 @@ def _read_text(part: Part, source: RawFiles) -> Iterator[Counted]:
         yield len(lines), Document(place, "\n".join(lines))
 
 
-TEXT = Reader(_read_text, _text_rows.fields, _text_rows.suffixes)
+def _begins(suffix: str, source: RawFiles) -> type[str] | None:
+    return None if suffix == ".txt" and getattr(source, "join_lines", 0) else str
+
+
+TEXT = Reader(_read_text, _text_rows.fields, _text_rows.suffixes, _begins)
 
 
 # --------------------------------------------------------------------------------------------------------- graphs
@@ -162,7 +166,7 @@ def _passage_of(head: str, triples: list[tuple[int, str, str, str]]) -> str:
     return passage.replace(head, f"{head}（{kind}）", 1) if kind else passage
 
 
-CPUBMED_KG = Reader(_read_triples, TRIPLE_FIELDS, (".tsv", ".txt"))
+CPUBMED_KG = Reader(_read_triples, TRIPLE_FIELDS, (".tsv", ".txt"), lambda suffix, source: None)
 
 
 # ------------------------------------------------------------------------------------------------------- diseases

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from string import ascii_uppercase
 from typing import Any
@@ -20,7 +21,8 @@ SEPARATORS = re.compile(r"[\s,，、;；.．。/|]+")
 
 
 def _read(part: Part, source: RawFiles) -> Iterator[Counted]:
-    objects = (row.value for row in read_rows(part) if isinstance(row.value, dict))
+    whole = replace(part, span=None)
+    objects = (row.value for row in read_rows(whole) if isinstance(row.value, dict))
     # In a file with answers, a question without one is broken; test sets have none at all.
     answered = any(_answer_of(rename(row, source.columns)) for row in objects)
     for row in read_rows(part):

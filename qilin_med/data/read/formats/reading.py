@@ -30,6 +30,9 @@ class Reader:
     fields: tuple[str, ...]
     """The kind's own field names, which `columns` may map."""
     suffixes: tuple[str, ...] = ROW_SUFFIXES
+    begins: Callable[[str, RawFiles], Callable[[str], Any] | None] = lambda suffix, source: str
+    """Whether a record may begin with a line, for a kind of file; None if a file has to be read from its start. (`str`:
+    any line that is not empty, which is how a record may begin where rows stand for themselves.)"""
 
 
 def row_reader(
@@ -46,7 +49,8 @@ def row_reader(
             for row in read_rows(part, nested):
                 yield from convert_row(row, source.columns, convert, objects)
 
-        return Reader(read, fields, suffixes)
+        # Neither values of an object nor elements of these values can be told apart from within.
+        return Reader(read, fields, suffixes, begins=lambda suffix, source: None if nested else str)
 
     return reader_of
 
