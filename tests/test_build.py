@@ -1,6 +1,7 @@
 """Whole builds, as the command makes them: every row accounted for, the same bytes however often it is interrupted."""
 
 import csv
+import gzip
 import json
 import os
 import random
@@ -176,6 +177,38 @@ def test_a_second_build_gives_the_same_bytes(corpus, built):
     build(corpus, f"output_dir={again}", "executor.workers=1")
     first, second = contents(built), contents(again)
     assert first == second
+
+
+SMALL_SHARDS = """
+import sys
+from qilin_med.config.corpus import load_corpus_settings
+from qilin_med.data.build import build
+settings = load_corpus_settings(sys.argv[1], sys.argv[2:])
+build(settings.model_copy(update={"shard_megabytes": 0.002}))
+"""
+
+
+def test_the_sets_do_not_depend_on_how_files_are_cut(corpus, built, tmp_path):
+    """The same files in shards of 2 KB; packed, where they cannot be cut and one task writes all shards of a file."""
+
+    def ids(folder: Path) -> dict[str, list]:
+        sets = (f"{stage}/{split}" for stage in ("pretraining", "sft", "dpo") for split in ("train", "dev"))
+        return {name: [(row["source"], row["id"]) for row in rows(folder, f"{name}-*.jsonl")] for name in sets}
+
+    settings = json.loads(corpus.read_text())
+    for source in settings["sources"]:
+        [path] = map(Path, source["paths"])
+        source["paths"] = [str(tmp_path / f"{path.name}.gz")]
+        Path(source["paths"][0]).write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "packed.json").write_text(json.dumps(settings))
+    for file, name in ((corpus, "cut"), (tmp_path / "packed.json", "packed")):
+        target = tmp_path / name
+        subprocess.run([sys.executable, "-c", SMALL_SHARDS, str(file), f"output_dir={target}"], cwd=ROOT, check=True)
+        assert len(list(target.glob("pretraining/train-*"))) > 8
+        assert ids(target) == ids(built)
+        assert (target / "README.md").read_text() == (built / "README.md").read_text()
+    places = [row["place"] for row in rows(tmp_path / "cut", "*/*.jsonl")]
+    assert sorted(places) == sorted(row["place"] for row in rows(built, "*/*.jsonl"))
 
 
 def test_a_killed_build_continues_to_the_same_bytes(corpus, built):

@@ -10,7 +10,7 @@ from qilin_med.config.corpus import DeduplicationSettings
 from qilin_med.data import deduplicate as dedup
 from qilin_med.data import matching
 from qilin_med.data.curate import rank_of
-from qilin_med.data.shards import Workspace, save
+from qilin_med.data.shards import Workspace
 
 CHARACTERS = [chr(0x4E00 + index) for index in range(2000)]
 SETTINGS = DeduplicationSettings()
@@ -56,8 +56,8 @@ def run(tmp_path, texts: list[str], shards: int, parts: int) -> Workspace:
         dedup.find_exact(work, part)
     for shard in range(shards):
         dedup.sign_shard(work, SETTINGS, shard)
-    for task in range(parts * SETTINGS.bands):
-        dedup.pair_candidates(work, SETTINGS, task)
+    for part in range(parts):
+        dedup.pair_candidates(work, part)
     for part in range(parts):
         dedup.verify_pairs(work, SETTINGS, part)
     dedup.find_near(work)
@@ -169,12 +169,9 @@ def test_repeats_are_those_of_the_definition(tmp_path):
         mine = range(shard, 40, 2)
         work.write(shard, [{"id": str(d)} for d in mine], [ranks[d] for d in mine])
         tokens = np.concatenate([documents[d] for d in mine]).astype(np.uint32)
-        arrays = {"ids": tokens, "rows": np.arange(20, dtype=np.uint64)}
-        arrays["lengths"] = np.array([len(documents[d]) for d in mine])
-        for name, array in arrays.items():
-            save(work.path(f"tokens/{name}", shard), array)
+        dedup.save_windows(work, 6, shard, list(range(20)), [len(documents[d]) for d in mine], tokens)
     for part in range(3):
-        dedup.find_repeats(work, 6, part)
+        dedup.find_repeats(work, part)
     found = work.load_parts("repeats")
     places = {(r >> 32, r & 0xFFFFFFFF, t) for r, t in found[["record", "token"]].tolist()}
     expected = {(*numbers[d], i) for d, i in repeated_windows(documents, ranks, 6)}

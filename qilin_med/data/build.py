@@ -15,14 +15,16 @@ from qilin_med.config.corpus import CorpusSettings, DeduplicationSettings
 from qilin_med.config.experiment import STAGES
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data.card import describe
-from qilin_med.data.curate import Task, clean_shard, write_shard
+from qilin_med.data.curate import Task, clean_shard, cut, write_shard
 from qilin_med.data.decontaminate import build_index
-from qilin_med.data.read.readers import raw_files
+from qilin_med.data.read.files import unpacked_size
+from qilin_med.data.read.readers import READERS, raw_files
+from qilin_med.data.read.spans import line_test
 from qilin_med.data.shards import Workspace
 from qilin_med.data.steps import Step, run_steps
 from qilin_med.errors import UserError
 
-CORPUS_FORMAT = 2  # raise it whenever the same inputs and settings give another result
+CORPUS_FORMAT = 3  # raise it whenever the same inputs and settings give another result
 MARKER = "manifest.json"
 PART_BYTES = 64 * 2**20  # input bytes for each part of the hash values: bounds the memory of a matching task
 
@@ -55,7 +57,7 @@ def build(
     artifact = Artifact(Path(settings.output_dir), inputs, MARKER)
     if artifact.finished(restart, "--restart moves it aside and builds anew, or set output_dir"):
         return "built before"
-    parts = max(1, math.ceil(sum(task.file.stat().st_size / task.stripes for task in tasks) / PART_BYTES))
+    parts = max(1, math.ceil(sum(unpacked_size(task.file) / task.stripes for task in tasks) / PART_BYTES))
     work = Workspace(artifact.work, tuple(settings.sources[task.source].stage for task in tasks), parts)
     with exclusive(artifact.folder, "building"), disk_errors_explained(artifact.folder):
         (work.root / "out").mkdir(parents=True, exist_ok=True)
@@ -81,8 +83,10 @@ def plan_tasks(settings: CorpusSettings, allow_missing: bool) -> tuple[tuple[Tas
     tasks = []
     for number in sorted(range(len(settings.sources)), key=lambda number: STAGES.index(settings.sources[number].stage)):
         for file in sorted(found[number]):
-            stripes = max(1, math.ceil(file.stat().st_size / (settings.shard_megabytes * 2**20)))
-            tasks += [Task(number, file, stripe, stripes) for stripe in range(stripes)]
+            stripes = max(1, math.ceil(unpacked_size(file) / (settings.shard_megabytes * 2**20)))
+            source = settings.sources[number]
+            is_cut = stripes > 1 and line_test(file, READERS[source.kind], source) is not None
+            tasks += [Task(number, file, stripe, stripes, is_cut) for stripe in range(stripes)]
     if not tasks:
         raise UserError(
             "none of the corpus file's paths exists: nothing to build; see data/README.md for where to get them"
@@ -99,6 +103,7 @@ def steps_of(
 ) -> list[Step]:
     """All steps of a build, each of which needs the ones before it."""
     repeated, shards, parts = settings.deduplication, len(tasks), work.parts
+    large = [shard for shard, task in enumerate(tasks) if task.is_cut and not task.stripe]
 
     def publish(_: int) -> None:
         artifact.facts = describe(settings, tasks, work, work.root / "out")
@@ -106,6 +111,7 @@ def steps_of(
 
     steps = [
         Step("evaluation", 1, lambda _: build_index(settings.decontamination, work.root / "evaluation", evaluation)),
+        *([Step("cut", len(large), lambda number: cut(work, settings, tasks, large[number]))] if large else []),
         Step("clean", shards, partial(clean_shard, work, settings, tasks)),
         Step("exact", parts, partial(deduplication.find_exact, work)),
     ]
@@ -115,7 +121,7 @@ def steps_of(
         pretraining = work.stages.count("pretraining")  # these shards come first
         steps += [
             Step("tokenise", pretraining, partial(deduplication.tokenise_shard, work, settings)),
-            Step("repeats", parts, partial(deduplication.find_repeats, work, repeated.substring_tokens)),
+            Step("repeats", parts, partial(deduplication.find_repeats, work)),
         ]
     return [*steps, Step("write", shards, partial(write_shard, work, settings)), Step("publish", 1, publish)]
 
@@ -124,7 +130,7 @@ def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
     """Near-deduplication of what exact deduplication left (benchmarks/dedup.py times it alone)."""
     return [
         Step("sign", len(work.stages), partial(deduplication.sign_shard, work, settings)),
-        Step("pair", settings.bands * work.parts, partial(deduplication.pair_candidates, work, settings)),
+        Step("pair", work.parts, partial(deduplication.pair_candidates, work)),
         Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings)),
         Step("near", 1, partial(deduplication.find_near, work)),
     ]

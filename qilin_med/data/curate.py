@@ -5,6 +5,7 @@ a rule, an evaluation question or a better copy keeps out is rejected; both are 
 """
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,10 +26,19 @@ from qilin_med.config.experiment import StageName
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data.clean import Cleaner
 from qilin_med.data.decontaminate import Index
+from qilin_med.data.read.files import Span
 from qilin_med.data.read.formats.reading import UnusableRow
-from qilin_med.data.read.readers import read_raw
+from qilin_med.data.read.readers import READERS, read_raw
+from qilin_med.data.read.spans import cut_file
 from qilin_med.data.render import from_row, render, stable_id, text_of, to_row
-from qilin_med.data.shards import Row, Workspace, batched, read_json_lines, save_json, write_json_lines
+from qilin_med.data.shards import (
+    Row,
+    Workspace,
+    batched,
+    read_json_lines,
+    save_json,
+    write_json_lines,
+)
 from qilin_med.records import AnyRecord, Chat, Document, Skipped, TrainingRecord
 
 SEARCHED_AT_ONCE = 500  # records looked up in the index of evaluation questions
@@ -55,12 +65,14 @@ SCHEMAS: dict[StageName, pa.Schema] = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A file of a source, or one of several stripes of it: every `stripes`-th record from number `stripe` on."""
+    """A file of a source, or one of several stripes of it. Stripes of a file that can be cut are read each by itself; of
+    any other, the task of the first stripe reads the whole file and fills the shards of all."""
 
     source: int
     file: Path
     stripe: int = 0
     stripes: int = 1
+    is_cut: bool = False
 
 
 @dataclass
@@ -96,13 +108,15 @@ load_index = lru_cache(maxsize=1)(Index)  # a worker has many tasks
 def clean_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ...], shard: int) -> None:
     """Task: the shard of a task's clean records, without evaluation questions, and beside it what it kept apart."""
     task, account = tasks[shard], Account()
+    if task.stripe and not task.is_cut:
+        return
     stage, kept_out = settings.sources[task.source].stage, settings.decontamination
     index = load_index(work.root / "evaluation", kept_out.ngram, kept_out.near_miss)
     keys: list[bytes] = []
     ranks: list[int] = []
 
     def rows() -> Iterator[Row]:
-        for some in batched(read_clean(settings, task, account), SEARCHED_AT_ONCE):
+        for some in batched(read_clean(settings, task, span_of(work, task, shard), account), SEARCHED_AT_ONCE):
             texts = [text_of(rendered) for _, _, rendered in some]
             hits = index.find([cleaned for _, cleaned, _ in some], texts)
             for (about, _, rendered), text, hit in zip(some, texts, hits, strict=True):
@@ -117,21 +131,38 @@ def clean_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ..
                 ranks.append(rank_of(task.source, about["id"]))
                 yield row
 
-    work.write(shard, rows(), ranks)
-    deduplication.save_exact_keys(work, shard, keys)
-    for name in (*APART, "near_misses"):
-        write_json_lines(work.path(name, shard, "jsonl"), account.apart[name])
-    save_json(work.path("clean", shard, "counts.json"), account.counts)
+    left, last = rows(), shard if task.is_cut else shard + task.stripes - 1
+    for number in range(shard, last + 1):
+        work.write(number, left, ranks, math.inf if number == last else settings.shard_megabytes * 2**20)
+        deduplication.save_exact_keys(work, number, keys)
+        for name in (*APART, "near_misses"):
+            write_json_lines(work.path(name, number, "jsonl"), account.apart[name])
+        save_json(work.path("clean", number, "counts.json"), account.counts)
+        for counted in (keys, ranks, account.counts, account.apart):
+            counted.clear()
+
+
+def cut(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ...], shard: int) -> None:
+    """Task: the spans of a file that is cut; `shard` is that of its first stripe."""
+    task = tasks[shard]
+    source = settings.sources[task.source]
+    spans = cut_file(task.file, READERS[source.kind], source, task.stripes)
+    save_json(work.path("spans", shard, "json"), [asdict(span) for span in spans])
+
+
+def span_of(work: Workspace, task: Task, shard: int) -> Span | None:
+    if not task.is_cut:
+        return None
+    spans = orjson.loads(work.path("spans", shard - task.stripe, "json").read_bytes())
+    return Span(**spans[task.stripe])
 
 
 def read_clean(
-    settings: CorpusSettings, task: Task, account: Account
+    settings: CorpusSettings, task: Task, span: Span | None, account: Account
 ) -> Iterator[tuple[Row, AnyRecord, TrainingRecord]]:
     """(id, source and place; the record cleaned; as its stage trains on it) of every record that no rule rejects."""
     source, cleaner = settings.sources[task.source], Cleaner(settings.cleaning)
-    for number, (rows, record) in enumerate(islice(read_raw(source, task.file), source.limit)):
-        if number % task.stripes != task.stripe:
-            continue
+    for rows, record in islice(read_raw(source, task.file, span), source.limit):
         account.counts["rows"]["read"] += rows
         if isinstance(record, Skipped):
             account.counts["skipped"][record.reason] += rows
@@ -168,27 +199,28 @@ def _contents(record: AnyRecord) -> Row:
 
 def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
     """Task: train and dev files of one shard; what duplicates others is appended to what was rejected."""
-    tokenizer = Tokenizer.from_file(f"{settings.tokenizer}/tokenizer.json")
+    tokenizer = deduplication.load_tokenizer(settings.tokenizer)
     stage, out = work.stages[shard], work.root / "out"
     number = work.stages[:shard].count(stage)
     account = Account()
     with ExitStack() as files:
 
         @cache
-        def writer(split: str) -> Callable[[list[Row]], Any]:
+        def writer(split: str) -> Callable[[list[bytes], list[Row]], Any]:
             """Opened at a split's first row: one that gets none has no file."""
             file = files.enter_context(written_whole(out / stage / f"{split}-{number:05d}.{settings.format}"))
             if settings.format == "jsonl":
-                return lambda rows: file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+                return lambda lines, rows: file.writelines(lines)
             table = files.enter_context(pq.ParquetWriter(file, SCHEMAS[stage]))
-            return lambda rows: table.write_table(pa.Table.from_pylist(rows, SCHEMAS[stage]))
+            return lambda lines, rows: table.write_table(pa.Table.from_pylist(rows, SCHEMAS[stage]))
 
-        for rows in batched(rows_left(work, settings, shard, account), COUNTED_AT_ONCE):
-            records = [from_row(stage, row) for row in rows]
+        for left in batched(rows_left(work, settings, tokenizer, shard, account), COUNTED_AT_ONCE):
+            records = [from_row(stage, row) for _, row, _ in left]
             texts = [text_of(record) for record in records]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            uncounted = [text for text, (_, _, tokens) in zip(texts, left, strict=True) if tokens is None]
+            encodings = tokenizer.encode_batch_fast(uncounted, add_special_tokens=False)
             account.counts["written"] += Counter(
-                tokens=sum(len(encoding.ids) for encoding in encodings),
+                tokens=sum(tokens or 0 for _, _, tokens in left) + sum(len(encoding) for encoding in encodings),
                 bytes=sum(len(text.encode()) for text in texts),
                 several_turns=sum(
                     isinstance(record, Chat) and sum(message.role == "user" for message in record.messages) > 1
@@ -196,30 +228,38 @@ def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
                 ),
             )
             # The split depends on a record's contents alone, not on what else is in the corpus.
-            splits = ["dev" if draw(row["id"]) < settings.dev_share else "train" for row in rows]
+            splits = ["dev" if draw(row["id"]) < settings.dev_share else "train" for _, row, _ in left]
             account.counts["written"].update(splits)
             for split in sorted(set(splits)):
-                writer(split)([row for row, side in zip(rows, splits, strict=True) if side == split])
+                mine = [one for one, side in zip(left, splits, strict=True) if side == split]
+                writer(split)([line for line, _, _ in mine], [row for _, row, _ in mine])
     for name in APART:
         rows = [*read_json_lines(work.path(name, shard, "jsonl")), *account.apart[name]]
         write_json_lines(out / name / f"{stage}-{number:05d}.jsonl", rows)
     save_json(work.path("written", shard, "counts.json"), account.counts)
 
 
-def rows_left(work: Workspace, settings: CorpusSettings, shard: int, account: Account) -> Iterator[Row]:
-    """The rows of a shard that no other record stands for, without passages that other documents have."""
-    duplicates = deduplication.duplicates_of_shard(work, settings.deduplication, shard)
-    width = settings.deduplication.substring_tokens
-    cuts = deduplication.cuts_of_shard(work, width, shard) if width and work.stages[shard] == "pretraining" else {}
+def rows_left(
+    work: Workspace, settings: CorpusSettings, tokenizer: Tokenizer, shard: int, account: Account
+) -> Iterator[tuple[bytes, Row, int | None]]:
+    """The rows of a shard that no other record stands for, without passages that other documents have: (as a line of
+    JSON, parsed, tokens if they have been counted)."""
+    duplicates, repeats, lengths = deduplication.duplicates_of_shard(work, settings.deduplication, shard), {}, {}
+    if (width := settings.deduplication.substring_tokens) and work.stages[shard] == "pretraining":
+        repeats = deduplication.repeats_of_shard(work, shard)
+        lengths = deduplication.lengths_of_shard(work, shard)
     cleaner = Cleaner(settings.cleaning)
     record = work.random_access()
-    for index, row in enumerate(work.rows(shard)):
+    for index, line in enumerate(work.lines(shard)):
+        row, tokens = orjson.loads(line), lengths.get(index)
         if index in duplicates:
             reason, kept, similarity = duplicates[index]
             account.reject(reason, row, "duplicates", kept=record(kept)["id"], similarity=round(similarity, 4))
             continue
-        if index in cuts:
-            text = deduplication.cut_out(row["text"], cuts[index])
+        if index in repeats:
+            offsets = tokenizer.encode(row["text"], add_special_tokens=False).offsets
+            spans = deduplication.spans_of(repeats[index], width, offsets)
+            text = deduplication.cut_out(row["text"], spans)
             if cleaner.reject_reason(Document(row["id"], text)):
                 account.reject(REPEATS, row, "duplicates")
                 continue
@@ -227,5 +267,6 @@ def rows_left(work: Workspace, settings: CorpusSettings, shard: int, account: Ac
             about = {name: row[name] for name in ("id", "source", "place")}
             texts = {"before": {"text": row["text"]}, "after": {"text": text}}
             account.apart["changed"].append({**about, "rules": [CUT], **texts})
-            row = {**row, "text": text}
-        yield row
+            row, tokens = {**row, "text": text}, None
+            line = orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+        yield line, row, tokens

@@ -20,7 +20,19 @@ from qilin_med.config.corpus import CorpusSettings, DeduplicationSettings
 from qilin_med.config.experiment import StageName
 from qilin_med.data import matching
 from qilin_med.data.render import from_row, text_of
-from qilin_med.data.shards import ROW_BITS, Row, Workspace, batched, load, number_of, row_of, save, shard_of
+from qilin_med.data.shards import (
+    ROW_BITS,
+    ROW_MASK,
+    Row,
+    Workspace,
+    batched,
+    load,
+    number_of,
+    of_shard,
+    row_of,
+    save,
+    shard_of,
+)
 from qilin_med.prompt.wording import without_frame
 
 SIGNED_AT_ONCE = 2000  # records
@@ -29,26 +41,43 @@ DUPLICATE = np.dtype([("record", np.uint64), ("kept", np.uint64), ("similarity",
 """A record that is rejected, the record that is kept for it, and their similarity."""
 REPEAT = np.dtype([("record", np.uint64), ("token", np.uint32), ("kept", np.uint64)])
 """A window of tokens, by its first token in a record, that another record keeps."""
+KEYED = np.dtype([("key", np.uint64), ("at", np.uint32)])
+"""A hash and what it is of: a row of a shard, or the window that begins at a token of a shard."""
+LONG_KEYED = np.dtype([("key", np.uint64, 2), ("at", np.uint32)])
 
 
 def equal_records(
-    work: Workspace, shards: Iterable[int], keys_of: Callable[[int], tuple[np.ndarray, ...]]
+    work: Workspace,
+    step: str,
+    part: int,
+    shards: Iterable[int],
+    rows_at: Callable[[int, np.ndarray], tuple[np.ndarray, ...]] = lambda shard, at: (at,),
 ) -> tuple[np.ndarray, ...]:
-    """Group what has equal keys, in the order of ranks: (members, heads, numbers, further columns).
+    """Group the records with equal keys among what was dealt to a part, in the order of ranks: (members, heads, numbers,
+    further columns).
 
-    `keys_of` gives a shard's keys, their rows, and further columns to order by. `members` and `heads` (see
+    `rows_at` gives the rows for a shard's column "at", and further columns to order by. `members` and `heads` (see
     `matching.equal_groups`) are positions in the columns returned.
     """
-    columns = [
-        (keys, number_of(shard, rows), work.ranks(shard)[rows.astype(np.int64)], *further)
-        for shard in shards
-        for keys, rows, *further in [keys_of(shard)]
-    ]
+    items = {shard: work.dealt(step, shard, part) for shard in shards}
+    # Most keys stand alone: only the others are looked at more closely.
+    firsts = [some["key"] if some["key"].ndim == 1 else some["key"][:, 0] for some in items.values()]
+    repeated = np.split(matching.repeated(np.concatenate(firsts)), np.cumsum([*map(len, firsts)])[:-1])
+    columns = []
+    for (shard, some), is_repeated in zip(items.items(), repeated, strict=True):
+        rows, *further = rows_at(shard, some["at"][is_repeated])
+        columns.append((some["key"][is_repeated], number_of(shard, rows), work.ranks(shard)[rows], *further))
     keys, numbers, ranks, *further = map(np.concatenate, zip(*columns, strict=True))
     if keys.ndim == 2:  # two halves of a key as one: equal rows share an index
         keys = np.unique(keys, axis=0, return_inverse=True)[1]
     index, members, heads = matching.equal_groups(keys, ranks, numbers, *further)
     return members, heads, numbers[index], *(column[index] for column in further)
+
+
+def in_order(records: np.ndarray, *columns: np.ndarray, dtype: np.dtype = DUPLICATE) -> np.ndarray:
+    """Columns as one array in the order of records, in which `Workspace.found` looks."""
+    order = np.argsort(records, kind="stable")
+    return np.rec.fromarrays([column[order] for column in (records, *columns)], dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- exact
@@ -60,19 +89,16 @@ def exact_key(stage: StageName, text: str) -> bytes:
 
 
 def save_exact_keys(work: Workspace, shard: int, keys: list[bytes]) -> None:
-    save(work.path("keys", shard), np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2))
+    halves = np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
+    items = np.empty(len(keys), LONG_KEYED)
+    items["key"], items["at"] = halves, np.arange(len(keys))
+    work.deal("keys", shard, items, halves[:, 0] % np.uint64(work.parts))
 
 
 def find_exact(work: Workspace, part: int) -> None:
     """Task: the records of one part of the keys that another record equals."""
-
-    def keys_of(shard: int) -> tuple[np.ndarray, ...]:
-        keys = load(work.path("keys", shard))
-        rows = np.flatnonzero(keys[:, 0] % np.uint64(work.parts) == part)
-        return keys[rows], rows
-
-    members, heads, numbers = equal_records(work, range(len(work.stages)), keys_of)
-    found = np.rec.fromarrays([numbers[members], numbers[heads], np.ones(len(members))], DUPLICATE)
+    members, heads, numbers = equal_records(work, "keys", part, range(len(work.stages)))
+    found = in_order(numbers[members], numbers[heads], np.ones(len(members)))
     save(work.path("exact", part), found)
 
 
@@ -89,44 +115,36 @@ def compared_text(stage: StageName, row: Row) -> str:
 def sign_shard(work: Workspace, settings: DeduplicationSettings, shard: int) -> None:
     """Task: MinHash band keys of a shard's records, with their rows."""
     stage = work.stages[shard]
-    exact = work.load_parts("exact")["record"]
-    gone = set(row_of(exact[shard_of(exact) == shard]).tolist())
+    gone = set(row_of(work.found("exact", shard)["record"]).tolist())
     left = ((index, row) for index, row in enumerate(work.rows(shard)) if index not in gone)
     rows, keys = [], [np.empty((settings.bands, 0), np.uint64)]
     # Records of different training sets never meet.
     salt = np.uint64(int.from_bytes(hashlib.blake2b(stage.encode(), digest_size=8).digest()))
+    salts = matching.mix(np.arange(settings.bands)) ^ salt  # nor do different bands
     for chunk in batched(left, SIGNED_AT_ONCE):
         rows += [index for index, _ in chunk]
         texts = [compared_text(stage, row) for _, row in chunk]
-        keys.append(matching.sign(texts, settings.shingle, settings.bands, settings.rows_per_band) ^ salt)
-    save(work.path("near/keys", shard), np.concatenate(keys, axis=1))
-    save(work.path("near/rows", shard), np.array(rows, np.uint64))
+        keys.append(matching.sign(texts, settings.shingle, settings.bands, settings.rows_per_band) ^ salts[:, None])
+    signatures = np.concatenate(keys, axis=1).ravel()
+    items = np.rec.fromarrays([signatures, np.tile(np.array(rows, np.uint32), settings.bands)], KEYED)
+    work.deal("near/keys", shard, items, signatures % np.uint64(work.parts))
 
 
-def pair_candidates(work: Workspace, settings: DeduplicationSettings, task: int) -> None:
-    """Task (one for each band and part): pairs of records that agree on a band.
+def pair_candidates(work: Workspace, part: int) -> None:
+    """Task: pairs of records that agree on a band.
 
     In a group, each record is paired with the first by rank and with the one before it: pairs stay linear in number.
     """
-    band, part = divmod(task, work.parts)
-
-    def keys_of(shard: int) -> tuple[np.ndarray, ...]:
-        keys = load(work.path("near/keys", shard))[band]
-        chosen = np.flatnonzero(keys % np.uint64(work.parts) == part)
-        return keys[chosen], load(work.path("near/rows", shard))[chosen]
-
-    members, heads, numbers = equal_records(work, range(len(work.stages)), keys_of)
+    members, heads, numbers = equal_records(work, "near/keys", part, range(len(work.stages)))
     pairs = np.stack([np.concatenate([heads, members - 1]), np.concatenate([members, members])], axis=1)
-    save(work.path("near/pairs", task), np.unique(numbers[pairs], axis=0))
+    pairs = np.unique(numbers[pairs], axis=0)
+    parts = matching.mix(pairs[:, 0] ^ matching.mix(pairs[:, 1])) % np.uint64(work.parts)
+    work.deal("near/pairs", part, pairs, parts)
 
 
 def verify_pairs(work: Workspace, settings: DeduplicationSettings, part: int) -> None:
     """Task: the candidate pairs of one part whose Jaccard similarity reaches the threshold."""
-    mine = [np.empty((0, 2), np.uint64)]
-    for task in range(settings.bands * work.parts):
-        pairs = load(work.path("near/pairs", task))
-        mine.append(pairs[matching.mix(pairs[:, 0] ^ matching.mix(pairs[:, 1])) % np.uint64(work.parts) == part])
-    pairs = np.unique(np.concatenate(mine), axis=0)
+    pairs = np.unique(np.concatenate([work.dealt("near/pairs", task, part) for task in range(work.parts)]), axis=0)
     record = work.random_access()
 
     @lru_cache(maxsize=10_000)  # a record often stands in several pairs in turn
@@ -159,7 +177,7 @@ def find_near(work: Workspace, _: int = 0) -> None:
     component = connected_components(graph, directed=False)[1] if len(pairs) else np.empty(0, np.int32)
     index, members, heads = matching.equal_groups(component, ranks, numbers)
     records = index[members]
-    found = np.rec.fromarrays([numbers[records], numbers[index[heads]], similarity[records]], DUPLICATE)
+    found = in_order(numbers[records], numbers[index[heads]], similarity[records])
     save(work.path("near/found", 0), found)
 
 
@@ -167,77 +185,96 @@ def duplicates_of_shard(
     work: Workspace, settings: DeduplicationSettings, shard: int
 ) -> dict[int, tuple[str, int, float]]:
     """{row of a duplicate: (its kind, number of the record kept for it, similarity)}."""
-    found = {EXACT: work.load_parts("exact")}
+    found = {EXACT: work.found("exact", shard)}
     if settings.near:
-        found[NEAR] = load(work.path("near/found", 0))
+        found[NEAR] = of_shard(load(work.path("near/found", 0)), shard)
     return {
         int(row_of(record)): (kind, int(kept), float(similarity))
         for kind, duplicates in found.items()
-        for record, kept, similarity in duplicates[shard_of(duplicates["record"]) == shard]
+        for record, kept, similarity in duplicates
     }
 
 
 # ------------------------------------------------------------------------------------------------------ substrings
 
 
+@lru_cache(maxsize=1)  # a worker has many tasks
+def load_tokenizer(folder: str) -> Tokenizer:
+    return Tokenizer.from_file(f"{folder}/tokenizer.json")
+
+
 def tokenise_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
-    """Task: tokens of the documents of a shard that are left, with the characters where they begin and end."""
-    tokenizer = Tokenizer.from_file(f"{settings.tokenizer}/tokenizer.json")
+    """Task: lengths in tokens of the documents of a shard that are left, and their windows of tokens by hash.
+
+    Takes 12 bytes on the disk for each token.
+    """
+    tokenizer = load_tokenizer(settings.tokenizer)
     gone = duplicates_of_shard(work, settings.deduplication, shard)
     left = ((index, row["text"]) for index, row in enumerate(work.rows(shard)) if index not in gone)
-    ids, offsets, rows, lengths = [np.empty(0, np.uint32)], [np.empty((0, 2), np.uint32)], [], []
+    rows, lengths, ids = [], [], [np.empty(0, np.uint32)]
     for chunk in batched(left, SIGNED_AT_ONCE):
-        encodings = tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
-        ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32))
-        spans = chain.from_iterable(encoding.offsets for encoding in encodings)
-        offsets.append(np.fromiter(spans, np.dtype((np.uint32, 2))))
+        encodings = tokenizer.encode_batch_fast([text for _, text in chunk], add_special_tokens=False)
+        found = [encoding.ids for encoding in encodings]
+        ids.append(np.fromiter(chain.from_iterable(found), np.uint32))
         rows += [index for index, _ in chunk]
-        lengths += [len(encoding.ids) for encoding in encodings]
-    save(work.path("tokens/ids", shard), np.concatenate(ids))
-    save(work.path("tokens/offsets", shard), np.concatenate(offsets))
-    save(work.path("tokens/rows", shard), np.array(rows, np.uint64))
-    save(work.path("tokens/lengths", shard), np.array(lengths, np.int64))
+        lengths += map(len, found)
+    save_windows(work, settings.deduplication.substring_tokens, shard, rows, lengths, np.concatenate(ids))
 
 
-def find_repeats(work: Workspace, width: int, part: int) -> None:
-    """Task: windows of `width` tokens, of one part of their hashes, that a record earlier by rank has as well.
+def save_windows(work: Workspace, width: int, shard: int, rows: list[int], lengths: list[int], ids: np.ndarray) -> None:
+    ends = np.cumsum(lengths, dtype=np.int64)
+    at = np.flatnonzero(matching.within(ends, width)).astype(np.uint32)
+    items = np.empty(len(at), KEYED)
+    items["key"], items["at"] = matching.hash_windows(ids, width)[at], at
+    work.deal("windows", shard, items, items["key"] % np.uint64(work.parts))
+    save(work.path("tokens/rows", shard), np.array(rows, np.uint32))
+    save(work.path("tokens/ends", shard), ends)
 
-    Finds the same repeats as a suffix array does (a run of `width` or more tokens stands twice exactly if each of its
+
+def find_repeats(work: Workspace, part: int) -> None:
+    """Task: windows of tokens, of one part of their hashes, that a record earlier by rank has as well.
+
+    Finds the same repeats as a suffix array does (a run of so many or more tokens stands twice exactly if each of its
     windows does), in memory for one part, and in parallel.
     """
 
-    def windows_of(shard: int) -> tuple[np.ndarray, ...]:
-        ends = np.cumsum(load(work.path("tokens/lengths", shard)))
-        windows = matching.hash_windows(load(work.path("tokens/ids", shard)), width)
-        chosen = np.flatnonzero((windows % np.uint64(work.parts) == part) & matching.within(ends, width))
-        document = np.searchsorted(ends, chosen, side="right")
-        tokens = (chosen - np.concatenate(([0], ends))[document]).astype(np.uint32)
-        return windows[chosen], load(work.path("tokens/rows", shard))[document], tokens
+    def rows_at(shard: int, at: np.ndarray) -> tuple[np.ndarray, ...]:
+        ends = load(work.path("tokens/ends", shard))
+        document = np.searchsorted(ends, at, side="right")
+        tokens = (at - np.concatenate(([0], ends))[document]).astype(np.uint32)
+        return load(work.path("tokens/rows", shard))[document], tokens
 
     pretraining = [shard for shard, stage in enumerate(work.stages) if stage == "pretraining"]
-    members, heads, numbers, tokens = equal_records(work, pretraining, windows_of)
+    members, heads, numbers, tokens = equal_records(work, "windows", part, pretraining, rows_at)
     # What a record repeats of itself stays; that is for the cleaning rules to judge.
     other = numbers[members] != numbers[heads]
     members, heads = members[other], heads[other]
-    save(work.path("repeats", part), np.rec.fromarrays([numbers[members], tokens[members], numbers[heads]], REPEAT))
+    save(work.path("repeats", part), in_order(numbers[members], tokens[members], numbers[heads], dtype=REPEAT))
 
 
-def cuts_of_shard(work: Workspace, width: int, shard: int) -> dict[int, list[tuple[int, int]]]:
-    """{row: spans of characters to cut out}, joined and in order, of the documents of a shard."""
-    repeats = work.load_parts("repeats")
-    repeats = np.sort(repeats[shard_of(repeats["record"]) == shard], order=("record", "token"))
-    rows, lengths, offsets = (load(work.path(f"tokens/{name}", shard)) for name in ("rows", "lengths", "offsets"))
-    starts = np.concatenate(([0], np.cumsum(lengths)))
-    cuts: dict[int, list[tuple[int, int]]] = {}
-    for record, token in zip(repeats["record"], repeats["token"].astype(np.int64), strict=True):
-        row = int(row_of(record))
-        first = starts[np.searchsorted(rows, np.uint64(row))] + token
-        span = int(offsets[first, 0]), int(offsets[first + width - 1, 1])
-        spans = cuts.setdefault(row, [])
+def lengths_of_shard(work: Workspace, shard: int) -> dict[int, int]:
+    """{row: tokens} of the documents of a shard that are left."""
+    lengths = np.diff(load(work.path("tokens/ends", shard)), prepend=0)
+    return dict(zip(load(work.path("tokens/rows", shard)).tolist(), lengths.tolist(), strict=True))
+
+
+def repeats_of_shard(work: Workspace, shard: int) -> dict[int, list[int]]:
+    """{row: first tokens of its windows that other records keep} of a shard."""
+    found: dict[int, list[int]] = {}
+    for record, token, _ in work.found("repeats", shard).tolist():
+        found.setdefault(record & ROW_MASK, []).append(token)
+    return found
+
+
+def spans_of(repeats: list[int], width: int, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of characters that windows cover, joined and in order. `offsets`: where each token begins and ends."""
+    spans: list[tuple[int, int]] = []
+    for token in sorted(repeats):
+        span = offsets[token][0], offsets[token + width - 1][1]
         if spans and span[0] <= spans[-1][1]:
             span = spans.pop()[0], span[1]
         spans.append(span)
-    return cuts
+    return spans
 
 
 def cut_out(text: str, spans: list[tuple[int, int]]) -> str:

@@ -96,6 +96,17 @@ def sign(texts: Sequence[str], width: int, bands: int, rows: int) -> np.ndarray:
     return keys.T
 
 
+def repeated(keys: np.ndarray) -> np.ndarray:
+    """Which keys occur more than once. Shape: one bool per key."""
+    index = np.argsort(keys)
+    ordered = keys[index]
+    same = ordered[1:] == ordered[:-1]
+    found = np.zeros(len(keys), bool)
+    found[index[1:][same]] = True
+    found[index[:-1][same]] = True
+    return found
+
+
 def equal_groups(keys: np.ndarray, *order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Group items with equal keys: (index, members, heads).
 

@@ -4,6 +4,7 @@ A record's number is shard << 32 | row, a uint64 that names it in every array of
 whole, so that a killed task leaves nothing that a later run would take for done.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from qilin_med.artifact import written_whole
 from qilin_med.config.experiment import StageName
 
 ROW_BITS = 32
+ROW_MASK = (1 << ROW_BITS) - 1
 Row = dict[str, Any]
 
 
@@ -39,12 +41,14 @@ def load(path: Path) -> np.ndarray:
         return np.load(path)
 
 
-def write_json_lines(path: Path, rows: Iterable[Row]) -> list[int]:
-    """Write rows as JSON lines; returns where each begins, and the end."""
+def write_json_lines(path: Path, rows: Iterable[Row], size: float = math.inf) -> list[int]:
+    """Write rows as JSON lines, until they are so many bytes; returns where each begins, and the end."""
     offsets = [0]
     with written_whole(path) as file:
         for row in rows:
             offsets.append(offsets[-1] + file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)))
+            if offsets[-1] >= size:
+                break
     return offsets
 
 
@@ -80,7 +84,13 @@ def shard_of(numbers: np.ndarray) -> np.ndarray:
 
 
 def row_of(numbers: np.ndarray) -> np.ndarray:
-    return numbers & np.uint64((1 << ROW_BITS) - 1)
+    return numbers & np.uint64(ROW_MASK)
+
+
+def of_shard(found: np.ndarray, shard: int) -> np.ndarray:
+    """The records of a shard in an array that lies in the order of its column "record"."""
+    numbers = np.array([shard << ROW_BITS, (shard + 1) << ROW_BITS], np.uint64)
+    return found[slice(*np.searchsorted(found["record"], numbers))]
 
 
 @dataclass(frozen=True)
@@ -96,18 +106,22 @@ class Workspace:
     def path(self, step: str, task: int, suffix: str = "npy") -> Path:
         return self.root / step / f"{task:05d}.{suffix}"
 
-    def write(self, shard: int, rows: Iterable[Row], ranks: list[int]) -> None:
-        """Write a shard of clean records. `ranks` may be filled while `rows` is consumed.
+    def write(self, shard: int, rows: Iterable[Row], ranks: list[int], size: float = math.inf) -> None:
+        """Write a shard of clean records, until they are so many bytes. `ranks` may be filled while `rows` is consumed.
 
         Ranks (uint64) decide which of several records with the same text is kept: that of the earlier source, then that
         with the smaller content hash. They do not depend on the names or the order of files.
         """
-        offsets = write_json_lines(self.path("clean", shard, "jsonl"), rows)
+        offsets = write_json_lines(self.path("clean", shard, "jsonl"), rows, size)
         save(self.path("clean", shard, "offsets.npy"), np.array(offsets, np.uint64))
         save(self.path("clean", shard, "ranks.npy"), np.array(ranks, np.uint64))
 
+    def lines(self, shard: int) -> Iterator[bytes]:
+        with self.path("clean", shard, "jsonl").open("rb") as file:
+            yield from file
+
     def rows(self, shard: int) -> Iterator[Row]:
-        return read_json_lines(self.path("clean", shard, "jsonl"))
+        return map(orjson.loads, self.lines(shard))
 
     def ranks(self, shard: int) -> np.ndarray:
         return load(self.path("clean", shard, "ranks.npy"))
@@ -119,8 +133,23 @@ class Workspace:
         def lines_of(shard: int) -> JsonLines:
             return JsonLines(self.path("clean", shard, "jsonl"), self.path("clean", shard, "offsets.npy"))
 
-        return lambda number: lines_of(number >> ROW_BITS)[number & ((1 << ROW_BITS) - 1)]
+        return lambda number: lines_of(number >> ROW_BITS)[number & ROW_MASK]
+
+    def deal(self, step: str, task: int, items: np.ndarray, parts: np.ndarray) -> None:
+        """Save a task's items, each for the part that `parts` says."""
+        order = np.argsort(parts.astype(np.uint16), kind="stable")
+        save(self.path(step, task), items[order])
+        borders = np.concatenate(([0], np.cumsum(np.bincount(parts, minlength=self.parts))))
+        save(self.path(step, task, "borders.npy"), borders)
+
+    def dealt(self, step: str, task: int, part: int) -> np.ndarray:
+        """The items that a task has saved for a part."""
+        first, end = load(self.path(step, task, "borders.npy"))[part : part + 2]
+        return load(self.path(step, task))[first:end]
+
+    def found(self, step: str, shard: int) -> np.ndarray:
+        """What the tasks of a step, one for each part, have found of a shard. They save it in the order of records."""
+        return np.concatenate([of_shard(load(self.path(step, part)), shard) for part in range(self.parts)])
 
     def load_parts(self, step: str) -> np.ndarray:
-        """What the tasks of a step, one for each part, have found."""
         return np.concatenate([load(self.path(step, part)) for part in range(self.parts)])

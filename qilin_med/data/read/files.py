@@ -17,6 +17,7 @@ from qilin_med.errors import UserError
 COMPRESSIONS = (".gz", ".zst")
 # The head of a file tells its encoding, and whether a .json holds lines.
 HEAD_BYTES = 1 << 20
+PACKED_FOLD = 3  # how many times larger text is than what it is packed into
 HIDDEN = (".", "__MACOSX")
 PASSED_OVER = re.compile(r"\.md$|^(readme|licen[cs]e|copying|notice)\b|^manifest\.json$", re.IGNORECASE)
 
@@ -29,7 +30,7 @@ class Span:
     end: int
     first: int
     """Lines of the file that lie before, or elements of its array, or rows of its groups."""
-    is_last: bool = False
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,15 @@ def content_suffix(name: str) -> str:
     while path.suffix in COMPRESSIONS:
         path = path.with_suffix("")
     return path.suffix
+
+
+def unpacked_size(file: Path) -> int:
+    """Bytes of the contents, about: only some packed files tell."""
+    size, suffix = file.stat().st_size, file.suffix.lower()
+    if suffix in (".zip", ".xlsx") and zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    return size * PACKED_FOLD if suffix in (*COMPRESSIONS, ".parquet") else size
 
 
 # ------------------------------------------------------------------------------------------------------- opening

@@ -52,8 +52,8 @@ def raw_files(source: RawFiles) -> list[Path]:
 
 
 def read_raw(source: RawFiles, file: Path, span: Span | None = None) -> Iterator[Counted]:
-    """(rows, record) of one of `raw_files`, or of a span of it, streamed. The rows add up to the raw rows of the file: mostly 1 each, 0 for
-    a further record out of a row, n for a passage made of n triples. Unusable rows come as Skipped.
+    """(rows, record) of one of `raw_files`, or of a span of it, streamed. The rows add up to the raw rows of the file:
+    mostly 1 each, 0 for a further record out of a row, n for a passage made of n triples. Unusable rows come as Skipped.
 
     UserError: an archive or a whole-file .json is broken.
     """
