@@ -12,7 +12,7 @@ from importlib import import_module
 
 from qilin_med.errors import user_errors_end_with_one_line
 
-BENCHMARKS = {"train": "training", "corpus": "corpus", "dedup": "deduplication", "evaluate": "evaluation"}
+BENCHMARKS = {"train": "training", "corpus": "corpus", "dedup": "dedup", "evaluate": "evaluation"}
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def test_data_work_needs_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["contenders", "dedup", "evaluation", "training"])
+@pytest.mark.parametrize("name", ["contenders", "corpus", "dedup", "evaluation", "training"])
 def test_benchmarks_find_what_they_import(name):
     """No other test runs them."""
     import_module(f"benchmarks.{name}")
