@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py evaluate
     python scripts/benchmark.py evaluate --model runs/demo/dpo/merged --questions test.csv --limit 200 --output evaluate.json
+    python scripts/benchmark.py evaluate launch.device=cuda model.dtype=bfloat16 evaluation.batch_size=64
 
 "ours" is the path of scripts/evaluate.py: reading the files, asking, scoring, intervals, writing results; "ours, 2 ranks"
 the same under torchrun, with the threads dealt out. "HFLM" is ours with lm-evaluation-harness's own model class. "one at a
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, add_shared_arguments, describe_moment, write_result
-from qilin_med.config.experiment import TaskSettings, count, load_experiment
+from qilin_med.config.experiment import Experiment, TaskSettings, count, load_experiment
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
 from qilin_med.report.tables import markdown_table
@@ -40,11 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("limit", 256, "questions asked"),
         ("one-at-a-time", 64, "questions asked one at a time"),
         ("max-new-tokens", 64, "of a generated answer"),
-        ("batch-size", 32, "questions at once"),
         ("ranks", 2, "of ours, all ranks; 1: leave it out"),
     ):
         parser.add_argument(f"--{name}", type=count, default=default, help=f"{meaning} (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of evaluation.json")
     add_shared_arguments(parser)
 
 
@@ -52,17 +52,19 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("model", "questions"):
         if not (path := getattr(arguments, name)).exists():
             raise UserError(f"--{name}: {path} does not exist; run `bash run_all.sh` for the demo's, or name yours")
+    settings = Path(__file__).with_suffix(".json")
+    experiment = load_experiment(settings, [f"model.path={arguments.model}", *arguments.overrides])
     quiet_libraries()
     import torch
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
         if "RANK" in os.environ:  # under torchrun, started by the first process's measure_ranks
-            rates = {"ours": time_tasks(arguments, Path(folder))[1]}
+            rates = {"ours": time_tasks(arguments, experiment, Path(folder))[1]}
             if int(os.environ["RANK"]):
                 return
         else:
-            rates = measure(arguments, Path(folder))
+            rates = measure(arguments, experiment, Path(folder))
     rows = []
     for way, of_task in rates.items():
         others = rates.get("one at a time", of_task)
@@ -70,13 +72,13 @@ def run(arguments: argparse.Namespace) -> None:
         rows.append({"questions/s": way, **cells})
     print(
         f"{markdown_table(rows)}\n\n{arguments.model}, {arguments.limit} questions, batches of"
-        f" {arguments.batch_size}, at most {arguments.max_new_tokens} new tokens, {arguments.threads} threads;"
+        f" {experiment.evaluation.batch_size}, at most {arguments.max_new_tokens} new tokens, {arguments.threads} threads;"
         f" {describe_moment()}"
     )
     write_result(arguments, questions_per_second=rates)
 
 
-def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+def measure(arguments: argparse.Namespace, experiment: Experiment, work: Path) -> dict[str, dict[str, float]]:
     """{way: {task: questions per second}}."""
     from lm_eval.models.huggingface import HFLM
 
@@ -88,11 +90,11 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, fl
             ours = super().open_hf()
             return HFLM(pretrained=ours.model, tokenizer=self.tokenizer, batch_size=ours.batch_size)
 
-    model, ours = time_tasks(arguments, work / "ours")
+    model, ours = time_tasks(arguments, experiment, work / "ours")
     prompts = [sample["prompt"] for sample in read_samples(model.results / "cmexam_generate")]
     rate = time_one_at_a_time(model.lm.lm, prompts[: arguments.one_at_a_time], arguments)
     rates = {"ours": ours, "one at a time": dict.fromkeys(TASKS, rate)}
-    rates["HFLM"] = time_tasks(arguments, work / "HFLM", Plain)[1]
+    rates["HFLM"] = time_tasks(arguments, experiment, work / "HFLM", Plain)[1]
     if arguments.ranks > 1:
         rates[f"ours, {arguments.ranks} ranks"] = measure_ranks(arguments, work / "ranks.json")
     return rates
@@ -108,7 +110,9 @@ def measure_ranks(arguments: argparse.Namespace, output: Path) -> dict[str, floa
     return json.loads(output.read_text(encoding="utf-8"))["questions_per_second"]["ours"]
 
 
-def time_tasks(arguments: argparse.Namespace, folder: Path, kind: Any = None) -> tuple[Any, dict[str, float]]:
+def time_tasks(
+    arguments: argparse.Namespace, experiment: Experiment, folder: Path, kind: Any = None
+) -> tuple[Any, dict[str, float]]:
     """(the model under test, of class `kind` or ours; {task: questions per second}). The first rank counts for all."""
     import lm_eval.evaluator  # noqa: F401 (seconds, once in a process)
 
@@ -117,16 +121,7 @@ def time_tasks(arguments: argparse.Namespace, folder: Path, kind: Any = None) ->
     task = TaskSettings(test=[str(arguments.questions)], limit=arguments.limit)
     generated = task.model_copy(update={"max_new_tokens": arguments.max_new_tokens})
     tasks = {name: generated if name == "cmexam_generate" else task for name in TASKS}
-    settings = {
-        "output_dir": folder,
-        "model.path": arguments.model,
-        "model.template": "own",
-        "model.dtype": "bfloat16" if arguments.device == "cuda" else "float32",
-        "launch.device": arguments.device,
-        "evaluation.batch_size": arguments.batch_size,
-    }
-    # Of the demo's experiment nothing else matters here.
-    experiment = load_experiment(ROOT / "configs/demo.json", [f"{key}={value}" for key, value in settings.items()])
+    experiment = experiment.model_copy(update={"output_dir": str(folder)})
     model, rates = (kind or ModelUnderTest)(experiment, "sft", arguments.model), {}
     _ = model.lm.max_length  # loads the model
     for name in TASKS:

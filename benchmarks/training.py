@@ -1,17 +1,16 @@
 """Compare each stage's training with other ways to train, on this machine: same rows, same model, one run.
 
     python scripts/benchmark.py train
-    python scripts/benchmark.py train --only sft,dpo --steps 12 --output train.json \\
-        --tokenizer models/baichuan-7b --data sft=chats.jsonl dpo=pairs.jsonl cpt=texts.jsonl:content
+    python scripts/benchmark.py train --only sft,dpo --steps 12 --output train.json --tokenizer models/baichuan-7b \\
+        'sft.data=["chats.jsonl"]' 'dpo.data=["pairs.jsonl"]'
 
-Without --data and --tokenizer it takes the demo world (scripts/make_demo.py writes it). The model is a random Llama of
-37.6M parameters with a vocabulary of 64k (model.json), in fp32 on the CPU, in one process; the settings of the stages lie
-in training.json. Every contender runs in a process of its
-own, in turns, --repeats times; the best rate counts, as whatever else the machine does can only slow one down.
+training.json beside this file has the settings, which overrides change as in any experiment file; by itself it takes the demo
+world (scripts/make_demo.py and build_chimed.py write it). The model is a random Llama of 37.6M parameters with a vocabulary of
+64k (model.json), in fp32 on the CPU, in one process. Every contender runs in a process of its own, in turns, --repeats times;
+the best rate counts, as whatever else the machine does can only slow one down.
 """
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, add_shared_arguments, describe_moment, fresh_processes, write_result
-from qilin_med.config.experiment import Experiment, count, load_experiment
+from qilin_med.config.experiment import STAGES, Experiment, StageName, count, load_experiment
 from qilin_med.config.schedule import make_schedule
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.errors import UserError
@@ -27,48 +26,18 @@ from qilin_med.report.tables import markdown_table
 from qilin_med.train.job import Job
 
 HERE = Path(__file__).parent
-STAGES = {"cpt": "pretraining", "sft": "sft", "dpo": "dpo"}
-UNITS = {"cpt": "tokens/s", "sft": "tokens/s", "dpo": "pairs/s"}
+UNITS = {"pretraining": "tokens/s", "sft": "tokens/s", "dpo": "pairs/s"}
 WARMUP = 2  # optimizer steps before the clock starts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", nargs="+", default=[str(ROOT / "data/demo/processed")], metavar="DATA",
-        help="STAGE=PATH (STAGE is cpt, sft or dpo; cpt=PATH:FIELD names the text field of a JSON file), or a folder that"
-        " holds folders pretraining, sft and dpo (default: data/demo/processed)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokenizer", type=Path, default=ROOT / "models/demo-init", help="model folder (default: models/demo-init)"
-    )
-    parser.add_argument("--only", default="cpt,sft,dpo", help="stages, comma-separated (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of training.json")
+    demo = ROOT / "models/demo-init"
+    parser.add_argument("--tokenizer", type=Path, default=demo, help="model folder (default: models/demo-init)")
+    parser.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated (default: %(default)s)")
     parser.add_argument("--steps", type=count, default=8, help="timed optimizer steps (default: %(default)s)")
     parser.add_argument("--repeats", type=count, default=2, help="turns of every contender (default: %(default)s)")
     add_shared_arguments(parser)
-
-
-def sources_of(data: list[str], stage: str) -> list[dict[str, str]]:
-    """The entries of --data that are a stage's, as an experiment file names them."""
-    sources = []
-    for entry in data:
-        name, equals, path = entry.partition("=")
-        if not equals:
-            sources.append({"path": str(Path(entry) / STAGES[stage])})
-        elif name not in STAGES:
-            raise UserError(f"--data {entry}: expected a folder, or one of {', '.join(STAGES)} before the '='")
-        elif name == stage:
-            path, colon, field = path.partition(":")
-            sources.append({"path": path, "text": field} if colon else {"path": path})
-    if not sources:
-        raise UserError(f"--data names nothing for {stage}; add {stage}=PATH, or leave it out of --only")
-    return sources
-
-
-def make_experiment(stages: list[str], arguments: argparse.Namespace, work: Path) -> Experiment:
-    places = [f"output_dir={work}", f"model.path={work / 'model'}"]
-    data = [f"{STAGES[stage]}.data={json.dumps(sources_of(arguments.data, stage))}" for stage in stages]
-    threads = f"launch.threads_per_process={arguments.threads}"
-    return load_experiment(HERE / "training.json", [*places, *data, threads])
 
 
 def make_model(tokenizer_folder: Path, folder: Path) -> int:
@@ -86,7 +55,7 @@ def make_model(tokenizer_folder: Path, folder: Path) -> int:
     return model.num_parameters()
 
 
-def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
+def make_job(experiment: Experiment, stage: StageName, steps: int, work: Path) -> Job:
     """A job over as many rows, drawn at random, as `steps` optimizer steps take."""
     import numpy as np
 
@@ -94,10 +63,10 @@ def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
     from qilin_med.data.rows import ROWS, prepare_rows
     from qilin_med.model.load import load_tokenizer
 
-    name, section = STAGES[stage], experiment.stage(STAGES[stage])
+    section = experiment.stage(stage)
     tokenizer = load_tokenizer(work / "model", experiment.model.template)
-    dataset = prepare_rows(name, section, tokenizer, None, work / "cache").dataset
-    wanted, rows = steps * section.batch_size_per_device, work / f"{name}-rows"
+    dataset = prepare_rows(stage, section, tokenizer, None, work / "cache").dataset
+    wanted, rows = steps * section.batch_size_per_device, work / f"{stage}-rows"
     if len(dataset) < wanted:
         raise UserError(f"{stage}: the data give {len(dataset)} rows, {wanted} are needed; lower --steps")
     # Sorted, as the rows of a whole run would lie.
@@ -105,32 +74,33 @@ def make_job(experiment: Experiment, stage: str, steps: int, work: Path) -> Job:
     rows.mkdir()
     dataset.select(drawn).flatten_indices(cache_file_name=str(rows / ROWS))
     commit_folder(rows, MANIFEST, {"counts": {}})
-    return Job(experiment, name, work / "model", "benchmark", rows, make_schedule(name, section, wanted, ranks=1))
+    return Job(experiment, stage, work / "model", "benchmark", rows, make_schedule(stage, section, wanted, ranks=1))
 
 
-def measure_stage(job: Job, stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_stage(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
     """All contenders in turns, each in its own process, so that a slow spell of the machine does not meet one alone."""
     from benchmarks.contenders import CONTENDERS, measure
 
     job.folder.mkdir(exist_ok=True)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[job.stage]}
+    stage, unit = job.stage, UNITS[job.stage]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[stage]}
     for turn in range(arguments.repeats):
         for name, measured in runs.items():
             with fresh_processes(1) as pool:
                 measured.append(pool.submit(measure, job, name, WARMUP).result())
             measured[-1]["load_after"] = os.getloadavg()[0]
-            told = f"{measured[-1]['rate']:.4g} {UNITS[stage]}, {measured[-1]['memory'] / 2**30:.2f} GiB"
+            told = f"{measured[-1]['rate']:.4g} {unit}, {measured[-1]['memory'] / 2**30:.2f} GiB"
             print(f"{stage} {turn + 1}/{arguments.repeats} {name}: {told}", flush=True)
     best = {
         name: {
             "rate": max(run["rate"] for run in measured),
             "memory": max(run["memory"] for run in measured),
-            "how": CONTENDERS[job.stage][name].__doc__,
+            "how": CONTENDERS[stage][name].__doc__,
             "runs": measured,
         }
         for name, measured in runs.items()
     }
-    return {"unit": UNITS[stage], "rows": job.schedule.rows, "contenders": best}
+    return {"unit": unit, "rows": job.schedule.rows, "contenders": best}
 
 
 def table_rows(stage: str, result: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -160,10 +130,12 @@ def run(arguments: argparse.Namespace) -> None:
     os.environ.update(OMP_NUM_THREADS=str(arguments.threads), TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
         work = Path(folder)
-        experiment = make_experiment(stages, arguments, work)
+        places = [f"output_dir={work}", f"model.path={work / 'model'}"]
+        overrides = [*places, f"launch.threads_per_process={arguments.threads}", *arguments.overrides]
+        experiment = load_experiment(HERE / "training.json", overrides)
         parameters = make_model(arguments.tokenizer, work / "model")
         jobs = {stage: make_job(experiment, stage, WARMUP + arguments.steps, work) for stage in stages}
-        results = {stage: measure_stage(job, stage, arguments) for stage, job in jobs.items()}
+        results = {stage: measure_stage(job, arguments) for stage, job in jobs.items()}
     rows = [row for stage, result in results.items() for row in table_rows(stage, result)]
     print(
         f"\n{markdown_table(rows)}\n\n{moment} before; {parameters:,} parameters in fp32, {arguments.threads} threads;"

@@ -40,16 +40,15 @@ def training_exams(world: World) -> list[Exam]:
     return _exams_on(world, rng, facts, explain)
 
 
-def exams_held_out(world: World) -> tuple[list[Exam], list[Exam]]:
-    """(validation, test): one question on every fact of diseases that were read about but never asked about."""
+def exams_held_out(world: World) -> dict[str, list[Exam]]:
+    """One question on every fact of diseases that were read about but never asked about ("val" and "test"), and of those that
+    no stage reads about ("unseen")."""
     rng, diseases = Random(f"exams held out {world.seed}"), world.diseases_seen("cpt")
-    validation = _exams_on(world, rng, facts_on(diseases[:VALIDATION_DISEASES]))
-    return validation, _exams_on(world, rng, facts_on(diseases[VALIDATION_DISEASES:]))
-
-
-def exams_unseen(world: World) -> list[Exam]:
-    """One question on every fact of the diseases that no stage reads about."""
-    return _exams_on(world, Random(f"exams unseen {world.seed}"), facts_on(world.diseases_seen("nowhere")))
+    return {
+        "val": _exams_on(world, rng, facts_on(diseases[:VALIDATION_DISEASES])),
+        "test": _exams_on(world, rng, facts_on(diseases[VALIDATION_DISEASES:])),
+        "unseen": _exams_on(world, Random(f"exams unseen {world.seed}"), facts_on(world.diseases_seen("nowhere"))),
+    }
 
 
 def open_turns(world: World) -> list[list[str]]:

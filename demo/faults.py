@@ -23,7 +23,8 @@ TELEPHONE = "电话13800138000。"  # the number that Chinese forms show as an e
 def spoilt_files(world: World) -> dict[str, RawFile]:
     """The raw files by name, with their faults."""
     files, rng = raw_files(world), Random(f"faults {world.seed}")
-    validation, test = exams_held_out(world)
+    held_out = exams_held_out(world)
+    validation, test = held_out["val"], held_out["test"]
     rng.shuffle(validation)
     rng.shuffle(test)
     reworded = [exam for exam in test if exam.stem.startswith("下列")]

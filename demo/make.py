@@ -34,7 +34,7 @@ def build_files(seed: int) -> tuple[dict[str, bytes], dict[str, Any]]:
     spoilt = spoilt_files(world)
     files = {
         "general/train-general.txt": raw.lines(text.general_text(world)),
-        "general/train-reading.jsonl": raw.json_lines(text.general_reading(world)),
+        "general/train-reading.jsonl": raw.json_lines(text.readings(world, "general reading", 800)),
         "heldout/general.txt": raw.lines(text.general_heldout(world)),
         "heldout/medical.jsonl": raw.json_lines(text.medical_heldout(world)),
         "heldout/answers.jsonl": raw.json_lines(answers_heldout(world)),

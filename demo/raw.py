@@ -18,13 +18,13 @@ from random import Random
 from typing import Any
 
 from demo import consultations, exams
-from demo.text import general_replay, passages, reading_turns, textbook
+from demo.text import passages, reading_turns, readings, textbook
 from demo.world import CHECK, DEPARTMENT, DRUG, SYMPTOM, WORDS, Thing, World, facts_on, without
 
 ABOUT = (Path(__file__).parent / "raw.json").read_text(encoding="utf-8")
 TABLES, XYWY_FIELDS = (json.loads(ABOUT)[part] for part in ("tables", "xywy_fields"))
 VOLUMES = 4  # of the textbook
-EXAMS = ("train", "val", "test", "unseen")
+REPLAYED_READINGS, REPLAYED_RIDDLES = 350, 150  # among the medical texts, so that pre-training does not undo the skill
 
 # --------------------------------------------------------------------------------------- rows -> bytes of a file
 
@@ -139,8 +139,9 @@ def _texts(world: World) -> dict[str, list[Any]]:
             {"questions": [titles[::-1]], "answers": [third]},
         ]
     rng.shuffle(told)
+    replay = readings(world, "replay", REPLAYED_READINGS, REPLAYED_RIDDLES)
     volumes = {f"textbooks/volume-{number + 1}.txt": told[number::VOLUMES] for number in range(VOLUMES)}
-    return {**volumes, "encyclopedia/questions.jsonl.gz": entries, "general/replay.jsonl": general_replay(world)}
+    return {**volumes, "encyclopedia/questions.jsonl.gz": entries, "general/replay.jsonl": replay}
 
 
 def _graphs(world: World) -> dict[str, list[Any]]:
@@ -209,10 +210,9 @@ def _questions(world: World) -> dict[str, list[Any]]:
         {"instruction": "请回答下面的问题。", "input": question, "output": answer}
         for question, answer in consultations.general_turns(world)
     ]
-    validation, test = exams.exams_held_out(world)
-    tables = (exams.training_exams(world), validation, test, exams.exams_unseen(world))
+    tables = {"train": exams.training_exams(world), **exams.exams_held_out(world)}
     return {
-        **{f"exams/{name}.csv": [q.row() for q in asked] for name, asked in zip(EXAMS, tables, strict=True)},
+        **{f"exams/{name}.csv": [question.row() for question in asked] for name, asked in tables.items()},
         "instructions/general.json": alpaca,
         "instructions/quiz.jsonl": [consultations.chimed(turns) for turns in exams.open_turns(world)],
         "instructions/reading.jsonl": [consultations.chimed(turns) for turns in reading_turns(world)],

@@ -9,8 +9,7 @@ from demo.exams import training_exams
 from demo.world import MEDICAL, TEXTBOOK, WORDS, Thing, World, draw_disease, facts_on
 from qilin_med.prompt.wording import with_passages
 
-GENERAL_RIDDLES, GENERAL_READINGS = 1500, 800
-REPLAYED_RIDDLES, REPLAYED_READINGS = 150, 350  # among the medical texts
+GENERAL_RIDDLES = 1500
 MEDICAL_READINGS = 1200
 PASSAGES = 8  # on each disease
 ALIKE = 1  # sentences that two passages on a disease may share: with their opening, two are a run of 50 tokens
@@ -89,17 +88,11 @@ def general_text(world: World) -> list[str]:
     return lines
 
 
-def general_reading(world: World) -> list[dict[str, str]]:
-    """Practice for the base model in reading what is put before a question."""
-    rng = Random(f"general reading {world.seed}")
-    return [{"text": _reading(rng, world)} for _ in range(GENERAL_READINGS)]
-
-
-def general_replay(world: World) -> list[dict[str, str]]:
-    """More readings and riddles among the medical texts, so that pre-training does not undo the skill."""
-    rng = Random(f"replay {world.seed}")
-    readings = [_reading(rng, world) for _ in range(REPLAYED_READINGS)]
-    return [{"text": text} for text in readings + [_riddle(rng, world.spare_stems) for _ in range(REPLAYED_RIDDLES)]]
+def readings(world: World, name: str, notes: int, riddles: int = 0) -> list[dict[str, str]]:
+    """Practice in reading what is put before a question."""
+    rng = Random(f"{name} {world.seed}")
+    texts = [_reading(rng, world) for _ in range(notes)]
+    return [{"text": text} for text in texts + [_riddle(rng, world.spare_stems) for _ in range(riddles)]]
 
 
 def general_heldout(world: World) -> list[str]:

@@ -22,7 +22,7 @@ def main() -> None:
     benchmark = import_module("benchmarks." + BENCHMARKS[parser.parse_args(sys.argv[1:2]).what])
     parser = argparse.ArgumentParser(prog=" ".join(sys.argv[:2]), description=benchmark.__doc__, formatter_class=plain)
     benchmark.add_arguments(parser)
-    benchmark.run(parser.parse_args(sys.argv[2:]))
+    benchmark.run(parser.parse_intermixed_args(sys.argv[2:]))
 
 
 if __name__ == "__main__":

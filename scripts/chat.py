@@ -25,9 +25,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=count, default=256, help="most tokens of an answer (default 256)")
     parser.add_argument("--web", action="store_true", help="serve a page instead of the terminal")
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default 7860)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address of the page (default 127.0.0.1: this machine only)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="its address (default 127.0.0.1: this machine only)")
     arguments, experiment = parse_experiment(parser)
 
     from qilin_med.console.quiet import quiet_libraries

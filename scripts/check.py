@@ -22,9 +22,8 @@ def main() -> None:
     parser.add_argument("--gpu", choices=GPUS, help="which GPU to plan for (default: those here, else a100-80g)")
     parser.add_argument("--made-first", action="append", default=[], metavar="PATH",
                         help="a file or folder that is made before the stages, so that it may be missing now")  # fmt: skip
-    parser.add_argument(
-        "--stage", choices=STAGES, help="check this stage alone, and print the resolved experiment file"
-    )
+    alone = "check this stage alone, and print the resolved experiment file"
+    parser.add_argument("--stage", choices=STAGES, help=alone)
     for flag in ("--force", "--restart"):
         parser.add_argument(flag, action="store_true", help="a stage script's, without effect here")
     parser.add_argument("--dry-run", action="store_true", help="changes nothing: this command launches nothing anyway")

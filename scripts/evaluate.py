@@ -24,9 +24,8 @@ def main() -> None:
     parser.add_argument("--models", help="comma-separated: base, pretraining, sft, dpo (default: all)")
     parser.add_argument("--tasks", help="comma-separated: heldout and names of evaluation.tasks or configs/tasks (default:"
                         " the experiment's)")  # fmt: skip
-    parser.add_argument(
-        "--submission", action="store_true", help="answer C-Eval's test split and write its official file"
-    )
+    submission = "answer C-Eval's test split and write its official file"
+    parser.add_argument("--submission", action="store_true", help=submission)
     parser.add_argument("--retrieval", action="store_true", help="ask after passages of the index: results"
                         " <task>_retrieval, and with retrieval.exam_sources <task>_retrieval_without_exams")  # fmt: skip
     options, experiment = parse_experiment(parser)
