@@ -3,8 +3,6 @@
 Rows are added, or sound ones are soiled in place; no row gets two faults, so every count is known beforehand.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -23,13 +21,11 @@ TELEPHONE = "电话13800138000。"  # the number that Chinese forms show as an e
 def spoilt_files(world: World) -> dict[str, RawFile]:
     """The raw files by name, with their faults."""
     files, rng = raw_files(world), Random(f"faults {world.seed}")
-    held_out = exams_held_out(world)
-    validation, test = held_out["val"], held_out["test"]
-    rng.shuffle(validation)
-    rng.shuffle(test)
-    reworded = [exam for exam in test if exam.stem.startswith("下列")]
-    copied = [exam for exam in test if exam not in reworded]
-    leaks = Leaks(iter(validation), iter(copied), (exam.as_text().replace("下列", "以下", 1) for exam in reworded))
+    leaks = exams_held_out(world)  # each question is handed out once
+    rng.shuffle(leaks["val"])
+    rng.shuffle(leaks["test"])
+    leaks["reworded"] = [exam for exam in leaks["test"] if exam.stem.startswith("下列")]
+    leaks["copied"] = [exam for exam in leaks["test"] if exam not in leaks["reworded"]]
     spoil_texts(rng, files, leaks)
     spoil_dialogues(rng, files, leaks)
     spoil_questions(rng, files, leaks)
@@ -40,21 +36,16 @@ def spoilt_files(world: World) -> dict[str, RawFile]:
     return files
 
 
-@dataclass
-class Leaks:
-    """Questions of the held-out exams in random order, each handed out once."""
-
-    validation: Iterator[Exam]
-    copied: Iterator[Exam]
-    reworded: Iterator[str]
-
-
 def nearly(text: str) -> str:
     """Two signs changed: the first full stop, and the last."""
     return f"{text.replace('。', '！', 1)[:-1]}！"
 
 
-def spoil_texts(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
+def reworded(exam: Exam) -> str:
+    return exam.as_text().replace("下列", "以下", 1)
+
+
+def spoil_texts(rng: Random, files: dict[str, RawFile], leaks: dict[str, list[Exam]]) -> None:
     first, second, third, fourth = (file for name, file in files.items() if name.startswith("textbooks/"))
     # The second volume repeats the first, and an encyclopedia copies from it.
     passages = first.deal(rng, lambda line: len(line) > 85)
@@ -69,9 +60,9 @@ def spoil_texts(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
     third.soil(lines, 2, "<p>{}</p>".format, HTML, SPACE)
     third.soil(lines, 2, "{}&nbsp;<b></b>".format, HTML, SPACE)
     third.soil(lines, 2, "{}...[详细]".format, LINK)
-    fourth.plant(TEST, *(f"练习：{next(leaks.copied).as_text()}" for _ in range(2)))
-    fourth.plant(TEST, *(f"练习：{next(leaks.reworded)}" for _ in range(2)))
-    fourth.plant(VALIDATION, f"练习：{next(leaks.validation).as_text()}")
+    fourth.plant(TEST, *(f"练习：{leaks['copied'].pop(0).as_text()}" for _ in range(2)))
+    fourth.plant(TEST, *(f"练习：{reworded(leaks['reworded'].pop(0))}" for _ in range(2)))
+    fourth.plant(VALIDATION, f"练习：{leaks['val'][0].as_text()}")
 
     entries = files["encyclopedia/questions.jsonl.gz"]
     one_answer = entries.deal(rng, lambda row: len(row["answers"]) == 1)
@@ -80,7 +71,7 @@ def spoil_texts(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
     entries.plant(EXACT, *copies)
 
 
-def spoil_dialogues(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
+def spoil_dialogues(rng: Random, files: dict[str, RawFile], leaks: dict[str, list[Exam]]) -> None:
     departments, blocks, chats = (file for name, file in files.items() if name.startswith("dialogues/"))
     rows = departments.deal(rng)
     copies = departments.take(rows, 2)
@@ -99,7 +90,8 @@ def spoil_dialogues(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> Non
     chats.plant(EXACT, *same)
     chats.plant(NEAR, *(with_ending(row, "！") for row in alike))
     chats.plant_faulty()
-    for question in (next(leaks.copied).as_text(), next(leaks.copied).as_text(), next(leaks.reworded)):
+    copied = [leaks["copied"].pop(0).as_text() for _ in range(2)]
+    for question in (*copied, reworded(leaks["reworded"].pop(0))):
         chats.plant(TEST, chimed([f"请教一道题。{question}", "选第一项。"]))
     # What another source holds as well stays with the earlier one.
     asked = [row for row in departments.rows if len(row) == 4 and row[2] == "无" and row[3].endswith("。")]
@@ -118,12 +110,12 @@ def with_ending(row: Any, ending: str) -> Any:
     return (*row[:last], row[last] + ending, *row[last + 1 :])
 
 
-def spoil_questions(rng: Random, files: dict[str, RawFile], leaks: Leaks) -> None:
+def spoil_questions(rng: Random, files: dict[str, RawFile], leaks: dict[str, list[Exam]]) -> None:
     file = files["exams/train.csv"]
     rows = file.deal(rng)
     file.soil(rows, 1, lambda row: (*row[:3], "", *row[4:]), "no explanation", only="sft/exam-explanations")
     file.plant(EXACT, *file.take(rows, 1))
-    for exam in (next(leaks.copied), next(leaks.copied)):
+    for exam in leaks["copied"][:2]:
         options = exam.options[1:] + exam.options[:1]  # in another order, with the letter that belongs to it
         moved = Exam(exam.stem, options, (exam.right - 1) % len(LETTERS), exam.explanation, exam.facets)
         file.plant(TEST, moved.row())

@@ -153,8 +153,7 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
     """
     documents, near_misses = Counter(read=0, indexed=0), Counter()
     left_out, skipped = [], []
-    numbers: dict[str, int] = {}  # of the sources
-    sources: list[int] = []  # of the chunks
+    sources: list[str] = []  # of the chunks
 
     def chunks(advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
         for row in counted(read_corpus(experiment, work), advance):
@@ -171,7 +170,7 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
                 continue
             near_misses.update([hit.file] if hit else [])
             documents["indexed"] += 1
-            sources.extend([numbers.setdefault(source, len(numbers))] * len(spans))
+            sources.extend([source] * len(spans))
             yield from ({**names, "start": a, "end": b, "text": document.text[a:b]} for a, b in spans)
 
     with progress("cutting the corpus", unit="documents") as advance:
@@ -184,13 +183,15 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
             f" evaluation questions and {documents['skipped']} are unusable; name other files"
         )
     save(out / OFFSETS, np.array(offsets, np.uint64))
-    save(out / SOURCES, np.array(sources, np.uint32))
+    by_source = Counter(sources)
+    numbers = {name: number for number, name in enumerate(by_source)}
+    save(out / SOURCES, np.array([numbers[name] for name in sources], np.uint32))
     write_json_lines(out / LEFT_OUT, left_out)
     write_json_lines(out / SKIPPED, skipped)
     files = Counter(row["file"] for row in left_out)
     return {
         "chunks": len(sources),
-        "sources": dict(zip(numbers, np.bincount(sources).tolist(), strict=True)),
+        "sources": by_source,
         "documents": documents,
         "skipped": Counter(row["reason"] for row in skipped),
         "left_out_documents": files,
