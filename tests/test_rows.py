@@ -1,11 +1,17 @@
 import copy
 import gzip
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 from qilin_med.config.experiment import DpoConfig, InstructionConfig, LoraSettings, PretrainingConfig
+from qilin_med.data import rows as rows_module
 from qilin_med.data.read.readers import read_chats
 from qilin_med.data.rows import cut_into_blocks, open_rows, prepare_rows, row_costs
 from qilin_med.errors import UserError
@@ -46,8 +52,9 @@ def chats(write_lines):
 
 
 def test_blocks_by_hand():
-    documents = [("a", [1, 2, 3, 4, 5, 0]), ("b", [6, 0]), ("c", [7, 8, 9, 0])]
-    assert list(cut_into_blocks(documents, 5, isolate=True)) == [
+    documents = [(id_, np.array(ids)) for id_, ids in (("a", [1, 2, 3, 4, 5, 0]), ("b", [6, 0]), ("c", [7, 8, 9, 0]))]
+    blocks = cut_into_blocks(documents, 5, isolate=True)
+    assert [{**block, "input_ids": block["input_ids"].tolist()} for block in blocks] == [
         {"ids": ["a"], "input_ids": [1, 2, 3, 4, 5], "lengths": [5]},
         {"ids": ["a", "b", "c"], "input_ids": [0, 6, 0, 7, 8], "lengths": [1, 2, 2]},
         {"ids": ["c"], "input_ids": [9, 0], "lengths": [2]},
@@ -201,3 +208,48 @@ def test_impossible_lengths_are_refused(small_tokenizer, chats, tmp_path):
         UserError, match="24 tokens in sequence, the model has 16 positions: lower pretraining's block_"
     ):
         prepare_rows("pretraining", pretraining(text, block_size=24), small_tokenizer, 16, tmp_path / "cache")
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "sft"])
+def test_any_number_of_processes_makes_the_same_bytes(small_tokenizer, chats, tmp_path, monkeypatch, stage):
+    data, section = chats, sft(chats)
+    if stage == "pretraining":
+        data = chats.with_name("text.txt.gz")  # cannot be cut: read by this process, tokenised by the others
+        data.write_bytes(gzip.compress("".join(f"第{n}位患者" * (n % 5 + 1) + "\n" for n in range(3000)).encode()))
+        section = pretraining(data)
+    monkeypatch.setattr(rows_module, "JOB_BYTES", 500)
+    made = []
+    for cores in (1, 3):
+        monkeypatch.setattr(rows_module, "PARALLEL_BYTES", 0)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        made.append(prepare_rows(stage, section, small_tokenizer, None, tmp_path / f"cache{cores}"))
+    assert made[0].counts == made[1].counts
+    assert made[0].counts["records"] == (124 if stage == "sft" else 3000)
+    for name in ("rows.arrow", "skipped.jsonl"):
+        assert (made[0].folder / name).read_bytes() == (made[1].folder / name).read_bytes()
+
+
+def test_results_come_in_order_and_ctrl_c_ends_all_processes():
+    code = """
+import time
+from qilin_med.data.processes import in_order
+from qilin_med.errors import user_errors_end_with_one_line
+def work(job):
+    time.sleep(0.001 * (job * 7 % 13))
+    return job * job
+assert [result for _, result in in_order(work, range(100), 4)] == [n * n for n in range(100)]
+with user_errors_end_with_one_line():
+    for job, _ in in_order(work, iter(int, 1), 4):
+        print("begun", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)  # until no process holds the pipe any more
+    assert (process.returncode, errors) == (130, "\nstopped by the user; run the same command to continue\n")

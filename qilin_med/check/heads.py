@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet
 
 from qilin_med.check.findings import Findings
 from qilin_med.config.experiment import DataSource, PretrainingConfig, StageConfig, StageName
 from qilin_med.data.read.files import content_suffix, share_of_lines
-from qilin_med.data.read.readers import find_files
-from qilin_med.data.rows import ENCODERS, READERS, Counts, RecordReader
+from qilin_med.data.read.readers import find_files, read_training_file
+from qilin_med.data.rows import ENCODERS, KINDS, Counts, counted_blocks
 from qilin_med.plan.data import Amount
 from qilin_med.prompt.template import ChatTemplate
 from qilin_med.records import Document, Skipped
@@ -50,7 +51,7 @@ class RowCounts(Counts):
         self.newest = longest, bool(encoded and (encoded.cut_sources or encoded.cut_targets))
 
 
-class Head(RecordReader):
+class Head:
     """The first records of a file, at most so many, which the encoders of training rows read in place of all of them."""
 
     def __init__(self, stage: StageName, file: Path, source: DataSource, most: int) -> None:
@@ -59,7 +60,7 @@ class Head(RecordReader):
         """Tokens of the longest run of positions that a record became part of, by its id."""
         self.cut: set[str] = set()
         """Ids of the records that lost text."""
-        records, found, characters = READERS[stage]([DataSource(path=str(file), text=source.text)]), [], 0
+        records, found, characters = read_training_file(KINDS[stage], file, source), [], 0
         while len(found) < most and characters < FILE_CHARACTERS and (record := next(records, None)):
             characters += len(record.text) if isinstance(record, Document) else 0
             found.append(record)
@@ -79,18 +80,23 @@ class Head(RecordReader):
         # Arrays, books of tables, archives and small packed files are read to their end.
         return share if share < 1 else self.looked_at / (self.looked_at + 1 + sum(1 for _ in others))
 
-    def batches(self) -> Iterator[list[Any]]:
-        yield self._usable
-
-    def skip(self, record: Skipped) -> None:
-        self.unusable.append(record)
-
     def measure(self, stage: StageName, section: StageConfig, tokenizer: Any) -> None:
         """Make rows of the usable records and count them."""
-        for row in ENCODERS[stage](self, section, tokenizer):
+        rows = self._rows(ENCODERS[stage](section, tokenizer)(self._usable, self.counts))
+        if stage == "pretraining":
+            documents = ((row["ids"][0], np.array(row["input_ids"])) for row in rows)
+            rows = counted_blocks(documents, section, self.counts)
+        for row in rows:
             longest, is_cut = self.counts.newest
             self.lengths |= {id_: max(longest, self.lengths.get(id_, 0)) for id_ in row["ids"]}
             self.cut.update(row["ids"] if is_cut else ())
+
+    def _rows(self, encoded: Iterator[Any]) -> Iterator[Any]:
+        for row in encoded:
+            if isinstance(row, Skipped):
+                self.unusable.append(row)
+            else:
+                yield row
 
 
 class Data:

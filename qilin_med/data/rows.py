@@ -1,4 +1,4 @@
-"""Records -> cached training rows: tokenised once, by one process, before any rank starts.
+"""Records -> cached training rows: tokenised once, by all cores, before any rank starts.
 
 The columns of a stage's rows (lists of int32 unless said otherwise):
 
@@ -11,10 +11,13 @@ A cache folder is an artifact: rows.arrow, skipped.jsonl and MANIFEST.json (size
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -27,17 +30,20 @@ from qilin_med.config.experiment import (
     DataSource,
     DpoConfig,
     InstructionConfig,
+    Kind,
     PretrainingConfig,
     StageConfig,
     StageName,
 )
 from qilin_med.console.progress import progress
-from qilin_med.data.read.files import content_suffix
-from qilin_med.data.read.readers import find_files, read_chats, read_documents, read_preferences
+from qilin_med.data.processes import in_order
+from qilin_med.data.read.files import Span, content_suffix, unpacked_size
+from qilin_med.data.read.readers import find_files, read_training_file
+from qilin_med.data.read.spans import cut_training_file
 from qilin_med.data.shards import batched
 from qilin_med.errors import UserError
 from qilin_med.prompt.template import IGNORED, ChatTemplate, control_ids, encode_texts
-from qilin_med.records import RAW_CHARACTERS, Document, Skipped
+from qilin_med.records import RAW_CHARACTERS, Chat, Document, Preference, Skipped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,14 +51,11 @@ if TYPE_CHECKING:
 
 ROW_FORMAT = 2  # raise it whenever the same inputs and settings give other rows
 ROWS, SKIPPED = "rows.arrow", "skipped.jsonl"
-BATCH_RECORDS = 1000  # tokenised at once, on all cores
-BATCH_CHARACTERS = 4_000_000  # fewer records where they are whole books
+JOB_BYTES = 2 * 2**20  # of a file, read and tokenised together by one process
+JOB_RECORDS = 1000  # the same, of a file that cannot be cut
+PARALLEL_BYTES = 16 * 2**20  # less is done before further processes would be at work
 CHUNK_ROWS = 1000
-READERS: dict[StageName, Callable[[list[DataSource]], Iterator[Any]]] = {
-    "pretraining": read_documents,
-    "sft": read_chats,
-    "dpo": read_preferences,
-}
+KINDS: dict[StageName, Kind] = {"pretraining": "text", "sft": "chat", "dpo": "preference"}
 COLUMNS: dict[StageName, tuple[str, ...]] = {
     "pretraining": ("input_ids", "lengths"),
     "sft": ("input_ids", "labels"),
@@ -65,7 +68,9 @@ SETTINGS: dict[StageName, tuple[str, ...]] = {
 }
 """The settings that change rows; any other may change without tokenising again."""
 
-Row = dict[str, list[Any]]
+Row = dict[str, Any]
+Encoder = Callable[[list[Any], "Counts"], Iterator["Row | Skipped"]]
+"""Rows of records, or why a record has none; counts the rows, but for pretraining's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,15 @@ class Counts:
         self.cut_targets += getattr(encoded, "cut_targets", 0)
         self.dropped_turns += getattr(encoded, "dropped_turns", 0)
 
+    def add(self, other: "Counts") -> None:
+        """Add what was counted of further records."""
+        for name, value in asdict(other).items():
+            if isinstance(value, int) and name != "longest":
+                setattr(self, name, getattr(self, name) + value)
+        self.longest = max(self.longest, other.longest)
+        for reason, number in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + number
+
 
 def prepare_rows(
     stage: StageName,
@@ -147,9 +161,13 @@ def prepare_rows(
         shutil.rmtree(artifact.folder)
     if state.name != "done":
         with artifact.building() as folder, (folder / SKIPPED).open("w", encoding="utf-8") as skipped:
-            reader = RecordReader(stage, list(zip(found, hashes, strict=True)), skipped)
-            _write_table(folder / ROWS, COLUMNS[stage], ENCODERS[stage](reader, section, tokenizer))
-            artifact.facts = {"stage": stage, "counts": asdict(reader.finish())}
+            encode = ENCODERS[stage](section, tokenizer)
+            counts = Counts()
+            encoded = _encoded(stage, list(zip(found, hashes, strict=True)), encode, counts, skipped)
+            if is_text:
+                encoded = _blocks(encoded, section, counts)
+            _write_table(folder / ROWS, encoded)
+            artifact.facts = {"stage": stage, "counts": asdict(_finished(counts))}
     rows = open_rows(artifact.folder)
     if model_max_length and rows.counts["longest"] > model_max_length:
         keys = "block_size" if is_text else "max_source_length or max_target_length"
@@ -188,152 +206,229 @@ def row_costs(dataset: "Dataset") -> np.ndarray:
     return 2 * tokens("prompt_ids") + tokens("chosen_ids") + tokens("rejected_ids")
 
 
-def _write_table(path: Path, columns: tuple[str, ...], rows: Iterable[Row]) -> None:
-    """Write rows as an Arrow stream, chunk by chunk."""
+def _write_table(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write rows as an Arrow stream, in chunks of `CHUNK_ROWS` however the batches come."""
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+        kept, room = [], CHUNK_ROWS
+        for batch in chain([first], batches):
+            while batch.num_rows >= room:
+                kept.append(batch.slice(0, room))
+                writer.write_table(pa.Table.from_batches(kept).combine_chunks())
+                batch, kept, room = batch.slice(room), [], CHUNK_ROWS
+            if batch.num_rows:
+                kept.append(batch)
+                room -= batch.num_rows
+        if kept:
+            writer.write_table(pa.Table.from_batches(kept).combine_chunks())
+
+
+def _as_batch(rows: list[Row], columns: tuple[str, ...]) -> pa.RecordBatch:
     tokens = pa.list_(pa.int32())
     schema = pa.schema([("ids", pa.list_(pa.string())), *((name, tokens) for name in columns)])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in batched(rows, CHUNK_ROWS):
-            arrays = [pa.array([row[name] for row in chunk], schema.field(name).type) for name in schema.names]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    arrays = [pa.array([row[name] for row in rows], schema.field(name).type) for name in schema.names]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-class RecordReader:
-    """Reads records in batches, keeps those that cannot be used beside the rows, and counts both."""
+def _finished(counts: Counts) -> Counts:
+    """The counts, checked; UserError if no row came out."""
+    for file in counts.files:
+        file["used"] = file["records"] - file["skipped"]
+    assert counts.records == counts.used + sum(counts.skipped.values()), counts
+    if not counts.rows:
+        most = sorted(counts.skipped.items(), key=lambda item: -item[1])[:3]
+        reasons = "; ".join(f"{number} x {reason}" for reason, number in most)
+        raise UserError(
+            f"no usable record among {counts.records} in {', '.join(file['path'] for file in counts.files[:3])}: "
+            f"{reasons or 'the files hold blank lines only'} (formats: data/README.md)"
+        )
+    return counts
 
-    def __init__(self, stage: StageName, files: list[tuple[tuple[Path, DataSource], str]], skipped: TextIO) -> None:
-        """`files`: each with its sha256."""
-        self.counts, self._stage, self._files, self._skipped = Counts(), stage, files, skipped
 
-    def encoded(self, encode: Callable[[list[Any]], Iterable[Any]]) -> Iterator[tuple[Any, Any]]:
-        """Each record with what `encode` makes of it, batch by batch; where that is a `Skipped`, it is skipped."""
-        for batch in self.batches():
-            for record, encoded in zip(batch, encode(batch), strict=True):
-                if isinstance(encoded, Skipped):
-                    self.skip(encoded)
-                    continue
-                self.counts.used += 1
-                yield record, encoded
+# -------------------------------------------------------------------------------------- files -> encoded records
 
-    def batches(self) -> Iterator[list[Any]]:
-        """Records of all files in order. A batch never spans two files, so that what is skipped while a batch is
-        worked on counts for the newest file."""
-        for (file, source), checksum in self._files:
-            about = {"path": str(file), "bytes": file.stat().st_size, "sha256": checksum}
-            self.counts.files.append({**about, "records": 0, "used": 0, "skipped": 0})
-            batch, characters = [], 0
-            with progress(f"tokenising {file}", unit="records") as advance:
-                for record in READERS[self._stage]([DataSource(path=str(file), text=source.text)]):
-                    self.counts.records += 1
-                    self.counts.files[-1]["records"] += 1
-                    if isinstance(record, Skipped):
-                        self.skip(record)
-                        continue
-                    batch.append(record)
-                    characters += len(record.text) if isinstance(record, Document) else 0
-                    if len(batch) == BATCH_RECORDS or characters >= BATCH_CHARACTERS:
-                        yield batch
-                        advance(len(batch))
-                        batch, characters = [], 0
-                if batch:
-                    yield batch
-                    advance(len(batch))
 
-    def skip(self, record: Skipped) -> None:
-        self.counts.skipped[record.reason] = self.counts.skipped.get(record.reason, 0) + 1
-        self.counts.files[-1]["skipped"] += 1
-        self._skipped.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Records that are encoded together: those of a span of a file, or of all of it; or as read."""
 
-    def finish(self) -> Counts:
-        """The counts, checked; UserError if no row came out."""
-        counts = self.counts
-        for file in counts.files:
-            file["used"] = file["records"] - file["skipped"]
-        assert counts.records == counts.used + sum(counts.skipped.values()), counts
-        if not counts.rows:
-            most = sorted(counts.skipped.items(), key=lambda item: -item[1])[:3]
-            reasons = "; ".join(f"{number} x {reason}" for reason, number in most)
-            raise UserError(
-                f"no usable record among {counts.records} in {', '.join(file['path'] for file in counts.files[:3])}: "
-                f"{reasons or 'the files hold blank lines only'} (formats: data/README.md)"
-            )
-        return counts
+    stage: StageName
+    number: int
+    """Of the file."""
+    file: Path
+    source: DataSource
+    size: int
+    """Bytes of the file, for the progress."""
+    span: Span | None = None
+    records: list[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Rows of a job (of documents, one each: cut into blocks later), the records that cannot be used, and counts."""
+
+    rows: pa.RecordBatch
+    skipped: list[Skipped]
+    counts: Counts
+
+
+def _encoded(
+    stage: StageName,
+    files: list[tuple[tuple[Path, DataSource], str]],
+    encode: Encoder,
+    counts: Counts,
+    skipped: TextIO,
+) -> Iterator[pa.RecordBatch]:
+    """Encoded records of all files in order; `files`: each with its sha256. Fills `counts`, and writes what is skipped."""
+    for (file, _), checksum in files:
+        about = {"path": str(file), "bytes": file.stat().st_size, "sha256": checksum}
+        counts.files.append({**about, "records": 0, "used": 0, "skipped": 0})
+    total = sum(file["bytes"] for file in counts.files)
+    cores = len(os.sched_getaffinity(0)) if total >= PARALLEL_BYTES else 1
+    jobs = (job for number, (found, _) in enumerate(files) for job in _jobs(stage, number, *found))
+    with progress(f"tokenising the data of {stage}", total, "B") as advance:
+        for job, encoded in in_order(partial(_encode, encode), jobs, cores):
+            counts.add(encoded.counts)
+            file = counts.files[job.number]
+            file["records"] += encoded.counts.records
+            file["skipped"] += len(encoded.skipped)
+            skipped.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in encoded.skipped)
+            advance(job.size)
+            yield encoded.rows
+
+
+def _jobs(stage: StageName, number: int, file: Path, source: DataSource) -> Iterator[Job]:
+    """What a file is cut into depends on the file alone, so that any number of processes makes the same rows."""
+    kind, size = KINDS[stage], file.stat().st_size
+    spans = cut_training_file(kind, file, source, max(1, size // JOB_BYTES))
+    if spans or unpacked_size(file) <= JOB_BYTES:
+        for span in spans or [None]:
+            yield Job(stage, number, file, source, size // max(len(spans), 1), span)
+        return
+    for records in batched(read_training_file(kind, file, source), JOB_RECORDS):
+        yield Job(stage, number, file, source, 0, records=records)
+    yield Job(stage, number, file, source, size, records=[])
+
+
+def _encode(encode: Encoder, job: Job) -> Encoded:
+    found = job.records
+    if found is None:
+        found = list(read_training_file(KINDS[job.stage], job.file, job.source, job.span))
+    skipped = [record for record in found if isinstance(record, Skipped)]
+    records = [record for record in found if not isinstance(record, Skipped)]
+    counts, rows = Counts(records=len(found)), []
+    for row in encode(records, counts):
+        (skipped if isinstance(row, Skipped) else rows).append(row)
+    counts.used = len(found) - len(skipped)
+    for record in skipped:
+        counts.skipped[record.reason] = counts.skipped.get(record.reason, 0) + 1
+    columns = ("input_ids",) if job.stage == "pretraining" else COLUMNS[job.stage]
+    return Encoded(_as_batch(rows, columns), skipped, counts)
 
 
 # ------------------------------------------------------------------------------------- rows of the three stages
 
 
-def encode_documents(
-    reader: RecordReader, section: PretrainingConfig, tokenizer: "PreTrainedTokenizerFast"
-) -> Iterator[Row]:
-    for row in cut_into_blocks(_tokenised_documents(reader, tokenizer), section.block_size, section.isolate_documents):
-        tokens = len(row["input_ids"])
-        reader.counts.add_row(tokens, tokens - len(row["lengths"]), max(row["lengths"]))
-        yield row
-
-
-def _tokenised_documents(reader: RecordReader, tokenizer: "PreTrainedTokenizerFast") -> Iterator[tuple[str, list[int]]]:
-    """Id and tokens of each document, ended by EOS."""
+def document_encoder(section: PretrainingConfig, tokenizer: "PreTrainedTokenizerFast") -> Encoder:
+    """Tokens of each document, ended by EOS."""
     if tokenizer.eos_token_id is None:
         raise UserError("this tokenizer has no EOS token to end documents with; set eos_token in tokenizer_config.json")
     controls = control_ids(tokenizer)
 
-    def encode(batch: list[Document]) -> Iterator[list[int] | Skipped]:
-        for document, ids in zip(batch, encode_texts(tokenizer, [d.text for d in batch]), strict=True):
+    def encode(documents: list[Document], counts: Counts) -> Iterator[Row | Skipped]:
+        for document, ids in zip(documents, encode_texts(tokenizer, [d.text for d in documents]), strict=True):
             reason = "empty text" if not ids else None if controls.isdisjoint(ids) else "contains a role mark"
             skipped = reason and Skipped(document.id, reason, document.text[:RAW_CHARACTERS])
-            yield skipped or [*ids, tokenizer.eos_token_id]
+            yield skipped or {"ids": [document.id], "input_ids": [*ids, tokenizer.eos_token_id]}
 
-    return ((document.id, ids) for document, ids in reader.encoded(encode))
+    return encode
 
 
-def cut_into_blocks(documents: Iterable[tuple[str, list[int]]], block_size: int, isolate: bool) -> Iterator[Row]:
+def _blocks(encoded: Iterable[pa.RecordBatch], section: PretrainingConfig, counts: Counts) -> Iterator[pa.RecordBatch]:
+    """Blocks of the documents in batches."""
+
+    def documents() -> Iterator[tuple[str, np.ndarray]]:
+        for batch in encoded:
+            ids = batch.column("ids").flatten().to_pylist()
+            column = batch.column("input_ids")
+            tokens, borders = column.flatten().to_numpy(), column.offsets.to_pylist()
+            yield from ((id_, tokens[a:b]) for id_, (a, b) in zip(ids, pairwise(borders), strict=True))
+
+    for rows in batched(counted_blocks(documents(), section, counts), CHUNK_ROWS):
+        yield _as_batch(rows, COLUMNS["pretraining"])
+
+
+def counted_blocks(
+    documents: Iterable[tuple[str, np.ndarray]], section: PretrainingConfig, counts: Counts
+) -> Iterator[Row]:
+    for row in cut_into_blocks(documents, section.block_size, section.isolate_documents):
+        tokens = len(row["input_ids"])
+        counts.add_row(tokens, tokens - len(row["lengths"]), max(row["lengths"]))
+        yield row
+
+
+def cut_into_blocks(documents: Iterable[tuple[str, np.ndarray]], block_size: int, isolate: bool) -> Iterator[Row]:
     """Documents joined in order and cut every `block_size` tokens; the last block may be shorter, nothing is dropped.
 
     A document cut at a block's end continues in the next one as a new segment. `isolate`: each document is a segment of
     its own, else the whole block is one.
     """
 
-    def finished(block: Row) -> Row:
-        return block if isolate else {**block, "lengths": [len(block["input_ids"])]}
+    def block() -> Row:
+        lengths = [len(part) for part in parts]
+        return {"ids": ids, "input_ids": np.concatenate(parts), "lengths": lengths if isolate else [sum(lengths)]}
 
-    block: Row = {"ids": [], "input_ids": [], "lengths": []}
+    ids, parts, room = [], [], block_size
     for id_, tokens in documents:
-        start = 0
-        while start < len(tokens):
-            part = tokens[start : start + block_size - len(block["input_ids"])]
-            for column, value in zip(block, ([id_], part, [len(part)]), strict=True):
-                block[column] += value
-            start += len(part)
-            if len(block["input_ids"]) == block_size:
-                yield finished(block)
-                block = {"ids": [], "input_ids": [], "lengths": []}
-    if block["input_ids"]:
-        yield finished(block)
+        while len(tokens):
+            part, tokens = tokens[:room], tokens[room:]
+            ids.append(id_)
+            parts.append(part)
+            room -= len(part)
+            if not room:
+                yield block()
+                ids, parts, room = [], [], block_size
+    if parts:
+        yield block()
 
 
-def encode_chats(
-    reader: RecordReader, section: InstructionConfig, tokenizer: "PreTrainedTokenizerFast"
-) -> Iterator[Row]:
+def chat_encoder(section: InstructionConfig, tokenizer: "PreTrainedTokenizerFast") -> Encoder:
     template, limits = ChatTemplate(tokenizer), (section.max_source_length, section.max_target_length)
-    for chat, rows in reader.encoded(lambda batch: template.encode_chats(batch, *limits)):
-        reader.counts.continued += len(rows) - 1
-        for row in rows:
-            length = len(row.input_ids)
-            reader.counts.add_row(length, length - row.labels.count(IGNORED), length, row)
-            yield {"ids": [chat.id], "input_ids": row.input_ids, "labels": row.labels}
+
+    def encode(chats: list[Chat], counts: Counts) -> Iterator[Row | Skipped]:
+        for chat, rows in zip(chats, template.encode_chats(chats, *limits), strict=True):
+            if isinstance(rows, Skipped):
+                yield rows
+                continue
+            counts.continued += len(rows) - 1
+            for row in rows:
+                length = len(row.input_ids)
+                counts.add_row(length, length - row.labels.count(IGNORED), length, row)
+                yield {"ids": [chat.id], "input_ids": row.input_ids, "labels": row.labels}
+
+    return encode
 
 
-def encode_preferences(reader: RecordReader, section: DpoConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Row]:
+def preference_encoder(section: DpoConfig, tokenizer: "PreTrainedTokenizerFast") -> Encoder:
     template, limits = ChatTemplate(tokenizer), (section.max_source_length, section.max_target_length)
-    for preference, pair in reader.encoded(lambda batch: template.encode_preferences(batch, *limits)):
-        prompt, answers = len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
-        reader.counts.add_row(prompt + sum(answers), sum(answers), prompt + max(answers), pair)
-        yield {"ids": [preference.id], **{name: getattr(pair, name) for name in COLUMNS["dpo"]}}
+
+    def encode(preferences: list[Preference], counts: Counts) -> Iterator[Row | Skipped]:
+        for preference, pair in zip(preferences, template.encode_preferences(preferences, *limits), strict=True):
+            if isinstance(pair, Skipped):
+                yield pair
+                continue
+            prompt, answers = len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
+            counts.add_row(prompt + sum(answers), sum(answers), prompt + max(answers), pair)
+            yield {"ids": [preference.id], **{name: getattr(pair, name) for name in COLUMNS["dpo"]}}
+
+    return encode
 
 
-ENCODERS: dict[StageName, Callable[[RecordReader, Any, "PreTrainedTokenizerFast"], Iterator[Row]]] = {
-    "pretraining": encode_documents,
-    "sft": encode_chats,
-    "dpo": encode_preferences,
+ENCODERS: dict[StageName, Callable[[Any, "PreTrainedTokenizerFast"], Encoder]] = {
+    "pretraining": document_encoder,
+    "sft": chat_encoder,
+    "dpo": preference_encoder,
 }

@@ -125,16 +125,27 @@ def read_preferences(sources: list[DataSource]) -> Iterator[Preference | Skipped
 
 def _read(sources: list[DataSource], kind: Kind, named: bool = False) -> Iterator[Any]:
     for file, source in find_files(sources):
-        reader = READERS[kind]
-        if content_suffix(file.name) not in (*reader.suffixes, ".zip"):
-            raise UserError(
-                f"{file}: a .txt file holds only documents (pretraining); expected {', '.join(reader.suffixes)} files here"
-            )
-        if named:
-            reader = row_reader(suffixes=reader.suffixes)(partial(_named_document, file.name))
-        columns = {"text": source.text} if kind == "text" else {}
-        raw = RawFiles(name=file.name, kind=kind, paths=[str(file)], columns=columns)
-        yield from (record for _, record in read_file(file, reader, raw, strict=True))
+        yield from read_training_file(kind, file, source, named=named)
+
+
+def read_training_file(
+    kind: Kind, file: Path, source: DataSource, span: Span | None = None, named: bool = False
+) -> Iterator[Any]:
+    """The records of one of `find_files`, or of a span of it."""
+    reader = READERS[kind]
+    if content_suffix(file.name) not in (*reader.suffixes, ".zip"):
+        raise UserError(
+            f"{file}: a .txt file holds only documents (pretraining); expected {', '.join(reader.suffixes)} files here"
+        )
+    if named:
+        reader = row_reader(suffixes=reader.suffixes)(partial(_named_document, file.name))
+    raw = as_raw(kind, file, source)
+    yield from (record for _, record in read_file(file, reader, raw, strict=True, span=span))
+
+
+def as_raw(kind: Kind, file: Path, source: DataSource) -> RawFiles:
+    columns = {"text": source.text} if kind == "text" else {}
+    return RawFiles(name=file.name, kind=kind, paths=[str(file)], columns=columns)
 
 
 def _named_document(file: str, id_: str, row: Fields) -> tuple[Document, str]:

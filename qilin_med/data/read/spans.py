@@ -10,9 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qilin_med.config.experiment import RawFiles
+from qilin_med.config.experiment import DataSource, Kind, RawFiles
 from qilin_med.data.read.files import COMPRESSIONS, Part, Span, open_parts, read_head
 from qilin_med.data.read.formats.reading import Reader
+from qilin_med.data.read.readers import READERS, as_raw
 from qilin_med.data.read.tables import holds_lines, split_json
 
 READ_BYTES = 1 << 20
@@ -53,6 +54,14 @@ def cut_file(file: Path, reader: Reader, source: RawFiles, number: int) -> list[
     return [Span(start, end, first, end == size) for (start, first), (end, _) in pairwise(found)]
 
 
+def cut_training_file(kind: Kind, file: Path, source: DataSource, number: int) -> list[Span]:
+    """As `cut_file`, without the empty spans; none if the file can only be read from its start."""
+    reader, raw = READERS[kind], as_raw(kind, file, source)
+    if line_test(file, reader, raw) is None:
+        return []
+    return [span for span in cut_file(file, reader, raw, number) if span.start < span.end]
+
+
 def _between_lines(part: Part, encoding: str, targets: list[int], begins: Callable[[str], Any]) -> Iterator[Border]:
     """The first line from each target on that passes the test."""
     at = number = 0
@@ -91,6 +100,8 @@ def _between_rows_of_cells(part: Part, encoding: str, targets: list[int]) -> Ite
                 while is_named and target is not None and at >= target:
                     yield at, rows.line_num
                     target = next(left, None)
+                if target is None:
+                    return
         except csv.Error:  # also for a quotation mark that is not closed
             return
 
