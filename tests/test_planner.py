@@ -19,7 +19,6 @@ from qilin_med.errors import UserError
 from qilin_med.model.load import lora_config
 from qilin_med.model.losses import forward_through_head, token_losses
 from qilin_med.plan import fake_run, preflight
-from qilin_med.plan.advice import alternatives, cheapest_change
 from qilin_med.plan.data import Amount, stated_amount
 from qilin_med.plan.duration import (
     PUBLISHED_MFU,
@@ -35,6 +34,8 @@ from qilin_med.plan.duration import (
 from qilin_med.plan.machines import GPUS, Machines
 from qilin_med.plan.measure import Unmeasured
 from qilin_med.plan.plan import Engine, StagePlan, Work, plan_stage
+from qilin_med.plan.preflight import cheapest_change
+from qilin_med.plan.tables import alternatives
 
 ROOT = Path(__file__).resolve().parents[1]
 BAICHUAN = ROOT / "configs/architectures/baichuan-7b.json"

@@ -6,7 +6,7 @@ here: the model states of ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3 
 
 import json
 from bisect import bisect_left
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +31,8 @@ MARGIN = 0.10  # by how much the estimate of memory may be off (tests/test_plann
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 CUDA_BYTES = 2**30  # a CUDA context with its libraries' workspaces and NCCL's buffers
 PYTHON_BYTES = 800 * 2**20  # a rank's interpreter with torch and transformers loaded
-CHUNKS = (
-    2**28
-)  # most logits to measure with: several chunks of the loss (losses.py), so that more rows only repeat them
+# Most logits to measure with: several chunks of the loss (losses.py), so that more rows only repeat them.
+CHUNKS = 2**28
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,10 @@ def read_engine(deepspeed: dict[str, Any] | None) -> Engine:
         return Engine()
     zero = deepspeed.get("zero_optimization", {})
     stage, bucket = zero.get("stage", 0), zero.get("reduce_bucket_size", Engine.reduce_bucket)
-    offloaded = [
-        (zero.get(name) or {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")
-    ]
+    offload = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
     return Engine(
         stage,
-        *offloaded,
+        *(settings.get("device", "none") != "none" for settings in offload),
         fp32_gradients=deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32",
         reduce_bucket=None if bucket == "auto" else int(bucket),
         overlaps=stage in (1, 2) and bool(zero.get("overlap_comm")),
@@ -85,10 +82,10 @@ def read_engine(deepspeed: dict[str, Any] | None) -> Engine:
     )
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on one GPU (or of one rank's process) at one moment of an optimizer step."""
 
+    moment: str
     weights: float
     gradients: float
     optimizer: float
@@ -97,14 +94,13 @@ class Memory:
     buckets: float
     """Reduction buckets, and under ZeRO-3 the gathered parameters."""
     other: float
-    moment: str
 
     @property
     def total(self) -> float:
-        return sum(self.parts().values())
+        return sum(self[1:])
 
     def parts(self) -> dict[str, float]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+        return dict(list(self._asdict().items())[1:])
 
 
 class Work(NamedTuple):
@@ -143,12 +139,12 @@ class StagePlan:
         return self.section.batch_size_per_device
 
     @property
-    def row_tokens(self) -> int:
-        return self.sequences * self.length
-
-    @property
     def sequences(self) -> int:
         return 2 if isinstance(self.section, DpoConfig) else 1
+
+    @property
+    def row_tokens(self) -> int:
+        return self.sequences * self.length
 
     @property
     def length(self) -> int:
@@ -265,13 +261,13 @@ class StagePlan:
         # Adam's two moments in fp32, and DeepSpeed's fp32 master copy (4 + 4 + 4, ZeRO's K = 12).
         copies = engine.zero is not None and (self.trained_bytes == 2 or engine.zero in (1, 2))
         states = Memory(
+            "end of backward",
             weights=0 if engine.offload_parameters else self.weights_bytes / self.share(3),
             gradients=all_gradients,
             optimizer=0 if kept_on_host else self.trainable * (12 if copies else 8) / self.share(1),
             activations=0,
             buckets=self.bucket_bytes,
             other=CUDA_BYTES if self.on_gpu else PYTHON_BYTES,
-            moment="end of backward",
         )
         sharded = (engine.zero or 0) >= 2
         stay = sharded or engine.fp32_gradients or self.accumulation > 1  # in place from the first pass on
@@ -281,17 +277,12 @@ class StagePlan:
         moments = []
         for phase, moment in _PHASES.items():
             complete = all_gradients if stay else min(self.cost(f"gradients before {phase}"), all_gradients)
-            moments.append(
-                replace(
-                    states,
-                    gradients=complete + (layer if phase in ("last", "first") else 0),
-                    activations=self.cost(phase) + unpacked,
-                    moment=moment,
-                )
-            )
+            gradients = complete + (layer if phase in ("last", "first") else 0)
+            activations = self.cost(phase) + unpacked
+            moments.append(states._replace(moment=moment, gradients=gradients, activations=activations))
         # DeepSpeed steps on a flat fp32 copy of the rank's gradients.
         flat = 0 if engine.zero is None or kept_on_host else 4 * self.trainable / self.share(1)
-        return [*moments, states, replace(states, gradients=all_gradients + flat, buckets=0, moment="optimizer step")]
+        return [*moments, states, states._replace(moment="optimizer step", gradients=all_gradients + flat, buckets=0)]
 
     @property
     def memory(self) -> Memory:
@@ -346,11 +337,9 @@ class StagePlan:
     def host(self) -> float:
         """Memory of one machine beside its GPUs: each rank loads the model, then keeps what is offloaded; one merges an
         adapter, in fp32."""
-        lora = self.section.lora
-        loading = (
-            self.machines.ranks_per_node * self.base_parameters * (self.compute_bytes if lora else self.trained_bytes)
-        )
-        return max(loading, self.offloaded, self.base_parameters * (4 if lora else self.compute_bytes))
+        lora, size = self.section.lora, self.base_parameters
+        loading = self.machines.ranks_per_node * size * (self.compute_bytes if lora else self.trained_bytes)
+        return max(loading, self.offloaded, size * (4 if lora else self.compute_bytes))
 
     # -------------------------------------------------------------------------------------------------- operations
 

@@ -1,12 +1,13 @@
 """The plan as text of about 110 columns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from qilin_med.config.experiment import EXAMPLES
-from qilin_med.plan.advice import alternatives, describe_change
 from qilin_med.plan.duration import PUBLISHED_MFU, Rates, at_mfu, estimate, stage_duration, utilisation
 from qilin_med.plan.machines import GIB
 from qilin_med.plan.plan import StagePlan
+from qilin_med.plan.preflight import describe_change
 
 
 def format_plan(plan: StagePlan, device: str, rates: Rates) -> str:
@@ -51,6 +52,17 @@ def _comparison(plan: StagePlan) -> list[str]:
         rows.append([*cells, _gib(engine.host)])
     note = "GiB a rank with activations kept or recomputed, largest batch, host GiB a machine; < is this run"
     return [*format_table(rows), note]
+
+
+def alternatives(plan: StagePlan) -> Iterator[StagePlan]:
+    """The same stage under every stage of ZeRO, with and without offloading to the host; recomputation as it is."""
+    if plan.engine.zero is None:
+        yield plan
+    for zero, offload in ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True)):
+        if zero == 3 and plan.quantized:
+            continue  # ZeRO-3 cannot split 4-bit weights
+        engine = plan.engine.like(zero, offload)
+        yield plan if engine.name == plan.engine.name else replace(plan, engine=engine)
 
 
 def _run_lines(plan: StagePlan, rates: Rates) -> list[str]:
