@@ -33,12 +33,13 @@ def main() -> None:
 
     quiet_libraries()
 
-    from qilin_med.check.report import check_experiment, print_report
+    from qilin_med.check.report import print_report
+    from qilin_med.check.stages import Check
 
     if arguments.stage:
         print(json.dumps(experiment.model_dump(mode="json"), ensure_ascii=False, indent=2))
     machine = {"gpus": arguments.gpus, "gpu": arguments.gpu}
-    print_report(check_experiment(experiment, arguments.stage, **machine, made_first=arguments.made_first))
+    print_report(Check(experiment, arguments.stage, **machine, made_first=arguments.made_first))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import torch
 from reading import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qilin_med.check.report import check_experiment, print_report
+from qilin_med.check.report import print_report
+from qilin_med.check.stages import Check
 from qilin_med.config.experiment import load_experiment
 from qilin_med.config.schedule import make_schedule
 from qilin_med.evaluate.tasks.subjects import SUBJECTS
@@ -84,7 +85,7 @@ def checked(world, monkeypatch, capsys):
         usage = namedtuple("Usage", "total used free")(0, 0, disk * GIB)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         experiment = load_experiment(CONFIG, overrides)
-        report = check_experiment(experiment, only, **{"gpus": 8, "gpu": "a100-80g", **options})
+        report = Check(experiment, only, **{"gpus": 8, "gpu": "a100-80g", **options})
         try:
             print_report(report)
             assert not report.findings.problems

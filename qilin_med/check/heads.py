@@ -124,6 +124,22 @@ class Data:
         source = "all records" if self.is_whole else f"estimated from {self.looked_at:,} records"
         return Amount(math.ceil(rows - 1e-6), round(tokens), round(trained), max(self.lengths), source)
 
+    def cells(self) -> list[str]:
+        """Records (marked where estimated), and the shares of those looked at that are unusable or cut."""
+        if not self.looked_at:
+            return ["-", "-", "-"]
+        shares = [len(self.unusable) / self.looked_at, self.cut / self.looked_at]
+        unusable, cut = (f"{share:.1%}" for share in shares)
+        return [f"{'' if self.is_whole else '~'}{short_number(self.records)}", unusable, cut if self.lengths else "-"]
+
+
+def short_number(value: float) -> str:
+    """At most nine characters."""
+    for least, size, unit in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e7, 1e6, "M")):
+        if value >= least:
+            return f"{value / size:,.2f}{unit}"
+    return f"{value:,.0f}"
+
 
 def check_data(
     findings: Findings, key: str, stage: StageName, sources: list[DataSource], section: StageConfig | None = None,

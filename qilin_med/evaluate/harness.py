@@ -15,7 +15,6 @@ from qilin_med.artifact import Artifact, digest, fingerprint_model, list_files, 
 from qilin_med.config.experiment import Experiment, TaskSettings
 from qilin_med.console.progress import progress
 from qilin_med.errors import UserError
-from qilin_med.evaluate.metrics.statistics import Score, bootstrap_interval
 from qilin_med.evaluate.results import RETRIEVAL, WITHOUT_EXAMS, read_result, read_samples, result_folder, write_result
 from qilin_med.evaluate.tasks.questions import Retrieve, lettered
 from qilin_med.evaluate.tasks.scoring import TASKS, Sample, accuracy_by_facet
@@ -83,7 +82,14 @@ class ModelUnderTest:
         """The model for lm-evaluation-harness, with the cache of its answers."""
         from qilin_med.evaluate.lm import AnsweringLM
 
-        lm = self.open_vllm() if self.experiment.evaluation.backend == "vllm" else self.open_hf()
+        if self.facts["backend"] == "hf":
+            lm = self.open_hf()
+        else:
+            from lm_eval.api.registry import get_model
+
+            check_backend(self.experiment)
+            arguments = {"pretrained": str(self.folder), "dtype": self.facts["dtype"], "trust_remote_code": False}
+            lm = get_model("vllm").create_from_arg_obj(arguments, {"batch_size": "auto"})
         # One file per rank; its name holds whatever else changes an answer.
         cached = {key: self.facts[key] for key in ("template", "dtype", "backend")}
         key = digest([self.facts["model"]["fingerprint"], cached])[:16]
@@ -96,13 +102,6 @@ class ModelUnderTest:
         device = "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         model = load_for_inference(self.folder, self.experiment.model, device)
         return SharedPrefixLM(model, self.tokenizer, self.experiment.evaluation.batch_size)
-
-    def open_vllm(self) -> Any:
-        from lm_eval.api.registry import get_model
-
-        check_backend(self.experiment)
-        arguments = {"pretrained": str(self.folder), "dtype": self.experiment.model.dtype, "trust_remote_code": False}
-        return get_model("vllm").create_from_arg_obj(arguments, {"batch_size": "auto"})
 
 
 def check_backend(experiment: Experiment) -> None:
@@ -133,14 +132,8 @@ def run_task(
     task = load_task(name, inputs, retrieval)
     check_room(name, inputs, model.lm.max_length, model.folder)
     model.lm.lm.batch_size_per_gpu = settings.batch_size or model.experiment.evaluation.batch_size
-    answered = evaluate(
-        model.lm,
-        {"tasks": {inputs["task"]: task}},
-        limit=settings.limit,
-        bootstrap_iters=0,
-        apply_chat_template=model.chat,
-        fewshot_as_multiturn=True,
-    )
+    asking = {"limit": settings.limit, "apply_chat_template": model.chat, "fewshot_as_multiturn": True}
+    answered = evaluate(model.lm, {"tasks": {inputs["task"]: task}}, bootstrap_iters=0, **asking)
     if answered is None:  # on all ranks but the first
         return {}
     asked = sorted(answered["samples"][inputs["task"]], key=lambda raw: raw["doc_id"])
@@ -246,32 +239,21 @@ def _sample(task: str, raw: dict[str, Any]) -> Sample:
     }
 
 
-def _scores(
-    model: ModelUnderTest, inputs: dict[str, Any], samples: list[Sample], skipped: dict[str, int]
-) -> dict[str, Any]:
+def _scores(model: ModelUnderTest, inputs: dict[str, Any], samples: list[Sample], skipped: dict) -> dict[str, Any]:
     """Metrics with their intervals, whole and by facet, of the questions whose answers are known; and counts."""
     known = [sample for sample in samples if sample["gold"]]
     scores = TASKS[inputs["task"]].summarise(known) if known else {}
     room = model.lm.max_length - (inputs["max_new_tokens"] or 0)
-    counts = {"questions": len(samples), "without_gold": len(samples) - len(known)}
-    counts["cut_prompts"] = sum(len(model.lm.tok_encode(sample["prompt"])) > room for sample in samples)
-    counts["skipped"] = skipped
-    for name in ("unparsed", "empty"):
-        if name in samples[0]["score"]:
-            counts[name] = sum(sample["score"][name] for sample in samples)
-    return {
-        "metrics": {name: _with_interval(score) for name, score in scores.items()},
-        "by_facet": {
-            facet: {value: {**_with_interval(score), "questions": len(score.rows)} for value, score in groups.items()}
-            for facet, groups in accuracy_by_facet(known).items()
-        },
-        "counts": counts,
+    counts = {
+        "questions": len(samples),
+        "without_gold": len(samples) - len(known),
+        "cut_prompts": sum(len(model.lm.tok_encode(sample["prompt"])) > room for sample in samples),
+        "skipped": skipped,
     }
-
-
-def _with_interval(score: Score) -> dict[str, float]:
-    low, high = bootstrap_interval(score)
-    return {"value": score.value(), "low": low, "high": high}
+    for name in {"unparsed", "empty"} & samples[0]["score"].keys():
+        counts[name] = sum(sample["score"][name] for sample in samples)
+    metrics = {name: score.with_interval() for name, score in scores.items()}
+    return {"metrics": metrics, "by_facet": accuracy_by_facet(known), "counts": counts}
 
 
 def write_submission(model: ModelUnderTest, name: str) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 from unittest.mock import patch
 
@@ -102,7 +102,7 @@ class Meter(TorchDispatchMode):
             number = 2 * a.numel() * b.shape[-1]
         elif packet in flop_registry:
             number = flop_registry[packet](*args, **kwargs, out_val=result)
-        self.operations[self.phase, kind] += number
+        self.operations[self.phase if self.phase in ("forward", "loss") else "backward", kind] += number
 
     def follow(self, name: str, layer: torch.nn.Module, inputs: tuple, output: Any) -> None:
         """Forward hook of a decoder layer: its backward pass begins when the gradient of its output is there."""
@@ -203,9 +203,8 @@ def build(config: PretrainedConfig, settings: dict[str, Any]) -> torch.nn.Module
             try:
                 model = get_peft_model(model, lora_config(lora))
             except ValueError as error:
-                raise UserError(
-                    f"lora.target_modules {lora.target_modules!r} does not fit the model: {error}"
-                ) from None
+                message = f"lora.target_modules {lora.target_modules!r} does not fit the model: {error}"
+                raise UserError(message) from None
             for parameter in model.parameters():  # on the meta device PEFT leaves adapters in fp32
                 parameter.data = parameter.data.to(trained) if parameter.requires_grad else parameter.data
     return model.train()
@@ -286,14 +285,8 @@ def costs_of(settings: dict[str, Any], depth: int, rows: int) -> dict[str, int]:
     }
     for phase in PHASES:
         costs |= {phase: meter.most[phase], f"gradients before {phase}": meter.complete[phase]}
-    for part, phases in {
-        "forward": ["forward"],
-        "loss": ["loss"],
-        "backward": ["last", "middle", "first", "embedding"],
-    }.items():
-        for kind in ("matrices", "attention"):
-            costs[f"{part} {kind}"] = sum(meter.operations[phase, kind] for phase in phases)
-    return costs
+    parts = product(("forward", "loss", "backward"), ("matrices", "attention"))
+    return costs | {f"{part} {kind}": meter.operations[part, kind] for part, kind in parts}
 
 
 def measure(request: dict[str, Any]) -> dict[str, list[float]]:

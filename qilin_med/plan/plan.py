@@ -11,15 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qilin_med.config.experiment import (
-    DpoConfig,
-    Experiment,
-    ModelConfig,
-    PretrainingConfig,
-    StageConfig,
-    StageName,
-    read_deepspeed,
-)
+from qilin_med.config.experiment import Experiment, ModelConfig, StageConfig, StageName, read_deepspeed
 from qilin_med.config.schedule import Schedule, make_schedule
 from qilin_med.plan.data import Amount, row_shape
 from qilin_med.plan.machines import Machines
@@ -140,7 +132,7 @@ class StagePlan:
 
     @property
     def sequences(self) -> int:
-        return 2 if isinstance(self.section, DpoConfig) else 1
+        return 2 if self.stage == "dpo" else 1
 
     @property
     def row_tokens(self) -> int:
@@ -150,7 +142,7 @@ class StagePlan:
     def length(self) -> int:
         """Tokens of the longest sequence. Blocks are full, however short their documents are."""
         longest, _ = row_shape(self.section)
-        known = self.amount and not isinstance(self.section, PretrainingConfig) and self.amount.longest
+        known = self.amount and self.stage != "pretraining" and self.amount.longest
         return min(longest, known or longest)
 
     @property
@@ -172,7 +164,7 @@ class StagePlan:
     def request(self) -> dict[str, Any]:
         """All that the measurement depends on, as `fake_run.measure` takes it."""
         section = self.section
-        packs = section.isolate_documents if isinstance(section, PretrainingConfig) else section.packing
+        packs = section.isolate_documents if self.stage == "pretraining" else section.packing
         return {
             "config": self.config,
             "dtype": self.model.dtype,
@@ -366,9 +358,9 @@ class StagePlan:
     def model_flops(self, work: Work) -> float:
         """Forward and backward with nothing computed twice, and attention over whole squares, as PaLM's MFU counts them
         (arXiv:2204.02311, appendix B)."""
-        adapter = 2 * self.trainable if self.section.lora else 0
+        # A frozen matrix gets no gradient of its own.
+        adapter, passes = (2 * self.trainable, 2) if self.section.lora else (0, 3)
         frozen = self._each("forward matrices") - adapter
-        passes = 2 if self.section.lora else 3  # a frozen matrix gets no gradient of its own
         layers = passes * frozen + 3 * (adapter + self._each("forward attention"))
         return layers * work.tokens + passes * 2 * self.cost("head") * work.targets
 

@@ -25,6 +25,10 @@ class Score(NamedTuple):
     def value(self) -> float:
         return float(self.of_means(self.rows.mean(axis=0)))
 
+    def with_interval(self) -> dict[str, float]:
+        low, high = bootstrap_interval(self)
+        return {"value": self.value(), "low": low, "high": high}
+
 
 def mean_score(values: list[float]) -> Score:
     """The plain mean of one number per question."""

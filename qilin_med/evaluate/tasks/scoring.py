@@ -38,9 +38,8 @@ def score_options(row: Row, results: Results) -> dict[str, int]:
     """By log-probability, and by log-probability per character of the option: long options lose less."""
     lengths = [max(len(text), 1) for text in row["options"]]
     shares = [(result[0] / length, False) for result, length in zip(results, lengths, strict=True)]
-    return score_letters(row, results) | {
-        "accuracy_per_character": exact_match(chosen_letters(row, shares), row["answer"])
-    }
+    by_character = exact_match(chosen_letters(row, shares), row["answer"])
+    return score_letters(row, results) | {"accuracy_per_character": by_character}
 
 
 def written_text(row: Row, results: Results) -> str:
@@ -79,15 +78,17 @@ def written_scores(samples: list[Sample]) -> dict[str, Score]:
     return text_scores([sample["score"] for sample in samples])
 
 
-def accuracy_by_facet(samples: list[Sample]) -> dict[str, dict[str, Score]]:
-    """{facet: {value: accuracy}}; {} for texts and for test sets without gold answers or facets."""
-    grouped: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+def accuracy_by_facet(samples: list[Sample]) -> dict[str, dict[str, dict[str, float]]]:
+    """{facet: {value: accuracy with its interval and questions}}; {} for texts and for test sets without gold answers or
+    facets."""
+    grouped: dict[tuple[str, str], list[int]] = defaultdict(list)
     for sample in samples:
-        for name, value in sample["facets"].items() if "accuracy" in sample["score"] else ():
-            grouped[name][value].append(sample["score"]["accuracy"])
-    return {
-        name: {value: mean_score(grouped[name][value]) for value in sorted(grouped[name])} for name in sorted(grouped)
-    }
+        for facet in sample["facets"].items() if "accuracy" in sample["score"] else ():
+            grouped[facet].append(sample["score"]["accuracy"])
+    scores: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for (name, value), right in sorted(grouped.items()):
+        scores[name][value] = {**mean_score(right).with_interval(), "questions": len(right)}
+    return dict(scores)
 
 
 class Scoring(NamedTuple):
