@@ -3,6 +3,7 @@
 python scripts/benchmark.py train --help     # the three stages' training
 python scripts/benchmark.py corpus --help    # build and rows of a growing corpus
 python scripts/benchmark.py dedup --help     # near-deduplication alone
+python scripts/benchmark.py decontamination --help  # leaked evaluation questions
 python scripts/benchmark.py evaluate --help  # questions per second
 """
 
@@ -12,7 +13,8 @@ from importlib import import_module
 
 from qilin_med.errors import user_errors_end_with_one_line
 
-BENCHMARKS = {"train": "training", "corpus": "corpus", "dedup": "dedup", "evaluate": "evaluation"}
+BENCHMARKS = {"train": "training", "corpus": "corpus", "dedup": "dedup", "decontamination": "decontamination",
+              "evaluate": "evaluation"}  # fmt: skip
 
 
 def main() -> None:

@@ -62,12 +62,10 @@ class RawFiles(Section):
 class DecontaminationSettings(Section):
     files: list[RawFiles] = []
     """Evaluation files. A record that repeats one of their questions is removed."""
-    ngram: PositiveInt = 8
-    """Length of an n-gram in characters."""
-    coverage: Share = 0.8
-    """Share of a question's n-grams (stem and options, or question and answer) in one record that removes the record."""
-    near_miss: Share = 0.5
-    """Coverage from which a kept record is reported."""
+    ngram: PositiveInt = 4
+    """Characters of the n-grams that find the questions which a record is compared with."""
+    near_miss: Share = 0.85
+    """Similarity to an evaluation question from which a record that does not repeat it is reported (and kept)."""
 
 
 class ModelConfig(Section):

@@ -23,6 +23,7 @@ TITLES: dict[StageName, str] = {
     "sft": "Table 2: supervised fine-tuning",
     "dpo": "Table 3: preference optimisation",
 }
+SHOWN = 20  # near misses in README.md
 SUMMED = ("rows", "records", "kept", "train", "dev", "tokens", "bytes")
 
 
@@ -42,7 +43,7 @@ def describe(settings: CorpusSettings, tasks: tuple[Task, ...], work: Workspace,
     near_misses = [
         row for shard in range(len(tasks)) for row in read_json_lines(work.path("near_misses", shard, "jsonl"))
     ]
-    near_misses.sort(key=lambda row: (-row["coverage"], row["id"], row["place"]))
+    near_misses.sort(key=lambda row: (-row["evaluation"]["similarity"], row["id"], row["place"]))
     write_json_lines(out / "near_misses.jsonl", near_misses)
     totals = {}
     for stage in STAGES:
@@ -58,6 +59,7 @@ def describe(settings: CorpusSettings, tasks: tuple[Task, ...], work: Workspace,
             {**source, **type_and_paper(asked, source), "leaked": _leaked(source).total()}
             for asked, source in zip(settings.sources, sources, strict=True)
         ],
+        near_misses=[row["evaluation"] | {"id": row["id"]} for row in near_misses[:SHOWN]],
         format=settings.format,
         titles=TITLES,
         licences={source.name: source.licence for source in settings.sources},
@@ -95,9 +97,9 @@ def describe_evaluation(
     for item in read_json_lines(work.root / "evaluation" / ITEMS):
         questions[item["file"]] += 1
         stems[item["file"]] |= {item["stem"]} - {""}
-        keys[item["file"]] |= set(item["keys"]) - {""}
+        keys[item["file"]].add((item["stem"], *sorted(item["options"])))
     removed = sum(map(_leaked, sources), Counter())
-    nearly = Counter(row["file"] for row in near_misses)
+    nearly = Counter(row["evaluation"]["file"] for row in near_misses)
     # A listed file is kept out of all three sets, and so is fit for development; no other file is.
     return [
         {

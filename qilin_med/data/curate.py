@@ -118,14 +118,14 @@ def clean_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ..
     def rows() -> Iterator[Row]:
         for some in batched(read_clean(settings, task, span_of(work, task, shard), account), SEARCHED_AT_ONCE):
             texts = [text_of(rendered) for _, _, rendered in some]
-            hits = index.find([cleaned for _, cleaned, _ in some], texts)
+            hits = index.find([cleaned for _, cleaned, _ in some])
             for (about, _, rendered), text, hit in zip(some, texts, hits, strict=True):
                 row = {**to_row(rendered), **about}
-                if hit and hit.coverage >= kept_out.coverage:
-                    account.reject(f"{EVALUATION_REASON}{hit.file}", row, **asdict(hit))
+                if hit and hit.same:
+                    account.reject(f"{EVALUATION_REASON}{hit.file}", row, evaluation=asdict(hit))
                     continue
                 if hit:
-                    account.apart["near_misses"].append({**row, **asdict(hit)})
+                    account.apart["near_misses"].append({**row, "evaluation": asdict(hit)})
                 account.counts["records"]["kept"] += 1
                 keys.append(deduplication.exact_key(stage, text))
                 ranks.append(rank_of(task.source, about["id"]))

@@ -1,130 +1,186 @@
-"""Keep evaluation questions out of training data: by the question itself, and by the share of its n-grams in a record.
+"""Keep evaluation questions out of training data: n-grams find the candidates, `qilin_med.data.questions` decides.
 
 The index of all evaluation files is built once and lies in one folder, from which every task of the build loads it.
 """
 
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from qilin_med.config.corpus import DecontaminationSettings
 from qilin_med.data import matching
+from qilin_med.data.folding import fold_all
+from qilin_med.data.questions import NEARBY, Asked, Verdict, asked_in, compare_exams, compare_text, exam_in
 from qilin_med.data.read.readers import read_raw
+from qilin_med.data.render import text_of
 from qilin_med.data.shards import read_json_lines, save, write_json_lines
-from qilin_med.records import AnyRecord, Chat, Document, Preference, Question, Skipped
+from qilin_med.records import AnyRecord, Document, Question, Skipped
 
-NOT_WORDS = re.compile(r"[\W_]+")
 ITEMS = "items.jsonl"
+ARRAYS = ("hashes", "firsts", "owners", "fewest", "weights")
 KNOWN_BITS = 24
-FEWEST_NGRAMS = 4  # shorter questions are found by the question itself alone
+COMMON = 32
+"""Items that may share an n-gram of the index; one that more have (下列关于) tells none of them."""
+NEEDED_OF_STEM, NEEDED_OF_OPTIONS = 0.35, 0.5
+"""Share of the n-grams of a stem, or of its options, that make an item a candidate."""
+MOST_NEEDED = 64
+WINDOW = 128
+"""Folded characters. N-grams of an item are counted within two neighbouring windows of a record."""
+CANDIDATES = 12
+"""Items compared with a record: those with the most n-grams in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """An evaluation question that a record repeats. `coverage`: share of its n-grams, 1 for an equal question."""
+    """The evaluation question that a record repeats (`same`), or comes nearest to. `similarity`: see `Verdict`."""
 
     item: str
     file: str
-    coverage: float
+    question: str
+    passage: str
+    """The part of the record that was compared."""
+    similarity: float
+    same: bool
 
 
-def bare(text: str) -> str:
-    """Letters and digits alone, so that punctuation and layout do not hide a question."""
-    # Punctuation first: what is left is mostly normal already, and normalising that is quick.
-    return matching.normalise(NOT_WORDS.sub("", text))
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An item that may be in folded characters `begin` to `end` of a batch, all of one record."""
 
-
-def question_keys(record: AnyRecord) -> list[str]:
-    """What makes two questions the same: the stem with its options in any order, or the words of a turn."""
-    match record:
-        case Question(_, stem, options):
-            return [bare(stem) + "|" + "|".join(sorted(bare(text) for _, text in options))]
-        case Chat(_, messages) | Preference(_, messages):
-            return [bare(message.content) for message in messages if message.role == "user"]
-    return []
-
-
-def written_down(record: AnyRecord) -> list[str]:
-    """An evaluation item in all its forms: stem and options with and without letters (which break every n-gram that
-    spans a short option), or question and answer."""
-    match record:
-        case Question(_, stem, options):
-            return [bare(stem + "".join(texts)) for texts in ([t for _, t in options], map("".join, options))]
-        case Chat(_, messages):
-            return [bare("".join(message.content for message in messages if message.role != "system"))]
-        case Preference(_, prompt):
-            return [bare(prompt[-1].content)]
-        case Document(_, text):
-            return [bare(text)]
+    item: int
+    begin: int
+    end: int
 
 
 def build_index(settings: DecontaminationSettings, folder: Path, files: dict[str, list[Path]]) -> None:
     """Write the index of all evaluation questions. `files`: the files of each entry, by its name."""
-    items, texts, items_of_texts = [], [], []
-    for source in settings.files:
-        records = (record for file in files[source.name] for _, record in read_raw(source, file))
-        for record in records:
-            if isinstance(record, Skipped):
-                continue
-            long_enough = [text for text in written_down(record) if len(text) >= settings.ngram]
-            texts += long_enough
-            items_of_texts += [len(items)] * len(long_enough)
-            keys = question_keys(record)[:1]
-            stem = bare(record.stem) if isinstance(record, Question) else "".join(keys)
-            items.append({"item": record.id, "file": source.name, "stem": stem, "keys": keys})
-    hashes, starts = matching.shingle(texts, settings.ngram)
-    owners = np.repeat(np.arange(len(texts)), np.diff(starts)).astype(np.uint64)
-    hashes, owners = np.unique(np.stack([hashes, owners], axis=1), axis=0).T.copy()
-    save(folder / "hashes.npy", hashes)
-    save(folder / "owners.npy", owners.astype(np.int64))
-    save(folder / "totals.npy", np.bincount(owners.astype(np.int64), minlength=len(texts)))
-    save(folder / "items.npy", np.array(items_of_texts, np.int64))
+    records = (
+        (source.name, record)
+        for source in settings.files
+        for file in files[source.name]
+        for _, record in read_raw(source, file)
+        if not isinstance(record, Skipped)
+    )
+    write_index(records, settings.ngram, folder)
+
+
+def write_index(records: Iterable[tuple[str, AnyRecord]], ngram: int, folder: Path) -> None:
+    """Write the index of evaluation questions, each with the name of its file."""
+    items = [{"item": record.id, "file": file, "question": text_of(record), **asdict(asked_in(record))}
+             for file, record in records]  # fmt: skip
+    # Two owners of n-grams an item: number 2i is its stem, 2i + 1 its options.
+    texts = [text for item in items for text in (item["stem"], *item["options"])]
+    owners = [2 * i + (place > 0) for i, item in enumerate(items) for place in range(1 + len(item["options"]))]
+    hashes, starts = grams(texts, ngram)
+    owners = np.repeat(np.array(owners, np.int64), np.diff(starts))
+    distinct, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    tells = counts[place] <= COMMON
+    pairs = np.unique(np.stack([place[tells], owners[tells]], axis=1), axis=0)
+    totals = np.bincount(pairs[:, 1], minlength=2 * len(items))
+    kept, firsts = np.unique(pairs[:, 0], return_index=True)
+    save(folder / "hashes.npy", distinct[kept])
+    save(folder / "firsts.npy", np.append(firsts, len(pairs)))
+    save(folder / "owners.npy", pairs[:, 1])
+    fewest = np.ceil(totals.reshape(-1, 2) * (NEEDED_OF_STEM, NEEDED_OF_OPTIONS)).astype(np.int64)
+    save(folder / "fewest.npy", np.clip(fewest, (1, 2), MOST_NEEDED).ravel())
+    save(folder / "weights.npy", weigh_characters([len(text) for text in texts], 1 / counts[place], starts, ngram))
     write_json_lines(folder / ITEMS, items)
 
 
+def grams(texts: Sequence[str], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the n-grams of folded texts, and where each text's begin (with the end appended)."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    hashes = matching.hash_windows(codes, width)[matching.within(np.cumsum(lengths), width)]
+    return hashes, np.concatenate(([0], np.cumsum(np.maximum(lengths - width + 1, 0))))
+
+
+def weigh_characters(lengths: Sequence[int], of_grams: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
+    """The mean weight of the n-grams that cover each character of the texts, end to end; 1 in texts too short for one."""
+    weights = [np.ones(0)]
+    for length, first, last in zip(lengths, starts, starts[1:], strict=False):
+        if last == first:
+            weights.append(np.ones(length))
+            continue
+        covered, sums = np.ones(width), np.convolve(of_grams[first:last], np.ones(width))
+        weights.append(sums / np.convolve(np.ones(last - first), covered))
+    return np.concatenate(weights).astype(np.float32)
+
+
 class Index:
-    """A searchable index of evaluation questions. `near_miss`: the least coverage that is reported."""
+    """A searchable index of evaluation questions. `near_miss`: the least similarity that is reported."""
 
     def __init__(self, folder: Path, ngram: int, near_miss: float):
         self._ngram, self._near_miss = ngram, near_miss
-        names = ("hashes", "owners", "totals", "items")
-        self._hashes, self._owners, self._totals, self._items_of_texts = (np.load(folder / f"{n}.npy") for n in names)
+        self._hashes, self._firsts, self._owners, self._fewest, weights = (
+            np.load(folder / f"{name}.npy") for name in ARRAYS
+        )
         # Most n-grams of a corpus are in no question: this table saves searching for them.
         self._known = np.zeros(1 << KNOWN_BITS, bool)
         self._known[self._hashes >> np.uint64(64 - KNOWN_BITS)] = True
         self._items = list(read_json_lines(folder / ITEMS))
-        # Shorter ones ("谢谢", "怎么治疗") are no question in particular.
-        self._by_key = {key: i for i in reversed(self._items) for key in i["keys"] if len(key) >= ngram}
+        self._asked = [Asked(item["stem"], tuple(item["options"]), item["answer"]) for item in self._items]
+        ends = np.cumsum([len(asked.stem) + sum(map(len, asked.options)) for asked in self._asked], dtype=np.int64)
+        firsts = np.concatenate(([0], ends[:-1]))
+        self._weights = [weights[a : a + len(asked.stem)] for a, asked in zip(firsts, self._asked, strict=False)]
 
-    def find(self, records: Sequence[AnyRecord], texts: Iterable[str]) -> Iterator[Hit | None]:
-        """The evaluation question that each record repeats most, or None. `texts`: the full text of each record."""
-        hits: list[Hit | None] = [None] * len(records)
-        if len(self._hashes):
-            hashes, starts = matching.shingle([bare(text) for text in texts], self._ngram)
-            known = np.flatnonzero(self._known[hashes >> np.uint64(64 - KNOWN_BITS)])
-            first = np.searchsorted(self._hashes, hashes[known])
-            known = known[self._hashes[np.minimum(first, len(self._hashes) - 1)] == hashes[known]]
-            owners = np.searchsorted(starts, known, side="right") - 1
-            for index, count in zip(*np.unique(owners, return_counts=True), strict=True):
-                if count >= FEWEST_NGRAMS * self._near_miss:
-                    hits[index] = self._most_covered(np.unique(hashes[known[owners == index]]))
-        for record, hit in zip(records, hits, strict=True):
-            same = next((self._by_key[key] for key in question_keys(record) if key in self._by_key), None)
-            yield Hit(same["item"], same["file"], 1.0) if same else hit
+    def find(self, records: Sequence[AnyRecord]) -> Iterator[Hit | None]:
+        """The evaluation question that each record repeats, else the one that it comes nearest to, or None."""
+        texts = list(map(text_of, records))
+        folded, places = fold_all(texts)
+        starts = np.cumsum([0, *map(len, texts)])
+        candidates = self._candidates(folded, np.searchsorted(places, starts))
+        for number, (record, text) in enumerate(zip(records, texts, strict=True)):
+            best, item, shown = Verdict(False, 0.0), -1, ""
+            asked = asked_in(record) if isinstance(record, Question) and candidates[number] else None
+            for candidate in candidates[number]:
+                begin, end = candidate.begin, candidate.end
+                passage = text[places[begin] - starts[number] : places[end - 1] + 1 - starts[number]]
+                verdict = self._compare(candidate.item, record, asked, passage, folded[begin:end])
+                if (verdict.same, verdict.similarity) > (best.same, best.similarity):
+                    best, item, shown = verdict, candidate.item, passage
+                if best.same:
+                    break
+            if best.same or best.similarity >= self._near_miss:
+                about = self._items[item]
+                yield Hit(about["item"], about["file"], about["question"], shown, round(best.similarity, 4), best.same)
+            else:
+                yield None
 
-    def _most_covered(self, hashes: np.ndarray) -> Hit | None:
-        """Of the questions that have some of these n-grams, the one with the largest share of its own among them."""
-        first, last = (np.searchsorted(self._hashes, hashes, side=side) for side in ("left", "right"))
-        owners = np.concatenate([self._owners[a:b] for a, b in zip(first, last, strict=True)])
-        texts, counts = np.unique(owners[self._totals[owners] >= FEWEST_NGRAMS], return_counts=True)
-        if not len(texts):
-            return None
-        coverage = counts / self._totals[texts]
-        best = int(np.argmax(coverage))
-        if coverage[best] < self._near_miss:
-            return None
-        item = self._items[self._items_of_texts[texts[best]]]
-        return Hit(item["item"], item["file"], round(float(coverage[best]), 4))
+    def _compare(self, item: int, record: AnyRecord, asked: Asked | None, text: str, codes: np.ndarray) -> Verdict:
+        wanted, weights = self._asked[item], self._weights[item]
+        if wanted.options and (found := asked or exam_in(text)):
+            return compare_exams(wanted, weights, found)
+        folded = codes.tobytes().decode("utf-32-le", "replace")
+        return compare_text(wanted, weights, text, folded, isinstance(record, Document))
+
+    def _candidates(self, folded: np.ndarray, bounds: np.ndarray) -> defaultdict[int, list[Candidate]]:
+        """The items that share enough n-grams with each record of a batch. `bounds`: of the records in `folded`."""
+        hashes = matching.hash_windows(folded, self._ngram)
+        known = np.flatnonzero(self._known[hashes >> np.uint64(64 - KNOWN_BITS)])
+        places = np.minimum(np.searchsorted(self._hashes, hashes[known]), len(self._hashes) - 1)
+        owned = self._hashes[places] == hashes[known]
+        known, places = known[owned], places[owned]
+        first, sizes = self._firsts[places], np.diff(self._firsts)[places]
+        steps = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        owners, positions = self._owners[np.repeat(first, sizes) + steps], np.repeat(known, sizes)
+        records = np.searchsorted(bounds, positions, side="right") - 1
+        # Record (20 bits), owner (24) and window (20) in one number.
+        keys = records << 44 | owners << 20 | (positions - bounds[records]) // WINDOW
+        keys, counts = np.unique(keys, return_counts=True)
+        counts[:-1] += np.where(np.diff(keys) == 1, counts[1:], 0)
+        shares = counts / self._fewest[keys >> 20 & 0xFFFFFF]
+        enough = np.flatnonzero(shares >= 1)
+        enough = enough[np.argsort(-shares[enough], kind="stable")]
+        found: defaultdict[int, list[Candidate]] = defaultdict(list)
+        for key in keys[enough].tolist():
+            record, item, window = key >> 44, (key >> 20 & 0xFFFFFF) // 2, key & 0xFFFFF
+            if len(found[record]) < CANDIDATES and all(item != other.item for other in found[record]):
+                length = len(self._asked[item].stem)
+                begin = bounds[record] + window * WINDOW - length
+                end = bounds[record] + (window + 2) * WINDOW + length + NEARBY
+                found[record].append(Candidate(item, max(begin, bounds[record]), min(end, bounds[record + 1])))
+        return found

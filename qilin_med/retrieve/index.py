@@ -4,7 +4,6 @@ evaluation questions, built in steps, and opened only if it is the one that the 
 An interrupted build continues after its last whole step (embeddings: after the last whole part).
 """
 
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from qilin_med.records import Document, Skipped
 from qilin_med.retrieve.cutting import Span, cut
 from qilin_med.retrieve.search import Encoder, build_bm25, build_dense, check_encoder_folder, load_encoder
 
-INDEX_FORMAT = 1  # raise it whenever the same inputs and settings give another index
+INDEX_FORMAT = 2  # raise it whenever the same inputs and settings give another index
 KINDS = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
 """Folders of an index, by retriever."""
 # Settings that matter to a search alone: free to change without a new index. The encoder counts by its contents.
@@ -40,8 +39,6 @@ TOGETHER = 1000  # documents read, compared and cut at once: all texts that are 
 # the lines lie where each begins, and its source as a number in the order of the manifest.
 CHUNKS, OFFSETS, SOURCES = "chunks.jsonl", "offsets.npy", "sources.npy"
 LEFT_OUT, SKIPPED = "left_out.jsonl", "skipped.jsonl"
-# What stands between stem, options and answers in running text, and would break the n-grams of short ones.
-MARKS = re.compile(r"^\s*(?:[(（]?[A-Z][)）.．、:：\s]|(?:问|答|患者|医生)[:：])\s*", re.MULTILINE)
 
 
 def plan_index(experiment: Experiment) -> Artifact:
@@ -139,7 +136,7 @@ def read_corpus(experiment: Experiment, work: Path) -> Iterator[Skipped | tuple[
         yield from (record for record in some if isinstance(record, Skipped))
         named = [record for record in some if not isinstance(record, Skipped)]
         documents, texts = [document for document, _ in named], [document.text for document, _ in named]
-        hits = questions.find(documents, [MARKS.sub("", text) for text in texts])
+        hits = questions.find(documents)
         cuts = cut(texts, tokenizer, settings.chunk_tokens, settings.overlap_tokens)
         for (document, source), spans, hit in zip(named, cuts, hits, strict=True):
             yield document, source, spans, hit
@@ -163,9 +160,9 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
                 continue
             document, source, spans, hit = row
             names = {"document": document.id, "source": source}
-            if hit and hit.coverage >= experiment.retrieval.decontamination.coverage:
+            if hit and hit.same:
                 # All its chunks go: the one with the explanation would still give the answer away.
-                about = {"chunks": len(spans), "file": hit.file, "item": hit.item, "coverage": hit.coverage}
+                about = {"chunks": len(spans), "file": hit.file, "item": hit.item, "similarity": hit.similarity}
                 left_out.append(names | about)
                 continue
             near_misses.update([hit.file] if hit else [])
