@@ -239,10 +239,8 @@ def _our_rows(result: Result, columns: list[str]) -> Iterator[dict[str, str]]:
 
 
 def skipped_table(run: Run) -> Table:
-    counts = {LABELS[stage]: manifest["data"]["counts"]["skipped"] for stage, manifest in run.manifests.items()}
-    return [
-        {"stage": of, "reason": reason, "records": n} for of, reasons in counts.items() for reason, n in reasons.items()
-    ]
+    counts = [(stage, *c) for stage, m in run.manifests.items() for c in m["data"]["counts"]["skipped"].items()]
+    return [{"stage": LABELS[stage], "reason": reason, "records": number} for stage, reason, number in counts]
 
 
 def difference_table(settings: dict[str, Any], ranks: Mapping[str, int]) -> Table:

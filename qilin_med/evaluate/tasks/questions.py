@@ -65,12 +65,9 @@ def load_ceval(
         match = SUBJECT_FILE.search(row["place"])
         if match and match[1] in SUBJECTS and match[2] in ("dev", split):
             name, category = SUBJECTS[match[1]]
-            about = {"subject": match[1], "subject_name": name}
-            about["facets"] = [["subject", match[1]], ["category", category]]
-            if match[2] == "dev":
-                shots.append({**row, **about, "role": "shot"})
-            else:
-                asked.append({**row, **about, "role": "asked"})
+            row |= {"subject": match[1], "subject_name": name, "role": "shot" if match[2] == "dev" else "asked"}
+            row["facets"] = [["subject", match[1]], ["category", category]]
+            (shots if match[2] == "dev" else asked).append(row)
     if not asked:
         raise UserError(f"{_listed(test)}: no C-Eval questions; expected files such as {split}/physician_{split}.csv")
     return {"all": _dataset(asked, retrieve, shots), "skipped": skipped}
