@@ -33,7 +33,7 @@ def build_trainer(job: Job):
     model = load_for_training(job.parent, job.experiment.model, job.section)
     if job.section.lora:
         model = add_adapter(model, job.section, job.experiment.seed)
-    return LanguageModelTrainer(job, model, arguments)
+    return LanguageModelTrainer(job, model, args=arguments)
 
 
 def trained_model(job: Job, checkpoint: Path):

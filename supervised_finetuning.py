@@ -29,7 +29,7 @@ def build_trainer(job):
     settings = training_arguments(job)
     frozen = load.load_for_training(job.parent, job.experiment.model, job.section)
     adapted = load.add_adapter(frozen, job.section, job.experiment.seed)
-    return trainers.LanguageModelTrainer(job, adapted, settings)
+    return trainers.LanguageModelTrainer(job, adapted, args=settings)
 
 
 def with_adapter(job, folder):

@@ -10,7 +10,7 @@ from flash_stand_in import flash_on_cpu
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qilin_med.errors import UserError
-from qilin_med.model.batches import Layout, PairCollator, StepSampler, TokenCollator, deal, lay_out, model_inputs
+from qilin_med.model.batches import Collator, Layout, StepSampler, deal, lay_out, model_inputs
 from qilin_med.model.losses import check_isolation
 from qilin_med.prompt.template import IGNORED
 
@@ -176,7 +176,7 @@ def test_rows_are_packed_where_that_computes_less():
 
 
 def test_batches_of_tokens():
-    collate = TokenCollator(Layout(packing=False, varlen=False, hidden_size=32))
+    collate = Collator(Layout(packing=False, varlen=False, hidden_size=32))
     batch = collate([
         {"input_ids": [5, 6, 2, 7, 2], "lengths": [3, 2], "index": 4},
         {"input_ids": [8, 9, 2], "labels": [_, _, 2], "index": 2},
@@ -189,7 +189,7 @@ def test_batches_of_tokens():
 
 
 def test_batches_of_pairs():
-    collate = PairCollator(Layout(packing=False, varlen=False, hidden_size=32))
+    collate = Collator(Layout(packing=False, varlen=False, hidden_size=32))
     batch = collate([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8], "index": 3}])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [5, 6, 8, 0]]
     assert batch["labels"].tolist() == [[_, _, 7, 2], [_, _, 8, _]]

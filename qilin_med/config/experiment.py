@@ -31,10 +31,9 @@ class Section(BaseModel):
 
 class DataSource(Section):
     path: str
-    """A file or folder: .txt, .jsonl, .json, .csv, .tsv, .xlsx, .parquet, also as .gz, .zst or in a .zip. Folders are read
-    recursively in name order; one that holds files of the `split` gives only those."""
+    """.txt, .jsonl, .json, .csv, .tsv, .xlsx or .parquet, also .gz, .zst or in a .zip; or a folder, read in name order."""
     split: Literal["train", "dev"] = "train"
-    """Which part of a built corpus: its `train-*` or its `dev-*` files."""
+    """Which part of a built corpus: a folder that holds `train-*` or `dev-*` files gives only these."""
     text: str = "text"
     """Field that holds a document's text, in files other than .txt (pretraining only)."""
 
@@ -76,11 +75,9 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"]
     """Number format of training and of the merged models."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation; packed sequences never see each other in any. "flash_attention_2" needs the package
-    flash-attn, a GPU and bfloat16."""
+    """Attention kernel; packed sequences stay apart in any. "flash_attention_2" needs flash-attn, a GPU and bfloat16."""
     fused_kernels: bool = False
-    """true: train with Liger's kernels for norms, rotary positions and MLPs (needs the package liger-kernel and a GPU). The
-    loss is always this pipeline's own."""
+    """Liger's kernels for norms, rotary positions and MLPs (needs liger-kernel and a GPU); the loss stays our own."""
 
 
 class LaunchConfig(Section):
@@ -104,8 +101,7 @@ class LoraSettings(Section):
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: "all-linear" (every linear layer but the output head), or a list of their names."""
     quantization: Literal["nf4"] | None = None
-    """"nf4": hold the frozen weights in 4 bits while the adapter trains (QLoRA: NF4 with double quantisation, by
-    bitsandbytes; not with ZeRO-3). The adapter is then merged into the parent in its own precision."""
+    """"nf4": QLoRA (bitsandbytes; not with ZeRO-3). The adapter is merged into the parent in the parent's own precision."""
 
 
 class StageConfig(Section):
@@ -116,12 +112,9 @@ class StageConfig(Section):
     epochs: Annotated[float, Field(gt=0)]
     """Passes over the training rows."""
     batch_size_per_device: PositiveInt
-    """Blocks (pretraining), conversations (sft) or pairs (dpo) that one rank computes at once, on average where they are
-    packed. Affects memory and speed only."""
+    """Blocks, conversations or pairs that a rank computes at once (packed: on average). Affects memory and speed only."""
     global_batch_size: PositiveInt | None = None
-    """Blocks, conversations or pairs of an optimizer step over all ranks, drawn at random (a conversation that continues
-    in further rows counts once for each). A multiple of ranks x batch_size_per_device; the quotient is the number of
-    gradient accumulation steps. null: ranks x batch_size_per_device."""
+    """Rows of an optimizer step over all ranks. null: ranks x batch_size_per_device; a multiple of it is accumulated."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     warmup_ratio: Share
@@ -135,15 +128,13 @@ class StageConfig(Section):
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; overrides epochs."""
     deepspeed: str | None = None
-    """DeepSpeed configuration file (those in configs/deepspeed, or your own). null: plain PyTorch (DDP with several
-    ranks)."""
+    """DeepSpeed file (of configs/deepspeed, or your own). null: plain PyTorch (DDP with several ranks)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 30
     """Minutes between checkpoints, by rank 0's clock."""
     checkpoint_every: PositiveInt | None = None
-    """Optimizer steps between checkpoints; with checkpoint_minutes, whichever comes first. The last step, and the one after
-    which a signal stops training, are always saved; with both null, nothing else is."""
+    """Steps between checkpoints; whichever is due first. The last step, and one that a signal makes the last, always are."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """How many complete checkpoints to keep; an older one is deleted once a newer one is complete."""
     report_to: list[str] = ["tensorboard"]
@@ -165,8 +156,7 @@ class InstructionConfig(StageConfig):
     max_target_length: Annotated[int, Field(ge=8)]
     """Most tokens of an answer with its EOS. A longer answer is cut, and then has no EOS."""
     packing: bool = True
-    """How a batch is laid out; affects speed only. true: whole sequences side by side, without padding and kept apart.
-    false: one sequence per row, padded to the longest of the batch."""
+    """Affects speed only. true: sequences side by side, kept apart. false: one a row, padded to the batch's longest."""
     lora: LoraSettings
     """LoRA adapter, merged into the model at the end of the stage."""
 
@@ -207,8 +197,7 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt = 16
     """Rows measured, or questions answered, at once."""
     tasks: dict[str, TaskSettings] = {}
-    """Question sets; results bear their names. A name is a task of configs/tasks (cmexam_generate, cmexam_letters,
-    cmexam_options, cmexam_reasoning, ceval_generate, ceval_letters, huatuo26m_generate), or `task` names one."""
+    """Question sets; results bear their names. A name is that of a task in configs/tasks, or `task` names one."""
     chat: list[Literal["base", "pretraining", "sft", "dpo"]] = ["sft", "dpo"]
     """Models that are asked in their tokenizer's chat template; the others are asked in plain text."""
     backend: Literal["hf", "vllm"] = "hf"
@@ -228,8 +217,7 @@ class DenseSettings(Section):
 
 class RetrievalConfig(Section):
     corpus: list[Source] = []
-    """Documents to retrieve from, for example the CPT corpus. Rows may have an `id` and a `source`; where they do not,
-    these are their place and file name."""
+    """Documents to retrieve from. Rows may have an `id` and a `source`; else these are their place and file name."""
     index: str | None = None
     """Folder of the index. null: <output_dir>/retrieval."""
     chunk_tokens: PositiveInt = 192
@@ -237,8 +225,7 @@ class RetrievalConfig(Section):
     overlap_tokens: Annotated[int, Field(ge=0)] = 32
     """Most tokens of whole sentences that a chunk repeats from the previous one; less than chunk_tokens."""
     decontamination: DecontaminationSettings = DecontaminationSettings()
-    """Evaluation questions to keep out, with the keys of a corpus file's decontamination. Whole documents that repeat one
-    are left out and counted."""
+    """Evaluation questions to keep out (keys as in a corpus file): documents that repeat one are left out and counted."""
     retriever: Literal["bm25", "dense", "hybrid"] = "bm25"
     """How passages are found: by shared terms, by similarity of embeddings, or by both with reciprocal rank fusion."""
     bm25_unit: Literal["bigram", "word"] = "bigram"

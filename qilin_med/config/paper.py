@@ -17,24 +17,7 @@ SCORES: dict[str, tuple[str, list[dict[str, str]]]] = _PRINTED["scores"]
 BASE_MODEL = "baichuan-7b"  # name of the base model's folder
 HUB_BASE_MODEL = "baichuan-inc/Baichuan-7B"
 EXPERIMENT_FILE = Path(__file__).parents[2] / "configs/qilin_med_7b.json"
-_LENGTHS = {"max_source_length": 256, "max_target_length": 256}
-_RATES = {"learning_rate": 2e-5, "warmup_ratio": 0.05, "weight_decay": 0.05}
-STATED: dict[str, Any] = flatten({
-    "model": {"path": BASE_MODEL}, "launch": {"device": "cuda"},
-    "pretraining": {
-        "parent": None, "lora": None, "block_size": 1024, "epochs": 3, "global_batch_size": 1 * 8, "learning_rate": 2e-4,
-        "warmup_ratio": 0.05, "weight_decay": 0.01,
-    },
-    "sft": {
-        "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 64 * 8, "deepspeed": "configs/deepspeed/zero2.json",
-        "lora": {"rank": 8, "alpha": 32, "dropout": 0.05},
-    },
-    "dpo": {
-        "parent": None, **_LENGTHS, **_RATES, "global_batch_size": 8 * 4,
-        "lora": {"rank": 8, "alpha": 16, "dropout": 0.05},
-    },
-    "retrieval": {"passages": 5},
-})  # fmt: skip
+STATED: dict[str, Any] = _PRINTED["settings"]
 """Settings by key of the experiment file. `parent` null: each stage starts from the one before it. A global batch is the
 paper's batch per GPU times its GPUs: 8 A100s for the first two stages, 4 RTX 3090s for DPO."""
 

@@ -5,7 +5,7 @@ speak of the same thing.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from qilin_med.config.experiment import Experiment, StageConfig, StageName
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import PreparedRows, prepare_rows
 from qilin_med.evaluate.results import HELD_OUT, read_result, result_folder, write_result
-from qilin_med.model.batches import Collator, Layout, PairCollator, TokenCollator, model_inputs
+from qilin_med.model.batches import Collator, Layout, model_inputs
 from qilin_med.model.folder import check_model_folder, max_positions
 from qilin_med.model.load import load_for_inference, load_tokenizer
 from qilin_med.model.losses import forward_through_head, pair_log_probs, target_losses
@@ -77,7 +77,7 @@ def token_loss(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> d
     """Mean loss in nats per token: of answers, given the question in the chat template; of documents, over all tokens but
     each segment's first."""
     total, count = 0.0, 0
-    for batch in _batches(model, rows, batch_size, TokenCollator):
+    for batch in _batches(model, rows, batch_size):
         sum_losses = partial(target_losses, labels=batch["labels"], reduction="sum")
         total += forward_through_head(model, model_inputs(batch), sum_losses).item()
         count += batch["items"]
@@ -89,7 +89,7 @@ def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: 
     """Share of pairs whose chosen answer has the higher log-probability, with the binomial standard error; `margins` are
     log p(chosen) - log p(rejected) of every pair, in the order of the rows."""
     margins = []
-    for batch in _batches(model, rows, batch_size, PairCollator):
+    for batch in _batches(model, rows, batch_size):
         chosen, rejected = pair_log_probs(model, batch)
         margins += [round(margin, 4) for margin in (chosen - rejected).tolist()]
     share = sum(margin > 0 for margin in margins) / len(margins)
@@ -97,11 +97,9 @@ def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: 
     return {"value": share, "pairs": len(margins), "standard_error": error, "margins": margins}
 
 
-def _batches(
-    model: torch.nn.Module, rows: PreparedRows, batch_size: int, collator: Callable[[Layout], Collator]
-) -> Iterator[dict[str, Any]]:
+def _batches(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> Iterator[dict[str, Any]]:
     # A row each, so that models are measured whose attention cannot keep packed sequences apart.
-    collate = collator(Layout(False, False, model.config.get_text_config().hidden_size))
+    collate = Collator(Layout(False, False, model.config.get_text_config().hidden_size))
     with progress("held-out rows", len(rows.dataset), "rows") as advance:
         for start in range(0, len(rows.dataset), batch_size):
             indices = range(start, min(start + batch_size, len(rows.dataset)))

@@ -7,7 +7,7 @@ allows.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -157,44 +157,35 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in _MODEL_INPUTS if name in batch}
 
 
-Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-
 @dataclass(frozen=True)
-class TokenCollator:
-    """Pretraining and SFT rows to a batch. "items" counts the targets, "tokens" all but padding."""
+class Collator:
+    """Rows of any stage to a batch. "items" counts what the loss is a mean of, targets or pairs; "tokens" all but padding."""
 
     layout: Layout
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences: list[Tokens] = []
-        units = []  # of a row: the numbers of its sequences
-        for row in rows:
-            ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
-            ends = np.cumsum(row.get("lengths", [len(ids)])).tolist()
-            units.append(range(len(sequences), len(sequences) + len(ends)))
-            sequences += [(ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])]
-        groups = self.layout.rows([len(row["input_ids"]) for row in rows])
-        batch = lay_out(sequences, [[i for unit in group for i in units[unit]] for group in groups], self.layout.varlen)
-        items, tokens = int((batch["labels"] != IGNORED).sum()), sum(len(row["input_ids"]) for row in rows)
-        return {**batch, "rows": _indices(rows), "items": items, "tokens": tokens}
+        are_pairs = bool(rows) and "prompt_ids" in rows[0]
+        units = _pairs_as_units(rows) if are_pairs else [_segments(row) for row in rows]
+        sequences = [sequence for unit in units for sequence in unit]
+        lengths = [sum(len(ids) for ids, _ in unit) for unit in units]
+        ends = np.cumsum([0, *map(len, units)]).tolist()
+        groups = [
+            [i for unit in group for i in range(ends[unit], ends[unit + 1])] for group in self.layout.rows(lengths)
+        ]
+        batch = lay_out(sequences, groups, self.layout.varlen)
+        items = len(rows) if are_pairs else int((batch["labels"] != IGNORED).sum())
+        indices = torch.tensor([row["index"] for row in rows], dtype=torch.long)
+        return {**batch, "rows": indices, "items": items, "tokens": sum(lengths)}
 
 
-@dataclass(frozen=True)
-class PairCollator:
-    """Preference rows to a batch of 2 x pairs sequences: the chosen ones, then the rejected ones. "items" counts pairs."""
-
-    layout: Layout
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences: list[Tokens] = []
-        for side in ("chosen_ids", "rejected_ids"):
-            for prompt, answer in ((row["prompt_ids"], row[side]) for row in rows):
-                sequences.append(([*prompt, *answer], [*[IGNORED] * len(prompt), *answer]))
-        lengths = [len(ids) for ids, _ in sequences]
-        batch = lay_out(sequences, self.layout.rows(lengths), self.layout.varlen)
-        return {**batch, "rows": _indices(rows), "items": len(rows), "tokens": sum(lengths)}
+def _segments(row: dict[str, Any]) -> list[Tokens]:
+    """The sequences of a pretraining or SFT row, which stay in one row of the batch."""
+    ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+    ends = np.cumsum([0, *row.get("lengths", [len(ids)])]).tolist()
+    return [(ids[start:end], labels[start:end]) for start, end in pairwise(ends)]
 
 
-def _indices(rows: list[dict[str, Any]]) -> torch.Tensor:
-    return torch.tensor([row["index"] for row in rows], dtype=torch.long)
+def _pairs_as_units(rows: list[dict[str, Any]]) -> list[list[Tokens]]:
+    """Prompts with their chosen answers, then with their rejected ones: 2 x pairs units of one sequence."""
+    answers = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+    return [[([*prompt, *answer], [*[IGNORED] * len(prompt), *answer])] for prompt, answer in answers]

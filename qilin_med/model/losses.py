@@ -103,7 +103,7 @@ def forward_through_head(
 
 
 def pair_log_probs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(answer | prompt) of the chosen and of the rejected answers of a `PairCollator`'s batch: [pairs] each."""
+    """log p(answer | prompt) of the chosen and of the rejected answers of a batch of pairs: [pairs] each."""
     pairs = len(batch["rows"])
     score = partial(
         sequence_log_probs, labels=batch["labels"], sequence_index=batch["sequence_index"], sequences=2 * pairs

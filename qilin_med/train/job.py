@@ -1,9 +1,11 @@
 """One stage of one experiment, resolved: everything its ranks need, and what makes two runs of it the same."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from qilin_med.artifact import differences, digest, write_json
 from qilin_med.config.experiment import Experiment, InstructionConfig, StageConfig, StageName, read_deepspeed
@@ -79,20 +81,11 @@ class Job:
         return digest(self.identity())
 
     def save(self, path: Path) -> None:
-        values = {**asdict(self), "experiment": self.experiment.model_dump(mode="json"), "identity": self.identity()}
-        write_json(path, {**values, "parent": str(self.parent), "rows": str(self.rows)})
+        write_json(path, {**TypeAdapter(Job).dump_python(self, mode="json"), "identity": self.identity()})
 
     @classmethod
     def load(cls, path: Path) -> "Job":
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(
-            Experiment.model_validate_json(json.dumps(values["experiment"])),
-            values["stage"],
-            Path(values["parent"]),
-            values["parent_fingerprint"],
-            Path(values["rows"]),
-            Schedule(**values["schedule"]),
-        )
+        return TypeAdapter(cls).validate_json(path.read_bytes())
 
     def check_begun(self, unknown: tuple[str, ...] = ()) -> None:
         """UserError if this folder was begun with other settings, data or parent: a good run is never overwritten. Keys of

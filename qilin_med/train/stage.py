@@ -14,23 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qilin_med.artifact import (
-    Artifact,
-    digest,
-    disk_errors_explained,
-    exclusive,
-    fingerprint_model,
-    quarantine,
-    read_manifest,
-    write_json,
-)
-from qilin_med.config.experiment import (
-    EXAMPLES,
-    Experiment,
-    StageName,
-    experiment_parser,
-    parse_experiment,
-)
+from qilin_med import artifact
+from qilin_med.config.experiment import EXAMPLES, Experiment, StageName, experiment_parser, parse_experiment
 from qilin_med.config.schedule import check_batch_size, check_rows, make_schedule
 from qilin_med.console.progress import progress
 from qilin_med.console.quiet import quiet_libraries
@@ -69,8 +54,8 @@ def stage_script(name: StageName, description: str) -> Iterator["Stage"]:
     with errors_handed_on():
         options, experiment = parse_experiment(parser)
         if not options.dry_run:
-            with Stage(name, experiment, options) as stage:
-                yield stage
+            with ExitStack() as held:
+                yield Stage(name, experiment, options, held)
         elif os.environ["RANK"] == "0":
             _check(name, options)
         end_rank()
@@ -112,22 +97,16 @@ def _where(folder: Path) -> str:
 class Stage:
     """A stage as one of its ranks: `prepare`, `train`, `publish`, in that order."""
 
-    def __init__(self, name: StageName, experiment: Experiment, options: Namespace) -> None:
+    def __init__(self, name: StageName, experiment: Experiment, options: Namespace, held: ExitStack) -> None:
         self.name, self.experiment, self.options = name, experiment, options
-        self.held = ExitStack()  # what rank 0 holds on to until the end
-        self.held.push(self._broadcast_error)
-
-    def __enter__(self) -> "Stage":
+        self.held = held  # what rank 0 holds on to until the end
         # Before torch and DeepSpeed are imported:
-        os.environ.setdefault("OMP_NUM_THREADS", str(self.experiment.launch.threads_per_process))
-        os.environ["DS_ACCELERATOR"] = self.experiment.launch.device
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.experiment.stage_folder(self.name) / "tensorboard")
-        self.ranks = Ranks(self.experiment.launch.timeout_minutes)
-        self.ranks.agree({"stage": self.name, "experiment": self.experiment.model_dump(mode="json")})
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.held.__exit__(*error)
+        os.environ.setdefault("OMP_NUM_THREADS", str(experiment.launch.threads_per_process))
+        os.environ["DS_ACCELERATOR"] = experiment.launch.device
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(experiment.stage_folder(name) / "tensorboard")
+        self.ranks = Ranks(experiment.launch.timeout_minutes)
+        self.ranks.agree({"stage": name, "experiment": experiment.model_dump(mode="json")})
+        held.push(self._broadcast_error)
 
     def _broadcast_error(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, UserError) and self.ranks.rank == 0:
@@ -139,25 +118,26 @@ class Stage:
         if self.ranks.rank:
             return self._find_job(self.ranks.receive())
         folder = self.experiment.stage_folder(self.name)
-        self.held.enter_context(disk_errors_explained(folder))
-        self.held.enter_context(exclusive(folder, "training"))
+        self.held.enter_context(artifact.disk_errors_explained(folder))
+        self.held.enter_context(artifact.exclusive(folder, "training"))
         if self.options.restart and folder.exists():
-            print(f"moved what was there to {quarantine(folder, 'before')}", flush=True)
+            print(f"moved what was there to {artifact.quarantine(folder, 'before')}", flush=True)
         with progress(f"preparing {self.name}"):
             job, parameters = prepare_job(self.experiment, self.name, self.ranks.count)
         job.check_begun()
-        merged = Artifact(job.merged, job.identity()).state()
+        merged = artifact.Artifact(job.merged, job.identity()).state()
         if merged.name in ("done", "differs"):  # merged folders made before 2026-11-25 name no inputs; job.json does
             print(f"{job.stage}: already finished ({merged.manifest['created']}): {job.merged}", flush=True)
             self.ranks.broadcast({"finished": True})
             end_rank()
         if merged.name == "damaged":
-            print(f"{merged.why}. Kept as {quarantine(job.merged, 'damaged').name}; publishing again", flush=True)
+            aside = artifact.quarantine(job.merged, "damaged")
+            print(f"{merged.why}. Kept as {aside.name}; publishing again", flush=True)
         if not self.options.force:
             refuse_what_cannot_fit(job, self.ranks.nodes)
         describe(job, *parameters)
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_json(Path(self.experiment.output_dir) / "config.json", self.experiment.model_dump(mode="json"))
+        artifact.write_json(Path(self.experiment.output_dir) / "config.json", self.experiment.model_dump(mode="json"))
         job.save(job.folder / "job.json")
         return job
 
@@ -167,7 +147,7 @@ class Stage:
             end_rank()
         self.resume = message["resume"] and Path(message["resume"])
         path, deadline = self.experiment.stage_folder(self.name) / "job.json", time.monotonic() + _DELAY
-        while not (path.is_file() and digest(path.read_text(encoding="utf-8")) == message["job"]):
+        while not (path.is_file() and artifact.digest(path.read_text(encoding="utf-8")) == message["job"]):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{path.absolute()} is not the file that rank 0 wrote; output_dir must lie on a file system that all"
@@ -189,7 +169,7 @@ class Stage:
             is_trained = checkpoint is not None and step_of(checkpoint) == job.schedule.steps
             text = (job.folder / "job.json").read_text(encoding="utf-8")
             resume = self.resume and str(self.resume.absolute())
-            self.ranks.broadcast({"finished": True} if is_trained else {"job": digest(text), "resume": resume})
+            self.ranks.broadcast({"finished": True} if is_trained else {"job": artifact.digest(text), "resume": resume})
             if is_trained:
                 return self._final_checkpoint(job)
         stopped_by = run_trainer(job, build_trainer, self.resume)
@@ -219,7 +199,7 @@ class Stage:
         print(f"continuing from {checkpoint.name}" if checkpoint else "starting", flush=True)
         if checkpoint is None or job.zero_stage == 0:
             return checkpoint, checkpoint
-        ranks = read_manifest(checkpoint, COMPLETE)["ranks"]
+        ranks = artifact.read_manifest(checkpoint, COMPLETE)["ranks"]
         if ranks == job.schedule.ranks:
             return checkpoint, checkpoint
         print(f"{checkpoint.name} was written by {ranks} ranks: converting it for {job.schedule.ranks}", flush=True)
@@ -235,7 +215,7 @@ class Stage:
         from qilin_med.prompt.template import ChatTemplate
 
         print("merging and publishing", flush=True)
-        adapter, merged = (Artifact(job.folder / name, job.identity()) for name in ("adapter", "merged"))
+        adapter, merged = (artifact.Artifact(job.folder / name, job.identity()) for name in ("adapter", "merged"))
         with progress("merging and publishing"):
             if job.section.lora and not adapter.folder.exists():
                 with adapter.building() as folder:
@@ -247,13 +227,13 @@ class Stage:
                 dtype = job.experiment.model.dtype
                 save_whole_model(model, tokenizer, folder, dtype, {tokenizer.eos_token_id} | ends)
                 metrics = read_metrics(job.folder / "metrics.jsonl")
-                cost = checkpoint_cost(metrics)
+                cost, rows = checkpoint_cost(metrics), artifact.read_manifest(job.rows)
                 merged.facts = {  # enough to trace every number measured on it
                     "stage": job.stage,
                     "experiment": job.experiment.model_dump(mode="json"),
                     "job": job.fingerprint(),
                     "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
-                    "data": {"fingerprint": read_manifest(job.rows)["fingerprint"], "counts": read_counts(job.rows)},
+                    "data": {"fingerprint": rows["fingerprint"], "counts": read_counts(job.rows)},
                     "ranks": job.schedule.ranks,
                     "optimizer_steps": job.schedule.steps,
                     "final_metrics": metrics[-1] if metrics else None,
@@ -290,7 +270,7 @@ def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[J
     if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
         raise UserError(f"model.dtype is bfloat16, which {name} cannot compute; set model.dtype=float32")
-    fingerprint = fingerprint_model(parent)
+    fingerprint = artifact.fingerprint_model(parent)
     tokenizer = load_tokenizer(parent, experiment.model.template)
     cache = Path(experiment.output_dir) / "cache"
     rows = prepare_rows(stage, section, tokenizer, max_positions(parent), cache)

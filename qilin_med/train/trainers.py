@@ -16,7 +16,7 @@ from qilin_med.artifact import disk_errors_explained
 from qilin_med.config.experiment import InstructionConfig
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import open_rows, row_costs
-from qilin_med.model.batches import Collator, Layout, PairCollator, StepSampler, TokenCollator, model_inputs
+from qilin_med.model.batches import Collator, Layout, StepSampler, model_inputs
 from qilin_med.model.losses import (
     check_isolation,
     forward_through_head,
@@ -39,7 +39,7 @@ class RowTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, job: Job, model: Any, collator: Callable[[Layout], Collator], **kwargs: Any) -> None:
+    def __init__(self, job: Job, model: Any, **kwargs: Any) -> None:
         self.job = job
         self.packing = isinstance(job.section, InstructionConfig) and job.section.packing
         varlen = job.experiment.model.attention == "flash_attention_2"
@@ -51,7 +51,7 @@ class RowTrainer(Trainer):
         self.save_is_due: Callable[[], bool] = lambda: False  # by rank 0's clock
         rows = open_rows(job.rows).dataset
         rows = rows.add_column("index", np.arange(len(rows)))  # what a batch holds is told by it, and found again
-        super().__init__(model=model, train_dataset=rows, data_collator=collator(self.layout), **kwargs)
+        super().__init__(model=model, train_dataset=rows, data_collator=Collator(self.layout), **kwargs)
         self.add_callback(_Beginning(self))
 
     def begin(self) -> None:
@@ -130,9 +130,6 @@ class _Beginning(TrainerCallback):
 class LanguageModelTrainer(RowTrainer):
     """Next-token training (stages 1 and 2): loss at target positions only, in chunks."""
 
-    def __init__(self, job: Job, model: Any, args: Any) -> None:
-        super().__init__(job, model, TokenCollator, args=args)
-
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int = 1
     ) -> torch.Tensor:
@@ -145,7 +142,7 @@ class PreferenceTrainer(RowTrainer, DPOTrainer):
     """DPO (stage 3): TRL holds the adapter; the reference's log-probabilities are computed once, before the first step."""
 
     def __init__(self, job: Job, model: Any, **kwargs: Any) -> None:
-        super().__init__(job, model, PairCollator, **kwargs)
+        super().__init__(job, model, **kwargs)
         if getattr(self.model, "is_loaded_in_4bit", False):
             # TRL rounds an adapter on 4-bit weights to bf16, too coarse for AdamW; with DeepSpeed, one precision is wanted.
             for parameter in self.model.parameters():
