@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -70,43 +70,41 @@ class Ranks:
         local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter is DeepSpeed's
         return -(-self.count // int(local or self.count))
 
-    def agree(self, asked: dict[str, Any]) -> None:
-        """UserError on every rank unless all were asked for the same, with the same code and libraries."""
+    def share(self, asked: dict[str, Any], prepare: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `prepare` returns on rank 0, on every rank, however long it takes; so is its UserError raised on all of them.
+        Another unless all were asked for the same, with the same code and libraries."""
         own = {"host": socket.gethostname(), "asked": asked, "code": _code(), "libraries": versions()}
-        self.store.set(f"rank {self.rank}", json.dumps(own))
-        if self.rank == 0:
-            for rank in range(1, self.count):
-                other = json.loads(self._wait_for(f"rank {rank}"))
-                host = other.pop("host")
-                if changed := differences({name: own[name] for name in other}, other):
-                    told = "; ".join(changed[:4])
-                    self.broadcast(
-                        {
-                            "error": f"rank {rank} ({host}) is not like rank 0 ({told}); run the same command with the same code"
-                            " and libraries on all nodes"
-                        }
-                    )
-
-    def broadcast(self, message: dict[str, Any]) -> None:
-        """Rank 0: end the others' wait; an "error" is raised on every rank, here too."""
-        self.store.set("message", json.dumps(message))
-        # The store may end with this process (under srun and deepspeed), and nobody could read it then.
-        deadline = time.monotonic() + _TO_RECEIVE
-        while self.store.add("received", 0) < self.count - 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if self.rank:
+            self.store.set(f"rank {self.rank}", json.dumps(own))
+            with progress("waiting for rank 0 to prepare the stage"):
+                message = json.loads(self._wait_for("message"))
+            self.store.add("received", 1)
+        else:
+            try:
+                self._compare(own)
+                message = prepare()
+            except UserError as error:
+                message = {"error": str(error)}
+            self.store.set("message", json.dumps(message))
+            # The store may end with this process (under srun and deepspeed), and nobody could read it then.
+            deadline = time.monotonic() + _TO_RECEIVE
+            while self.store.add("received", 0) < self.count - 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
         if "error" in message:
-            raise UserError(message["error"])
-
-    def receive(self) -> dict[str, Any]:
-        """Any other rank: the message of rank 0, however long its work takes."""
-        with progress("waiting for rank 0 to prepare the stage"):
-            message = json.loads(self._wait_for("message"))
-        self.store.add("received", 1)
-        if "error" in message:
-            if LAUNCHED_HERE not in os.environ and os.environ["LOCAL_RANK"] != "0":
+            if self.rank and LAUNCHED_HERE not in os.environ and os.environ["LOCAL_RANK"] != "0":
                 end_rank(2)  # one of each node tells it
             raise UserError(message["error"])
         return message
+
+    def _compare(self, own: dict[str, Any]) -> None:
+        for rank in range(1, self.count):
+            other = json.loads(self._wait_for(f"rank {rank}"))
+            host = other.pop("host")
+            if changed := differences({name: own[name] for name in other}, other):
+                raise UserError(
+                    f"rank {rank} ({host}) is not like rank 0 ({'; '.join(changed[:4])}); run the same command with the same"
+                    " code and libraries on all nodes"
+                )
 
     def _wait_for(self, key: str) -> bytes:
         from torch.distributed import DistStoreError

@@ -54,7 +54,7 @@ def stage_script(name: StageName, description: str) -> Iterator["Stage"]:
     with errors_handed_on():
         options, experiment = parse_experiment(parser)
         if not options.dry_run:
-            with ExitStack() as held:
+            with artifact.disk_errors_explained(experiment.stage_folder(name)), ExitStack() as held:
                 yield Stage(name, experiment, options, held)
         elif os.environ["RANK"] == "0":
             _check(name, options)
@@ -99,55 +99,60 @@ class Stage:
 
     def __init__(self, name: StageName, experiment: Experiment, options: Namespace, held: ExitStack) -> None:
         self.name, self.experiment, self.options = name, experiment, options
-        self.held = held  # what rank 0 holds on to until the end
+        self.folder = experiment.stage_folder(name)
+        self.held = held  # the lock that rank 0 holds on to until the end
         # Before torch and DeepSpeed are imported:
         os.environ.setdefault("OMP_NUM_THREADS", str(experiment.launch.threads_per_process))
         os.environ["DS_ACCELERATOR"] = experiment.launch.device
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(experiment.stage_folder(name) / "tensorboard")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
         self.ranks = Ranks(experiment.launch.timeout_minutes)
-        self.ranks.agree({"stage": name, "experiment": experiment.model_dump(mode="json")})
-        held.push(self._broadcast_error)
-
-    def _broadcast_error(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, UserError) and self.ranks.rank == 0:
-            self.ranks.broadcast({"error": str(error)})
 
     def prepare(self) -> Job:
         """Rank 0: verify the parent, make or find the rows, and refuse what cannot go well; the others wait for it. All ranks
-        end here if the stage is finished."""
-        if self.ranks.rank:
-            return self._find_job(self.ranks.receive())
-        folder = self.experiment.stage_folder(self.name)
-        self.held.enter_context(artifact.disk_errors_explained(folder))
-        self.held.enter_context(artifact.exclusive(folder, "training"))
-        if self.options.restart and folder.exists():
-            print(f"moved what was there to {artifact.quarantine(folder, 'before')}", flush=True)
-        with progress(f"preparing {self.name}"):
-            job, parameters = prepare_job(self.experiment, self.name, self.ranks.count)
-        job.check_begun()
-        merged = artifact.Artifact(job.merged, job.identity()).state()
-        if merged.name in ("done", "differs"):  # merged folders made before 2026-11-25 name no inputs; job.json does
-            print(f"{job.stage}: already finished ({merged.manifest['created']}): {job.merged}", flush=True)
-            self.ranks.broadcast({"finished": True})
+        end here if the stage is finished, and all but rank 0 if it only has to be published."""
+        asked = {"stage": self.name, "experiment": self.experiment.model_dump(mode="json")}
+        message = self.ranks.share(asked, self._prepare_alone)
+        self.resume, self.is_trained = message["resume"], message["is_trained"]
+        if message["job"] is None or (self.is_trained and self.ranks.rank):
             end_rank()
-        if merged.name == "damaged":
-            aside = artifact.quarantine(job.merged, "damaged")
-            print(f"{merged.why}. Kept as {aside.name}; publishing again", flush=True)
-        if not self.options.force:
-            refuse_what_cannot_fit(job, self.ranks.nodes)
-        describe(job, *parameters)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(Path(self.experiment.output_dir) / "config.json", self.experiment.model_dump(mode="json"))
-        job.save(job.folder / "job.json")
-        return job
+        return self._find_job(message["job"])
 
-    def _find_job(self, message: dict[str, Any]) -> Job:
+    def _prepare_alone(self) -> dict[str, Any]:
+        """The sha256 of the job's file (None: there is nothing left to do), and where training is to go on."""
+        self.held.enter_context(artifact.exclusive(self.folder, "training"))
+        with artifact.disk_errors_explained(self.folder):
+            if self.options.restart and self.folder.exists():
+                print(f"moved what was there to {artifact.quarantine(self.folder, 'before')}", flush=True)
+            with progress(f"preparing {self.name}"):
+                job, parameters = prepare_job(self.experiment, self.name, self.ranks.count)
+            job.check_begun()
+            merged = artifact.Artifact(job.merged, job.identity()).state()
+            if merged.name in (
+                "done",
+                "differs",
+            ):  # merged folders made before 2026-11-25 name no inputs; job.json does
+                print(f"{job.stage}: already finished ({merged.manifest['created']}): {job.merged}", flush=True)
+                return {"job": None, "resume": None, "is_trained": True}
+            if merged.name == "damaged":
+                aside = artifact.quarantine(job.merged, "damaged")
+                print(f"{merged.why}. Kept as {aside.name}; publishing again", flush=True)
+            if not self.options.force:
+                refuse_what_cannot_fit(job, self.ranks.nodes)
+            describe(job, *parameters)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            artifact.write_json(
+                Path(self.experiment.output_dir) / "config.json", job.experiment.model_dump(mode="json")
+            )
+            job.save(job.folder / "job.json")
+            checkpoint, resume = self._choose_checkpoint(job)
+        is_trained = checkpoint is not None and step_of(checkpoint) == job.schedule.steps
+        text = (job.folder / "job.json").read_text(encoding="utf-8")
+        return {"job": artifact.digest(text), "resume": resume and str(resume.absolute()), "is_trained": is_trained}
+
+    def _find_job(self, written: str) -> Job:
         """The job that rank 0 wrote; UserError if this node does not see it, or not the model that it starts from."""
-        if "finished" in message:
-            end_rank()
-        self.resume = message["resume"] and Path(message["resume"])
-        path, deadline = self.experiment.stage_folder(self.name) / "job.json", time.monotonic() + _DELAY
-        while not (path.is_file() and artifact.digest(path.read_text(encoding="utf-8")) == message["job"]):
+        path, deadline = self.folder / "job.json", time.monotonic() + _DELAY
+        while not (path.is_file() and artifact.digest(path.read_text(encoding="utf-8")) == written):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{path.absolute()} is not the file that rank 0 wrote; output_dir must lie on a file system that all"
@@ -164,28 +169,16 @@ class Stage:
     def train(self, job: Job, build_trainer: "Callable[[Job], Trainer]") -> Path:
         """Train up to the last optimizer step, from the newest complete checkpoint on. Returns on rank 0, with the final
         checkpoint; the others end here."""
-        if self.ranks.rank == 0:
-            checkpoint, self.resume = self._choose_checkpoint(job)
-            is_trained = checkpoint is not None and step_of(checkpoint) == job.schedule.steps
-            text = (job.folder / "job.json").read_text(encoding="utf-8")
-            resume = self.resume and str(self.resume.absolute())
-            self.ranks.broadcast({"finished": True} if is_trained else {"job": artifact.digest(text), "resume": resume})
-            if is_trained:
-                return self._final_checkpoint(job)
-        stopped_by = run_trainer(job, build_trainer, self.resume)
-        if stopped_by:
-            if self.ranks.rank == 0 and LAUNCHED_HERE not in os.environ:
-                print(f"stopped by {stopped_by} {_where(job.folder)}", flush=True)
-            end_rank(STOPPED)
-        if self.ranks.rank:
-            end_rank()
-        return self._final_checkpoint(job)
-
-    def _final_checkpoint(self, job: Job) -> Path:
-        """What rank 0, alone from here on, merges with all cores."""
         import torch
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        if not self.is_trained:
+            if stopped_by := run_trainer(job, build_trainer, self.resume):
+                if self.ranks.rank == 0 and LAUNCHED_HERE not in os.environ:
+                    print(f"stopped by {stopped_by} {_where(job.folder)}", flush=True)
+                end_rank(STOPPED)
+            if self.ranks.rank:
+                end_rank()
+        torch.set_num_threads(os.cpu_count() or 1)  # for merging, which rank 0 does alone
         shutil.rmtree(job.folder / ".universal.part", ignore_errors=True)
         return _complete(job.folder)[-1]
 
@@ -372,7 +365,7 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
     return arguments
 
 
-def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: Path | None) -> str:
+def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: str | None) -> str:
     """Train as one of the ranks, from the start or from a checkpoint; returns who had it stopped, "" if no one. All of the
     trainer's memory is free again."""
     with ExitStack() as starting:
@@ -391,7 +384,7 @@ def run_trainer(job: Job, build_trainer: "Callable[[Job], Trainer]", resume: Pat
             trainer.add_callback(callback)
         set_seed(job.experiment.seed)  # again: whether the reference pass was cached must not change the dropout
         with checkpoints:
-            trainer.train(resume_from_checkpoint=resume and str(resume))
+            trainer.train(resume_from_checkpoint=resume)
     wait_for_all()
     unset_hf_deepspeed_config()  # else ZeRO-3 would split the merged model too
     return (guard.stopped_by or "another rank") if trainer.stop_agreed else ""
