@@ -17,8 +17,9 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """Yields a function that counts work done: `advance(n)`, in `unit`s out of `total`; "B" counts bytes.
+def progress(label: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields a function that counts work done: `advance(n)`, in `unit`s out of `total`; "B" counts bytes. `done`: where it
+    begins. `advance(n, note)` adds a note to what is shown; with `now` it is shown at once.
 
     Work without a total (one long call into a library) shows the time it has taken. In a log, nothing is shown of work that
     takes less than ten seconds. Of nested work, the innermost is shown. Only the first rank shows anything; forked workers
@@ -26,13 +27,16 @@ def progress(label: str, total: int | None = None, unit: str = "") -> Iterator[C
     """
     in_background = threading.current_thread() is not threading.main_thread()
     if os.environ.get("LOCAL_RANK", "0") != "0" or os.getpid() != _PROCESS or in_background:
-        yield lambda n: None
+        yield lambda n, note="", now=False: None
         return
-    meter, is_over = _Meter(label, total, unit), threading.Event()
+    meter, is_over = _Meter(label, total, unit, done), threading.Event()
 
-    def advance(n: int) -> None:
+    def advance(n: int, note: str = "", now: bool = False) -> None:
         with _lock:
             meter.done += n
+            meter.note = note
+            if now:
+                meter.show()
 
     def keep_showing() -> None:
         while not is_over.wait(SECONDS_BETWEEN_REDRAWS if meter.bar is not None else SECONDS_BETWEEN_LINES):
@@ -66,9 +70,10 @@ def counted(items: Iterable[Item], advance: Callable[[int], None]) -> Iterator[I
 
 
 class _Meter:
-    def __init__(self, label: str, total: int | None, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done, self.start = 0, time.monotonic()
+        self.done = self.first = done
+        self.note, self.start = "", time.monotonic()
         self.stream, self.bar = sys.stdout, None  # what a library prints may be caught in the meantime
         if sys.stderr.isatty():
             from tqdm import tqdm  # reads on import whether stages have turned off the libraries' bars
@@ -76,22 +81,23 @@ class _Meter:
             # Hence "disable"; and the position, because a nested bar takes the line of the outer one.
             self.bar = tqdm(
                 desc=label, total=total, unit=unit and f" {unit}", unit_scale=unit == "B", leave=False, dynamic_ncols=True,
-                disable=False, position=0,
+                disable=False, position=0, initial=done,
             )  # fmt: skip
 
     def show(self) -> None:
         if self.bar is not None:
             self.bar.n = self.done
-            self.bar.refresh()
+            self.bar.set_postfix_str(self.note)
             return
         elapsed = time.monotonic() - self.start
         line = f"{self.label}: {clock(elapsed)} so far"
-        if self.done:
+        if self.done > self.first:
             done, total = (f"{n / 1e6:,.0f}" if self.unit == "B" else f"{n:,}" for n in (self.done, self.total or 0))
             of = f" of {total}" if self.total else ""
             line = f"{self.label}: {done}{of} {'MB' if self.unit == 'B' else self.unit}".rstrip()
+            line += self.note and f", {self.note}"
             if self.total:
-                line += f", {clock(elapsed * (self.total - self.done) / self.done)} left"
+                line += f", {clock(elapsed * (self.total - self.done) / (self.done - self.first))} left"
         print(line, file=self.stream, flush=True)
 
 

@@ -16,10 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qilin_med.config.experiment import Experiment, LaunchConfig
 from qilin_med.errors import UserError, in_one_line
@@ -133,16 +135,13 @@ def _other_nodes_started(cluster: Cluster) -> Iterator[None]:
     finally:
         deadline = time.monotonic() + 30
         for process in processes.values():
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.kill()
 
 
 def _watch_the_start(processes: dict[str, subprocess.Popen]) -> None:
     """End this process if a node ends before ranks run here: torch's store would wait for it to the end of the timeout."""
-    import psutil
-
     own = {process.pid for process in processes.values()}
     while {child.pid for child in psutil.Process().children()} <= own:
         for number, (host, process) in enumerate(processes.items(), 1):
@@ -206,7 +205,8 @@ def launch_ranks(experiment: Experiment, cluster: Cluster) -> str:
         print(f"node {cluster.node} of {cluster.nodes}: meeting the others at {cluster.address}:{port}", flush=True)
         if interface := _interface_towards(cluster):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    with _stop_signals() as stop, _other_nodes_started(cluster):
+    stop = _listen_for_stops()
+    with _other_nodes_started(cluster):
         try:
             elastic_launch(config, sys.executable)(*sys.argv)
         except (SignalException, KeyboardInterrupt):
@@ -220,9 +220,8 @@ def launch_ranks(experiment: Experiment, cluster: Cluster) -> str:
     return ""
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Yields who asked to stop. Ranks get SIGTERM for Ctrl-C too: a rank whose interpreter is just starting would answer
+def _listen_for_stops() -> list[str]:
+    """Who asks to stop from here on. Ranks get SIGTERM for Ctrl-C too: a rank whose interpreter is just starting would answer
     SIGINT with a traceback."""
     heard: list[str] = []
 
@@ -233,13 +232,9 @@ def _stop_signals() -> Iterator[list[str]]:
     def terminate(_number: int, _frame: object) -> None:  # until the agent puts its own handler in place
         raise KeyboardInterrupt
 
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, interrupt)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
+    return heard
 
 
 def _raise_failure(failures: Collection[Any]) -> None:
@@ -286,8 +281,6 @@ def _explain_no_meeting(cluster: Cluster, port: int, seconds: int, error: Except
 
 def _interface_towards(cluster: Cluster) -> str:
     """The network interface on the way to node 0; gloo by itself takes the one of the host's name."""
-    import psutil
-
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((cluster.address, cluster.port))  # sends nothing

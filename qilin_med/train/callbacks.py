@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from qilin_med.artifact import commit_folder, disk_errors_explained, write_text
-from qilin_med.console.progress import clock, progress
+from qilin_med.console.progress import progress
 from qilin_med.errors import UserError
 from qilin_med.train.checkpoints import COMPLETE, prune_checkpoints
 from qilin_med.train.job import Job
@@ -175,50 +173,29 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar with loss, learning rate, useful tokens per second and time left; lines instead where no terminal is.
-    `starting`: what is shown while libraries, model and checkpoint load; it ends here."""
+    """How far the training is, with loss, learning rate and useful tokens per second. `starting`: what is shown while
+    libraries, model and checkpoint load; it ends here."""
 
     def __init__(self, starting: ExitStack) -> None:
         self.starting = starting
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.starting.close()
-        self.speaks = state.is_world_process_zero
-        self.on_terminal = sys.stderr.isatty()
         self.start, self.first_step, self.tokens = time.monotonic(), state.global_step, 0
-        self.last_line = self.start
-        self.long_step = ExitStack()
-        if self.speaks and self.on_terminal:
-            layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-            steps = {"total": state.max_steps, "initial": state.global_step}
-            self.bar = tqdm(**steps, bar_format=layout, dynamic_ncols=True, disable=False)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.speaks and not self.on_terminal:
-            self.long_step.enter_context(progress(f"step {state.global_step + 1}/{state.max_steps}"))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.long_step.close()
+        self.shown = ExitStack()
+        if state.is_world_process_zero:
+            steps = progress("training", state.max_steps, "steps", done=state.global_step)
+            self.advance = self.shown.enter_context(steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if not self.speaks or "loss" not in logs:
+        if not state.is_world_process_zero or "loss" not in logs:
             return
         self.tokens += logs["tokens"]
-        elapsed = time.monotonic() - self.start
-        numbers = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}, {self.tokens / elapsed:,.0f} tokens/s"
+        rate = self.tokens / (time.monotonic() - self.start)
+        numbers = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}, {rate:,.0f} tokens/s"
         if "rewards/accuracy" in logs:
             numbers += f", margin {logs['rewards/margin']:.3f}"
-        if self.on_terminal:
-            self.bar.set_postfix_str(numbers, refresh=False)
-            self.bar.update(state.global_step - self.bar.n)
-            return
-        # About a line every ten seconds, beside the first and the last.
-        now, special = time.monotonic(), (self.first_step + 1, state.max_steps)
-        if now - self.last_line > 10 or state.global_step in special:
-            self.last_line = now
-            left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-            print(f"step {state.global_step}/{state.max_steps}: {numbers}, {clock(left)} left", flush=True)
+        self.advance(1, numbers, now=state.global_step in (self.first_step + 1, state.max_steps))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.speaks and self.on_terminal:
-            self.bar.close()
+        self.shown.close()
