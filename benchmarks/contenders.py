@@ -24,7 +24,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, Train
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qilin_med.data.rows import open_rows
-from qilin_med.model.batches import Collator, Layout, model_inputs
+from qilin_med.model.batches import Collator, model_inputs
 from qilin_med.model.load import add_adapter, load_model, load_tokenizer, lora_config
 from qilin_med.model.losses import unwrap
 from qilin_med.prompt.template import IGNORED
@@ -111,7 +111,7 @@ def train_bare(job: Job, window: Window) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=section.learning_rate, weight_decay=0.0, fused=True)
     packing = getattr(section, "packing", False)
-    collate = Collator(Layout(packing, varlen=False, hidden_size=model.config.hidden_size))
+    collate = Collator(packing, varlen=False, hidden_size=model.config.hidden_size)
     for indices in torch.randperm(len(rows)).split(section.batch_size_per_device):
         batch = [{**rows[i], "index": i} for i in indices.tolist()]
         window.items.append(count_items(batch))

@@ -111,9 +111,13 @@ class Artifact:
 
     def publish(self) -> dict[str, Any]:
         """Commit what was built and give it its name; returns the manifest."""
-        remove_unfinished(self.work / "out")
-        facts = {**provenance(), **self.facts, "inputs": self.inputs}
-        return publish_folder(self.work / "out", self.folder, facts, self.marker)
+        out = self.work / "out"
+        for part in list(out.rglob(".*.part")):  # left by processes that were killed
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        contents = commit_folder(out, self.marker, {**provenance(), **self.facts, "inputs": self.inputs})
+        out.rename(self.folder)
+        _sync(self.folder.parent)
+        return contents
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -175,14 +179,6 @@ def commit_folder(folder: Path, marker: str, facts: dict[str, Any]) -> dict[str,
     files = list_files(folder, leave_out=(marker,))
     contents = _as_json({**facts, "fingerprint": digest(files), "files": files})
     write_json(folder / marker, {**contents, "digest": digest(contents)})
-    return contents
-
-
-def publish_folder(temporary: Path, final: Path, facts: dict[str, Any], marker: str = MANIFEST) -> dict[str, Any]:
-    """Commit a folder built under a temporary name and rename it to its final one, which must be free."""
-    contents = commit_folder(temporary, marker, facts)
-    temporary.rename(final)
-    _sync(final.parent)
     return contents
 
 
@@ -305,12 +301,6 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync(path.parent)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what `written_whole` left of processes that were killed."""
-    for part in list(folder.rglob(".*.part")):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

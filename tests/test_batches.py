@@ -10,7 +10,7 @@ from flash_stand_in import flash_on_cpu
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qilin_med.errors import UserError
-from qilin_med.model.batches import Collator, Layout, StepSampler, deal, lay_out, model_inputs
+from qilin_med.model.batches import Collator, StepSampler, deal, lay_out, model_inputs
 from qilin_med.model.losses import check_isolation
 from qilin_med.prompt.template import IGNORED
 
@@ -139,18 +139,17 @@ def test_flash_attention_without_cumulative_lengths_would_see_neighbours():
         with flash_on_cpu(model):
             mixed = model(**model_inputs(batch), use_cache=False).logits
     assert (apart - mixed)[0, 5:].abs().max() > 0.1
-    layout = Layout(packing=True, varlen=True, hidden_size=32)
     with flash_on_cpu(model):
-        check_isolation(model, layout)
+        check_isolation(model, varlen=True)
 
 
 def test_a_model_that_cannot_keep_neighbours_apart_is_refused():
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))  # ALiBi: no position_ids
     with pytest.raises(UserError, match=r"bloom with model.attention .* lets packed sequences see each other"):
-        check_isolation(bloom, Layout(packing=True, varlen=False, hidden_size=32))
+        check_isolation(bloom, varlen=False)
     model = tiny_model()
-    check_isolation(model, Layout(packing=True, varlen=False, hidden_size=32))
+    check_isolation(model, varlen=False)
     assert not model.training
 
 
@@ -168,15 +167,15 @@ def test_the_mask_is_dense_only_where_rows_hold_several_sequences():
 
 
 def test_rows_are_packed_where_that_computes_less():
-    layout = Layout(packing=True, varlen=False, hidden_size=4096)
-    assert layout.rows([512, 256, 256, 300, 212]) == [[0], [3, 4], [1, 2]]  # no padding at all
-    assert layout.rows([]) == [[]]
-    assert Layout(True, True, 4096).rows([3, 2]) == [[0, 1]]
-    assert Layout(False, True, 4096).rows([3, 2]) == [[0], [1]]
+    collator = Collator(packing=True, varlen=False, hidden_size=4096)
+    assert collator.group([512, 256, 256, 300, 212]) == [[0], [3, 4], [1, 2]]  # no padding at all
+    assert collator.group([]) == [[]]
+    assert Collator(True, True, 4096).group([3, 2]) == [[0, 1]]
+    assert Collator(False, True, 4096).group([3, 2]) == [[0], [1]]
 
 
 def test_batches_of_tokens():
-    collate = Collator(Layout(packing=False, varlen=False, hidden_size=32))
+    collate = Collator(packing=False, varlen=False, hidden_size=32)
     batch = collate([
         {"input_ids": [5, 6, 2, 7, 2], "lengths": [3, 2], "index": 4},
         {"input_ids": [8, 9, 2], "labels": [_, _, 2], "index": 2},
@@ -189,7 +188,7 @@ def test_batches_of_tokens():
 
 
 def test_batches_of_pairs():
-    collate = Collator(Layout(packing=False, varlen=False, hidden_size=32))
+    collate = Collator(packing=False, varlen=False, hidden_size=32)
     batch = collate([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8], "index": 3}])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [5, 6, 8, 0]]
     assert batch["labels"].tolist() == [[_, _, 7, 2], [_, _, 8, _]]

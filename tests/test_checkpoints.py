@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qilin_med.artifact import MANIFEST, commit_folder, digest, publish_folder, read_manifest, verify_folder
+from qilin_med.artifact import MANIFEST, commit_folder, digest, read_manifest, verify_folder
 from qilin_med.errors import UserError
 from qilin_med.train.checkpoints import COMPLETE, newest_complete, prune_checkpoints
 from qilin_med.train.metrics import checkpoint_cost
@@ -17,8 +17,8 @@ def folder(tmp_path) -> Path:
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "weights").write_bytes(b"abc")
     facts = {"created": "2026-11-24 甲", "counts": {10: 1, 9: (2, 0.1)}, "metrics": {"loss": 1.25e-7}, "commit": None}
-    publish_folder(tmp_path / "part", tmp_path / "whole", facts)
-    return tmp_path / "whole"
+    commit_folder(tmp_path / "part", MANIFEST, facts)
+    return (tmp_path / "part").rename(tmp_path / "whole")
 
 
 def test_a_published_folder_says_what_it_was_given(folder):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 
-from qilin_med.artifact import MANIFEST, digest, publish_folder
+from qilin_med.artifact import MANIFEST, commit_folder, digest
 from qilin_med.errors import UserError
 from qilin_med.model.folder import check_model_folder
 
@@ -28,8 +28,8 @@ def sound(tmp_path_factory, small_tokenizer) -> Path:
     shards = part.with_name("shards")
     AutoModelForCausalLM.from_pretrained(part).save_pretrained(shards, max_shard_size="40KB")
     small_tokenizer.save_pretrained(shards)
-    publish_folder(shards, part.with_name("sound"), {})
-    return part.with_name("sound")
+    commit_folder(shards, MANIFEST, {})
+    return shards.rename(part.with_name("sound"))
 
 
 def set_values(name: str, **values: object) -> Callable[[Path], None]:

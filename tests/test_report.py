@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from qilin_med.artifact import Artifact, fingerprint_model, publish_folder, verify_folder
+from qilin_med.artifact import MANIFEST, Artifact, commit_folder, fingerprint_model, verify_folder
 from qilin_med.config.experiment import Experiment, load_experiment
 from qilin_med.config.paper import EXPERIMENT_FILE, SCORES, STATED, differences
 from qilin_med.evaluate.results import model_folders
@@ -111,7 +111,9 @@ def publish(experiment: Experiment, stage: str) -> str:
     }  # fmt: skip
     metrics = [{"step": n, "loss": 1 / n, "learning_rate": 1e-4, "tokens": 100, "seconds": 0.5} for n in range(1, 11)]
     (folder.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    return publish_folder(temporary, folder, manifest)["fingerprint"]
+    fingerprint = commit_folder(temporary, MANIFEST, manifest)["fingerprint"]
+    temporary.rename(folder)
+    return fingerprint
 
 
 # ------------------------------------------------------------------------------------------------------ contents

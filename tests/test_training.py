@@ -359,8 +359,7 @@ def test_no_layout_changes_the_training(world, finished, stage, tmp_path):
     for name, batch, flash, more in (("1x1", 1, False, []), ("2", 2, True, []), ("unpacked", 4, False, unpacked),
                                      ("unpacked flash", 4, True, unpacked)):  # fmt: skip
         trainer = trainer_here(world, stage, settings(name, batch, *more))
-        trainer.layout = replace(trainer.layout, varlen=flash)
-        trainer.data_collator = replace(trainer.data_collator, layout=trainer.layout)
+        trainer.data_collator = replace(trainer.data_collator, varlen=flash)
         with flash_on_cpu(trainer.model) if flash else nullcontext():
             found, found_weights = trained(trainer)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

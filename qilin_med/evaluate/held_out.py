@@ -17,7 +17,7 @@ from qilin_med.config.experiment import Experiment, StageConfig, StageName
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import PreparedRows, prepare_rows
 from qilin_med.evaluate.results import HELD_OUT, read_result, result_folder, write_result
-from qilin_med.model.batches import Collator, Layout, model_inputs
+from qilin_med.model.batches import Collator, model_inputs
 from qilin_med.model.folder import check_model_folder, max_positions
 from qilin_med.model.load import load_for_inference, load_tokenizer
 from qilin_med.model.losses import forward_through_head, pair_log_probs, target_losses
@@ -99,7 +99,7 @@ def preference_accuracy(model: torch.nn.Module, rows: PreparedRows, batch_size: 
 
 def _batches(model: torch.nn.Module, rows: PreparedRows, batch_size: int) -> Iterator[dict[str, Any]]:
     # A row each, so that models are measured whose attention cannot keep packed sequences apart.
-    collate = Collator(Layout(False, False, model.config.get_text_config().hidden_size))
+    collate = Collator(False, False, model.config.get_text_config().hidden_size)
     with progress("held-out rows", len(rows.dataset), "rows") as advance:
         for start in range(0, len(rows.dataset), batch_size):
             indices = range(start, min(start + batch_size, len(rows.dataset)))

@@ -7,6 +7,7 @@ never an exit code.
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -92,13 +93,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
     except OSError as error:
         raise UserError(f"HOSTFILE={path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
-        if not words:
+        if not (text := line.partition("#")[0].strip()):
             continue
-        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not slots.isdecimal() or int(slots) == 0 or words[0] in hosts:
+        found = re.fullmatch(r"(\S+)\s+slots=(0*[1-9]\d*)", text)
+        if not found or found[1] in hosts:
             raise UserError(f"{path}: line {number}: expected `host slots=N`, every host once; found `{line.strip()}`")
-        hosts[words[0]] = int(slots)
+        hosts[found[1]] = int(found[2])
     if not hosts:
         raise UserError(f"{path}: names no host; expected lines like `worker-1 slots=8`")
     return hosts

@@ -88,32 +88,6 @@ class StepSampler(Sampler[list[int]]):
         return [part[group].tolist() for part in parts for group in deal(self.costs[part], bins, most)]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How sequences become rows of a batch. It affects only speed and memory: no sequence ever sees another."""
-
-    packing: bool
-    """False: one unit (a sequence, or a block of several) per row, padded to the longest."""
-    varlen: bool
-    """The attention takes cumulative lengths (FlashAttention), so that all units can lie in one row."""
-    hidden_size: int
-
-    def rows(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Units, by their lengths in tokens, grouped into rows."""
-        if not self.packing:
-            return [[index] for index in range(len(lengths))]
-        if self.varlen or not lengths:
-            return [list(range(len(lengths)))]
-
-        def work(rows: list[list[int]]) -> int:
-            # Of one layer, up to a factor: 12 hidden^2 weights and 2 x width x hidden scores for each position (PaLM, app. B).
-            width = max(sum(lengths[index] for index in row) for row in rows)
-            return len(rows) * width * (6 * self.hidden_size + width)
-
-        wanted = {-(-sum(lengths) // round(max(lengths) * factor)) for factor in (1, 1.25, 1.5, 2, 3, 4)}
-        return min((deal(lengths, number) for number in sorted(wanted)), key=work)
-
-
 def lay_out(sequences: Sequence[Tokens], rows: Sequence[Sequence[int]], varlen: bool = False) -> dict[str, Any]:
     """Sequences, by their numbers in `rows`, as [B, T] tensors; T is the longest row's length.
 
@@ -159,23 +133,41 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of any stage to a batch. "items" counts what the loss is a mean of, targets or pairs; "tokens" all but padding."""
+    """Rows of any stage to a batch, laid out for speed: no sequence ever sees another."""
 
-    layout: Layout
+    packing: bool
+    """False: one unit (a sequence, or a block of several) per row, padded to the longest."""
+    varlen: bool
+    """The attention takes cumulative lengths (FlashAttention), so that all units can lie in one row."""
+    hidden_size: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """ "items" counts what the loss is a mean of, targets or pairs; "tokens" all but padding."""
         are_pairs = bool(rows) and "prompt_ids" in rows[0]
         units = _pairs_as_units(rows) if are_pairs else [_segments(row) for row in rows]
         sequences = [sequence for unit in units for sequence in unit]
         lengths = [sum(len(ids) for ids, _ in unit) for unit in units]
         ends = np.cumsum([0, *map(len, units)]).tolist()
-        groups = [
-            [i for unit in group for i in range(ends[unit], ends[unit + 1])] for group in self.layout.rows(lengths)
-        ]
-        batch = lay_out(sequences, groups, self.layout.varlen)
+        groups = [[i for unit in group for i in range(ends[unit], ends[unit + 1])] for group in self.group(lengths)]
+        batch = lay_out(sequences, groups, self.varlen)
         items = len(rows) if are_pairs else int((batch["labels"] != IGNORED).sum())
         indices = torch.tensor([row["index"] for row in rows], dtype=torch.long)
         return {**batch, "rows": indices, "items": items, "tokens": sum(lengths)}
+
+    def group(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Units, by their lengths in tokens, as the rows of a batch."""
+        if not self.packing:
+            return [[index] for index in range(len(lengths))]
+        if self.varlen or not lengths:
+            return [list(range(len(lengths)))]
+
+        def work(rows: list[list[int]]) -> int:
+            # Of one layer, up to a factor: 12 hidden^2 weights and 2 x width x hidden scores for each position (PaLM, app. B).
+            width = max(sum(lengths[index] for index in row) for row in rows)
+            return len(rows) * width * (6 * self.hidden_size + width)
+
+        wanted = {-(-sum(lengths) // round(max(lengths) * factor)) for factor in (1, 1.25, 1.5, 2, 3, 4)}
+        return min((deal(lengths, number) for number in sorted(wanted)), key=work)
 
 
 def _segments(row: dict[str, Any]) -> list[Tokens]:

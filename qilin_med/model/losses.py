@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from qilin_med.errors import UserError
-from qilin_med.model.batches import Layout, lay_out, model_inputs
+from qilin_med.model.batches import lay_out, model_inputs
 
 _LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32: 262 positions of a 64k vocabulary
 _TRIAL_LENGTH = 8  # tokens of each of two sequences
@@ -113,7 +113,7 @@ def pair_log_probs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch
 
 
 @torch.no_grad()
-def check_isolation(model: torch.nn.Module, layout: Layout) -> None:
+def check_isolation(model: torch.nn.Module, varlen: bool) -> None:
     """A trial before training: UserError if a sequence's hidden states depend on its neighbour in the same row.
 
     Whether attention keeps packed sequences apart depends on the architecture, the attention implementation and the
@@ -124,7 +124,7 @@ def check_isolation(model: torch.nn.Module, layout: Layout) -> None:
     seconds = []
     for first_token in (5, 6):  # the second of two sequences stays the same, the first changes
         texts = [range(start, start + _TRIAL_LENGTH) for start in (first_token, 20)]
-        batch = lay_out([(text, text) for text in texts], [[0, 1]], layout.varlen)
+        batch = lay_out([(text, text) for text in texts], [[0, 1]], varlen)
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in model_inputs(batch).items()}
         hidden = forward_through_head(model, inputs, lambda hidden, _: hidden)
         seconds.append(hidden[0, _TRIAL_LENGTH:].float())

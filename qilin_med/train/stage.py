@@ -30,6 +30,10 @@ from qilin_med.train.metrics import checkpoint_cost, read_metrics
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+# Settings that are the library's own, by its names.
+_SAME_NAMES = {
+    "learning_rate", "weight_decay", "max_grad_norm", "activation_checkpointing", "deepspeed", "report_to",
+}  # fmt: skip
 _DELAY = 60.0  # seconds that a shared file system gets to show one node what another wrote
 
 
@@ -239,9 +243,6 @@ class Stage:
         )
 
 
-# -------------------------------------------------------------------------------------------------------- prepare
-
-
 def prepare_job(experiment: Experiment, stage: StageName, ranks: int) -> tuple[Job, tuple[int, int]]:
     """Verify the parent and prepare the rows: all that one process does alone while the others wait. Returns the job, and
     the numbers of parameters and of trainable ones."""
@@ -315,9 +316,6 @@ def describe(job: Job, parameters: int, trainable: int) -> None:
         print(f"{name + ':':13}{value}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- train
-
-
 def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, **extra: Any) -> "TrainingArguments":
     """The library's arguments for a job; `kind` is TrainingArguments or a subclass of it."""
     from transformers import TrainingArguments
@@ -334,26 +332,21 @@ def training_arguments(job: Job, kind: "type[TrainingArguments] | None" = None, 
         max_steps=job.schedule.steps,
         per_device_train_batch_size=job.schedule.batch_size,
         gradient_accumulation_steps=job.schedule.accumulation,
-        learning_rate=section.learning_rate,
         lr_scheduler_type=section.scheduler,
         warmup_steps=job.schedule.warmup_steps,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
         bf16=job.experiment.model.dtype == "bfloat16",
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        activation_checkpointing=section.activation_checkpointing,
         # Re-entrant checkpointing needs inputs with gradients, which a frozen embedding under LoRA does not give.
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
-        deepspeed=section.deepspeed,
         logging_steps=1,  # a resumed run must log the same numbers, so no averages over several steps
         logging_nan_inf_filter=False,  # Guard stops the run instead
         save_strategy="no",  # our callback says when
-        report_to=section.report_to,
         disable_tqdm=True,  # Progress shows more
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_timeout=round(60 * job.experiment.launch.timeout_minutes),
+        **section.model_dump(include=_SAME_NAMES),
         **extra,
     )
     if job.zero_stage == 3:

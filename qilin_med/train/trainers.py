@@ -16,7 +16,7 @@ from qilin_med.artifact import disk_errors_explained
 from qilin_med.config.experiment import InstructionConfig
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import open_rows, row_costs
-from qilin_med.model.batches import Collator, Layout, StepSampler, model_inputs
+from qilin_med.model.batches import Collator, StepSampler, model_inputs
 from qilin_med.model.losses import (
     check_isolation,
     forward_through_head,
@@ -43,7 +43,7 @@ class RowTrainer(Trainer):
         self.job = job
         self.packing = isinstance(job.section, InstructionConfig) and job.section.packing
         varlen = job.experiment.model.attention == "flash_attention_2"
-        self.layout = Layout(self.packing, varlen, model.config.get_text_config().hidden_size)
+        collator = Collator(self.packing, varlen, model.config.get_text_config().hidden_size)
         self.step_metrics: dict[str, torch.Tensor] = {}
         self.seen_rows: list[torch.Tensor] = []
         self.step_tokens = 0
@@ -51,13 +51,13 @@ class RowTrainer(Trainer):
         self.save_is_due: Callable[[], bool] = lambda: False  # by rank 0's clock
         rows = open_rows(job.rows).dataset
         rows = rows.add_column("index", np.arange(len(rows)))  # what a batch holds is told by it, and found again
-        super().__init__(model=model, train_dataset=rows, data_collator=Collator(self.layout), **kwargs)
+        super().__init__(model=model, train_dataset=rows, data_collator=collator, **kwargs)
         self.add_callback(_Beginning(self))
 
     def begin(self) -> None:
         """What comes before the first step, once the model is where it trains."""
         if self.job.keeps_sequences_apart:
-            check_isolation(self.model, self.layout)
+            check_isolation(self.model, self.data_collator.varlen)
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
