@@ -61,10 +61,10 @@ def test_a_file_in_another_encoding_is_refused_with_line_and_byte(tmp_path):
         list(read_documents(sources(path)))
 
 
-def test_a_broken_array_is_refused_with_line_and_column(tmp_path):
+def test_an_array_that_is_cut_off_is_refused_with_line_and_column(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text('[\n{"text": "a"},\n{"text": }\n]')
-    with pytest.raises(UserError, match=r"rows\.json: line 3, column 10: not valid JSON"):
+    path.write_text('[\n{"text": "a"},\n{"te')
+    with pytest.raises(UserError, match=r"rows\.json: line 3, column 2: not valid JSON"):
         list(read_documents(sources(path)))
 
 
@@ -152,13 +152,14 @@ def test_every_chat_layout(write_lines, row, messages):
         ({"conversations": [{"from": "tool", "value": "x"}]}, 'unknown role "tool"'),
         ({"conversations": [{"value": "x"}]}, "unknown role null"),
         ({"conversations": "x"}, "wrong type: 'conversations' is text, expected a list of messages"),
-        ({"messages": ["x"]}, "wrong type: 'messages' holds text, expected messages"),
-        ({"instruction": ["a", "b"], "output": "x"}, "wrong type: 'instruction' is a list of 2, expected text"),
+        ({"messages": [3]}, "wrong type: 'conversations' holds a number, expected messages"),
+        ({"instruction": "a", "output": ["b", "c"]}, "wrong type: 'output' is a list of 2, expected text"),
         ({"instruction": "a", "output": 1}, "wrong type: 'output' is a number, expected text"),
         ({"instruction": "a", "output": "b", "history": [["x"]]},
          "wrong type: 'history', expected a list of [question, answer]"),
         ({"ask": "a"}, "unknown layout: fields ask; expected conversations, messages, instruction/input/output, "
-         "question/answer, input/target, conversation or a list of turns"),
+         "question/answer, input/target, conversation or a list of turns; in a corpus file this may help: columns "
+         '{"question": "ask"}'),
     ],
 )  # fmt: skip
 def test_chats_that_cannot_be_used(write_lines, row, reason):
@@ -204,7 +205,8 @@ def test_every_preference_layout(write_lines, row, prompt):
         ({"prompt": "a", "chosen": chatml(Q), "rejected": "b"}, "roles out of order: 'chosen' is no answer"),
         ({"prompt": "a", "chosen": chatml(Q, A), "rejected": "b"}, "chosen and rejected answer different prompts"),
         ({"prompt": "a", "chosen": "b"}, "unknown layout: fields prompt, chosen; expected question/response_chosen/"
-         "response_rejected, conversations/chosen/rejected or prompt/chosen/rejected"),
+         "response_rejected, conversations/chosen/rejected or prompt/chosen/rejected; in a corpus file this may help: columns "
+         '{"question": "prompt", "response_chosen": "chosen"}'),
     ],
 )  # fmt: skip
 def test_preferences_that_cannot_be_used(write_lines, row, reason):

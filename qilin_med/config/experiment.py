@@ -47,6 +47,9 @@ Kind = Literal[
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
+MAX_EXPANSION = 100  # text is seldom packed to less than a twentieth
+
+
 class RawFiles(Section):
     name: str
     """Name in tables and records. If it is one from the paper's Tables 1 to 3, the paper's figures are shown next to ours."""
@@ -55,7 +58,15 @@ class RawFiles(Section):
     paths: Annotated[list[str], Field(min_length=1)]
     """Files, or folders read recursively. .gz, .zst and .zip are read in place."""
     columns: dict[str, str] = {}
-    """For files whose columns have other names: {field of the kind: column of the file}."""
+    """For files whose columns have other names or lie deeper: {field of the kind: column of the file, or a JMESPath
+    expression over the row}."""
+    rows: str = ""
+    """For files whose rows hold several records: a JMESPath expression that lists them. "*" in front: the file is one object,
+    whose values are read."""
+    header: list[str] = []
+    """For .csv, .tsv and tab-separated .txt without a line that names the columns: their names, in order."""
+    max_expansion: PositiveInt = MAX_EXPANSION
+    """How many times its size a packed file may unpack to before it is refused as a decompression bomb."""
 
 
 class DecontaminationSettings(Section):

@@ -115,6 +115,24 @@ def describe_evaluation(
     ]  # fmt: skip
 
 
+def heavy_losses(sources: list[dict[str, Any]]) -> list[str]:
+    """A line for each source that gives no record, or loses more than half of its rows in reading or of its records in
+    cleaning (those that `share` leaves out are not lost)."""
+    lines = []
+    for source in sources:
+        rejected = {reason: count for reason, count in source["rejected"].items() if reason != "not drawn"}
+        skipped, lost = sum(source["rows_skipped"].values()), sum(rejected.values())
+        if not source["kept"] or skipped * 2 > source["rows"] or lost * 2 > source["records"]:
+            worst = max(
+                {**source["rows_skipped"], **rejected}.items(), key=lambda item: item[1], default=("no rows", 0)
+            )
+            lines.append(
+                f"{source['stage']}/{source['name']}: {source['kept']} records from {source['rows']} rows, {skipped} rows"
+                f" skipped and {lost} records rejected, most for: {worst[0]} ({worst[1]})"
+            )
+    return lines
+
+
 def _leaked(source: dict[str, Any]) -> Counter[str]:
     """Records of a source that repeat evaluation questions, by evaluation file."""
     prefix, reasons = EVALUATION_REASON, source["rejected"].items()

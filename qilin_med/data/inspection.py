@@ -1,13 +1,17 @@
-"""Show records of a built corpus as the model will see them, the trained part marked."""
+"""Show records of a built corpus, or of one source before any build, as the model will see them, the trained part marked."""
 
+import random
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
 
 from qilin_med.artifact import read_manifest
-from qilin_med.config.corpus import CorpusSettings
+from qilin_med.config.corpus import CorpusSettings, RawSource
 from qilin_med.data.build import MARKER
-from qilin_med.data.read.files import open_parts
+from qilin_med.data.curate import Account, Task, read_clean
+from qilin_med.data.read.files import Span, open_parts
+from qilin_med.data.read.readers import READERS, raw_files, read_file
 from qilin_med.data.read.tables import ROW_SUFFIXES, read_rows
 from qilin_med.data.render import from_row
 from qilin_med.errors import UserError
@@ -17,6 +21,10 @@ from qilin_med.records import Document, Preference, Skipped, TrainingRecord
 
 OPEN, CLOSE = "⟦", "⟧"  # around what the loss is taken on
 WHOLE = 100_000  # tokens: nothing is cut here
+# What a preview looks at: so many files of a source, and of each so many records, in so many bytes of plain lines.
+FILES, RECORDS, BEGINNING = 5, 2000, 8 << 20
+LINE_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
+MARKS = f"Trained parts stand between {OPEN} and {CLOSE}; <...> are tokens of the template."
 
 
 def show_records(settings: CorpusSettings, count: int) -> None:
@@ -25,17 +33,68 @@ def show_records(settings: CorpusSettings, count: int) -> None:
     if not (folder / MARKER).is_file():
         raise UserError(f"{folder}: not built yet; run this command without --inspect first")
     template = ChatTemplate(load_tokenizer(Path(settings.tokenizer), "own"))
-    print(f"Trained parts stand between {OPEN} and {CLOSE}; <...> are tokens of the template.")
+    print(MARKS)
     for source in read_manifest(folder, MARKER)["sources"]:
         print(f"\n===== {source['stage']}: {source['name']}, {source['train']} train and {source['dev']} dev records")
         files = [file for split in ("train", "dev") for file in sorted((folder / source["stage"]).glob(f"{split}-*"))]
         rows = (row.value for file in files for part in open_parts(file, ROW_SUFFIXES) for row in read_rows(part))
         for row in islice((row for row in rows if row["source"] == source["name"]), count):
-            print(f"\n--- {row['id']} from {row['place']}")
-            for name, ids, labels in encode(from_row(source["stage"], row), template):
-                parts = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
-                texts = ((trained, template.tokenizer.decode([id_ for id_, _ in pairs])) for trained, pairs in parts)
-                print(name + "".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts))
+            print_record(f"{row['id']} from {row['place']}", from_row(source["stage"], row), template)
+
+
+def preview_source(settings: CorpusSettings, name: str, count: int) -> None:
+    """Print random records (the same in every call) from the beginnings of a source's files, and why others are none.
+    UserError: there is no such source, or its paths are missing."""
+    numbers = [n for n, source in enumerate(settings.sources) if name in (source.name, f"{source.stage}/{source.name}")]
+    if not numbers:
+        known = ", ".join(f"{source.stage}/{source.name}" for source in settings.sources)
+        raise UserError(f"no source is named '{name}'; the corpus file has: {known}")
+    template = ChatTemplate(load_tokenizer(Path(settings.tokenizer), "own"))
+    print(MARKS)
+    bounded = [
+        source.model_copy(update={"limit": min(source.limit or RECORDS, RECORDS)}) for source in settings.sources
+    ]
+    settings = settings.model_copy(update={"sources": bounded})
+    for number in numbers:
+        source = settings.sources[number]
+        files, account, drawn = raw_files(source), Account(), random.Random(0)
+        looked_at = sorted(drawn.sample(files, min(FILES, len(files))))
+        found = [
+            entry for file in looked_at for entry in read_clean(settings, Task(number, file), _beginning(file), account)
+        ]
+        rows, reasons = account.counts["rows"], account.counts["rejected"]
+        print(f"\n===== {source.stage}: {source.name}: the first rows of {len(looked_at)} of {len(files)} files:"
+              f" {rows['read']} rows, {len(found)} records")  # fmt: skip
+        for about, _, record in drawn.sample(found, min(count, len(found))):
+            print_record(about["place"], record, template)
+        if rows["read"] > rows["used"]:  # with the details, which a build does not count by
+            reasons += _reasons(source, looked_at)
+        for reason, times in reasons.most_common(10):
+            print(f"\nno record: {times} times: {reason}")
+
+
+def _beginning(file: Path) -> Span | None:
+    """Of a large file of lines, its first bytes up to the end of a line. Others are read as far as records are wanted."""
+    if file.suffix.lower() not in LINE_SUFFIXES or file.stat().st_size <= BEGINNING:
+        return None
+    with file.open("rb") as stream:
+        stream.seek(BEGINNING)
+        stream.readline(BEGINNING)
+        return Span(0, stream.tell(), 0, is_last=False)
+
+
+def _reasons(source: RawSource, files: list[Path]) -> Counter[str]:
+    reader = READERS[source.kind]
+    found = (islice(read_file(file, reader, source, span=_beginning(file)), RECORDS) for file in files)
+    return Counter(record.reason for pairs in found for _, record in pairs if isinstance(record, Skipped))
+
+
+def print_record(title: str, record: TrainingRecord, template: ChatTemplate) -> None:
+    print(f"\n--- {title}")
+    for name, ids, labels in encode(record, template):
+        parts = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
+        texts = ((trained, template.tokenizer.decode([id_ for id_, _ in pairs])) for trained, pairs in parts)
+        print(name + "".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts))
 
 
 def encode(record: TrainingRecord, template: ChatTemplate) -> Iterator[tuple[str, list[int], list[int]]]:

@@ -7,16 +7,23 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
+from qilin_med.config.experiment import MAX_EXPANSION
 from qilin_med.errors import UserError
+from qilin_med.records import RAW_CHARACTERS
 
 COMPRESSIONS = (".gz", ".zst")
 # The head of a file tells its encoding, and whether a .json holds lines.
 HEAD_BYTES = 1 << 20
+# A longer line, or element of a JSON array, is skipped: bounds the memory of a reader well below 1 GiB.
+LONGEST = 1 << 25
+TOO_LONG = f"longer than {LONGEST:,} characters"
+READ_BYTES = 1 << 16
+EXPANSION_FREE = 1 << 26  # unpacked bytes from which a file's expansion is looked at
 PACKED_FOLD = 3  # how many times larger text is than what it is packed into
 HIDDEN = (".", "__MACOSX")
 PASSED_OVER = re.compile(r"\.md$|^(readme|licen[cs]e|copying|notice)\b|^manifest\.json$", re.IGNORECASE)
@@ -44,6 +51,8 @@ class Part:
     open_bytes: Callable[[], BinaryIO]
     strict: bool
     """Bytes that are no text raise UnicodeDecodeError; else they become U+FFFD, which cleaning looks for."""
+    max_expansion: int = MAX_EXPANSION
+    """How many times its packed size it may unpack to."""
     span: Span | None = None
     """The rows to read, if not all."""
 
@@ -53,6 +62,14 @@ class Part:
         return self.span.first if self.span else 0
 
 
+class Line(NamedTuple):
+    number: int
+    """From 1."""
+    text: str
+    fault: str | None = None
+    """Why the line is not to be used; `text` is then its beginning."""
+
+
 # ------------------------------------------------------------------------------------------------------- finding
 
 
@@ -60,14 +77,17 @@ def list_files(path: Path, suffixes: tuple[str, ...], split: str = "") -> list[P
     """The file, or a folder's files of these kinds, read recursively in name order.
 
     A folder with files of the `split`, such as `train-*`, gives only those (neither its other files nor its sub-folders,
-    where held-out parts lie). Hidden names, manifests, licences and read-me files are passed over. UserError: the path
-    is missing, a file is empty or of an unknown kind, a folder holds nothing usable.
+    where held-out parts lie). Hidden names, manifests, licences and read-me files are passed over; any other file that is
+    not read is named on the terminal. UserError: the path is missing, a file is empty or of an unknown kind, a link leads
+    out of the folder, a folder holds nothing usable.
     """
     expected = f"expected {', '.join(suffixes)}, also as .gz, .zst or in a .zip"
     if not path.exists():
         raise UserError(f"{path}: no such data file or folder; {expected}")
     if path.is_dir():
-        files = _walk(path, suffixes, split)
+        unread: list[Path] = []
+        files = _walk(path, (*suffixes, ".zip"), split, path.resolve(), unread)
+        name_unread(path, tuple(str(file.relative_to(path)) for file in unread), expected)
     elif content_suffix(path.name) in (*suffixes, ".zip"):
         files = [path]
     else:
@@ -80,19 +100,35 @@ def list_files(path: Path, suffixes: tuple[str, ...], split: str = "") -> list[P
     return files
 
 
-def _walk(folder: Path, suffixes: tuple[str, ...], split: str) -> list[Path]:
-    entries = sorted(folder.iterdir())
-    files = [entry for entry in entries if _is_data(entry.name, (*suffixes, ".zip")) and entry.is_file()]
+def _walk(folder: Path, suffixes: tuple[str, ...], split: str, root: Path, unread: list[Path]) -> list[Path]:
+    entries = [entry for entry in sorted(folder.iterdir()) if not _is_passed_over(entry.name)]
+    for entry in entries:
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            raise UserError(f"{entry}: a link out of the data folder, to {entry.resolve()}; name that in the configuration"
+                            " itself, or remove the link")  # fmt: skip
+    files = [entry for entry in entries if entry.is_file() and content_suffix(entry.name) in suffixes]
     if split and (chosen := [file for file in files if file.name.startswith(f"{split}-")]):
         return chosen
-    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(HIDDEN)]
-    return sorted(files + [file for inner in folders for file in _walk(inner, suffixes, split)])
+    # A link to a folder inside would be read twice, or for ever.
+    folders = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
+    unread += [entry for entry in entries if entry not in files and entry not in folders]
+    return sorted(files + [file for inner in folders for file in _walk(inner, suffixes, split, root, unread)])
+
+
+@cache
+def name_unread(place: Path, names: tuple[str, ...], expected: str) -> None:
+    """One line for each folder or archive, once in a process."""
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"{place}: not read: {', '.join(names[:5])}{more}; {expected}", flush=True)
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.startswith(HIDDEN) or PASSED_OVER.search(name) is not None
 
 
 def _is_data(name: str, suffixes: tuple[str, ...]) -> bool:
-    *_, last = parts = Path(name).parts
-    hidden = any(part.startswith(HIDDEN) for part in parts)
-    return content_suffix(name) in suffixes and not hidden and not PASSED_OVER.search(last)
+    return content_suffix(name) in suffixes and not any(map(_is_passed_over, Path(name).parts))
 
 
 def content_suffix(name: str) -> str:
@@ -115,34 +151,56 @@ def unpacked_size(file: Path) -> int:
 # ------------------------------------------------------------------------------------------------------- opening
 
 
-def open_parts(file: Path, suffixes: tuple[str, ...], strict: bool = False, span: Span | None = None) -> Iterator[Part]:
+def open_parts(
+    file: Path,
+    suffixes: tuple[str, ...],
+    strict: bool = False,
+    max_expansion: int = MAX_EXPANSION,
+    span: Span | None = None,
+) -> Iterator[Part]:
     """The file itself (or a span of it), or the members of a .zip that have one of the suffixes, in name order.
 
-    UserError: the archive is broken, locked, or holds no such member.
+    UserError: the archive is broken, locked, holds no such member, or expands beyond `max_expansion`.
     """
     if content_suffix(file.name) != ".zip":
-        opened = partial(_unpack, file.name, partial(file.open, "rb"))
-        yield Part(str(file), content_suffix(file.name), opened, strict, span)
+        opened = partial(_unpack, str(file), partial(file.open, "rb"), file.stat().st_size, max_expansion)
+        yield Part(str(file), content_suffix(file.name), opened, strict, max_expansion, span)
         return
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise UserError(f"{file}: no readable .zip ({error}); download it again") from None
     with archive:
+        check_expansion(str(file), archive, file.stat().st_size, max_expansion)
         members = [m for m in archive.infolist() if not m.is_dir() and _is_data(m.filename, suffixes)]
         if not members:
             raise UserError(f"{file}: no usable file in this archive; expected {', '.join(suffixes)}")
         for member in sorted(members, key=lambda member: member.filename):
             if member.flag_bits & 1:
                 raise UserError(f"{file}: '{member.filename}' is locked with a password; unpack the archive")
-            opened = partial(_unpack, member.filename, partial(archive.open, member))
-            yield Part(f"{file}!{member.filename}", content_suffix(member.filename), opened, strict)
+            place = f"{file}!{member.filename}"
+            opened = partial(_unpack, place, partial(archive.open, member), member.compress_size, max_expansion)
+            yield Part(place, content_suffix(member.filename), opened, strict, max_expansion)
 
 
-def _unpack(name: str, open_packed: Callable[[], BinaryIO]) -> BinaryIO:
+def check_expansion(place: str, archive: zipfile.ZipFile, packed: int, max_expansion: int) -> None:
+    """UserError: the members of a .zip or .xlsx together expand too far. What a member says of its size is held to when
+    it is read."""
+    if sum(member.file_size for member in archive.infolist()) > max(EXPANSION_FREE, packed * max_expansion):
+        raise _too_large(place, max_expansion)
+
+
+def _too_large(place: str, max_expansion: int) -> UserError:
+    return UserError(
+        f"{place}: unpacks to more than {max_expansion} times its size, as a decompression bomb does; unpack it yourself,"
+        " or raise max_expansion of its source"
+    )
+
+
+def _unpack(place: str, open_packed: Callable[[], BinaryIO], packed: int, max_expansion: int) -> BinaryIO:
     import pyarrow  # here, because it takes long to import
 
-    stream = open_packed()
+    stream, name = open_packed(), place
     while (suffix := Path(name.lower()).suffix) in COMPRESSIONS:
         if suffix == ".gz":
             stream = gzip.GzipFile(fileobj=stream)
@@ -150,25 +208,72 @@ def _unpack(name: str, open_packed: Callable[[], BinaryIO]) -> BinaryIO:
             # Unlike zstandard's own reader, it does not take a file that was cut off for a whole one.
             stream = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd"))
         name = name[: -len(suffix)]
-    return stream
+    if name == place:
+        return stream
+    return io.BufferedReader(_Unpacked(stream, place, packed, max_expansion), READ_BYTES)
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds. UserError, while it is read, from where it expands too far."""
+
+    def __init__(self, stream: BinaryIO, place: str, packed: int, max_expansion: int):
+        self._stream, self._place, self._max_expansion = stream, place, max_expansion
+        self._left = max(EXPANSION_FREE, packed * max_expansion)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._stream.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readinto(self, buffer: memoryview) -> int:
+        found = self._stream.read(len(buffer))
+        buffer[: len(found)] = found
+        self._left -= len(found)
+        if self._left < 0:
+            raise _too_large(self._place, self._max_expansion)
+        return len(found)
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
 
 
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+                    codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+# Signs and characters that fill every Chinese text, simplified or traditional. Read in the wrong of the two national
+# encodings a text has next to none.
+FREQUENT = "，。、：；？的一是不了在人有我他这這个個们們来來大为為和中上到以时時可要病痛症治药藥疗療热熱发發血医醫"
+
+
 def read_head(part: Part) -> tuple[str, str, bool]:
     """(encoding, the first megabyte decoded, whether that is all).
 
-    The encoding is UTF-8 (with or without a byte order mark) or GB18030, whichever has fewer wrong bytes: one bad byte
-    does not make UTF-8 a Chinese code page. Where the part is read strictly, a GB18030 with wrong bytes is none.
+    The encoding is what a byte order mark says; else UTF-8, unless GB18030 or Big5 has fewer wrong bytes: one bad byte does
+    not make UTF-8 a Chinese code page. Of these two it is the one with more frequent characters. Where the part is read
+    strictly, a GB18030 or Big5 with wrong bytes is none.
     """
     with part.open_bytes() as stream:
         start = stream.read(HEAD_BYTES)
-    decoded = {name: codecs.getincrementaldecoder(name)("replace").decode(start) for name in ("utf-8-sig", "gb18030")}
-    encoding = min(decoded, key=lambda name: decoded[name].count("\ufffd"))
-    if part.strict and "\ufffd" in decoded[encoding]:
-        encoding = "utf-8-sig"
-    return encoding, decoded[encoding], len(start) < HEAD_BYTES
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    encoding, text, wrong = marked, *_decode(start, marked)
+    if wrong and marked == "utf-8-sig":
+        others = {name: _decode(start, name) for name in ("gb18030", "big5hkscs")}
+        best = max(others, key=lambda name: sum(map(others[name][0].count, FREQUENT)) - others[name][1])
+        if others[best][1] < wrong and not (part.strict and others[best][1]):
+            encoding, text = best, others[best][0]
+    return encoding, text, len(start) < HEAD_BYTES
+
+
+def _decode(start: bytes, encoding: str) -> tuple[str, int]:
+    """(text, how many bytes of it were wrong)."""
+    text = codecs.getincrementaldecoder(encoding)("replace").decode(start)
+    return text, text.count("\ufffd")
 
 
 def open_text(part: Part, newline: str = "\n") -> TextIO:
@@ -201,18 +306,30 @@ class Window(io.RawIOBase):
         super().close()
 
 
-def read_lines(part: Part) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1."""
+def bounded_lines(stream: TextIO, first: int = 0) -> Iterator[tuple[int, str, str | None]]:
+    """All lines as (number, text, fault), see `Line`, with their ends; `first` lines of the file lie before. One that is
+    longer than `LONGEST` is passed over in pieces."""
+    for number, line in enumerate(iter(partial(stream.readline, LONGEST), ""), first + 1):
+        if len(line) < LONGEST or line.endswith(("\n", "\r")):
+            yield number, line, None
+            continue
+        yield number, line[:RAW_CHARACTERS], f"a line {TOO_LONG}"
+        while (line := stream.readline(LONGEST)) and not line.endswith(("\n", "\r")):
+            pass
+
+
+def read_lines(part: Part) -> Iterator[Line]:
+    """The lines that are not blank, without their ends."""
     with open_text(part) as stream:
-        for number, line in enumerate(stream, part.first + 1):
-            if line.strip():
-                yield number, line.rstrip("\r\n")
+        for number, text, fault in bounded_lines(stream, part.first):
+            if fault or text.strip():
+                yield Line(number, text.rstrip("\r\n"), fault)
 
 
 def share_of_lines(file: Path, lines: int) -> float:
     """Share of a file's bytes that its first lines take; of a packed file a block is read ahead."""
     with file.open("rb") as stream:
-        for _ in islice(_unpack(file.name, lambda: stream), lines):
+        for _ in islice(_unpack(file.name, lambda: stream, file.stat().st_size, MAX_EXPANSION), lines):
             pass
         return stream.tell() / file.stat().st_size
 
@@ -220,6 +337,8 @@ def share_of_lines(file: Path, lines: int) -> float:
 def not_text(part: Part) -> UserError:
     """Says where a part that is read strictly holds a byte that is no text."""
     encoding, _, _ = read_head(part)
+    if encoding.startswith(("utf-16", "utf-32")):  # whose lines do not end in the byte 10
+        return UserError(f"{part.place}: not {encoding.upper()} throughout, as its first bytes say; save it as UTF-8")
     before = 0
     with part.open_bytes() as stream:
         for number, line in enumerate(stream, 1):
@@ -228,7 +347,7 @@ def not_text(part: Part) -> UserError:
             except UnicodeDecodeError as error:
                 return UserError(
                     f"{part.place}: line {number}, byte {before + error.start + 1} of the file: not"
-                    f" {encoding.upper().removesuffix('-SIG')}; expected UTF-8 or GB18030 throughout: mend the line, or"
+                    f" {encoding.upper().removesuffix('-SIG')}; expected UTF-8, GB18030 or Big5 throughout: mend the line, or"
                     f" convert the file: iconv -f gb18030 -t utf-8 '{part.place}' > converted{part.suffix}"
                 )
             before += len(line)

@@ -10,6 +10,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 from qilin_med.config.experiment import DataSource, Kind, RawFiles
+from qilin_med.data.read.expressions import check_expression
 from qilin_med.data.read.files import Span, content_suffix, list_files, not_text, open_parts
 from qilin_med.data.read.formats import chats, documents, exams, preferences
 from qilin_med.data.read.formats.reading import Counted, Fields, Reader, row_reader
@@ -26,7 +27,7 @@ READERS: dict[Kind, Reader] = {
     "department_qa": chats.department_qa,
     "meddialog": chats.MEDDIALOG,
     "chat": chats.chat,
-    "instruct_chat": chats.instruct_chat,
+    "instruct_chat": chats.chat,
     "multiturn_chat": chats.multiturn_chat,
     "hc3": chats.hc3,
     "safety_prompts": chats.safety_prompts,
@@ -40,15 +41,24 @@ READERS: dict[Kind, Reader] = {
 def raw_files(source: RawFiles) -> list[Path]:
     """The files of a source, in the order of its paths; folders give, in name order, those that the kind can read.
 
-    UserError: a path is missing, empty or of another kind; `columns` maps a field that the kind does not have.
+    UserError: a path is missing, empty or of another kind; `columns` maps a field that the kind does not have, or is no
+    expression.
     """
     reader = READERS[source.kind]
-    if unknown := source.columns.keys() - set(reader.fields):
+    for place, expression in {"rows": source.rows, **{f"columns.{k}": v for k, v in source.columns.items()}}.items():
+        if expression:
+            check_expression(source.name, place, expression)
+    unknown = source.columns.keys() - set(reader.fields)
+    if unknown and not reader.keeps_others:
         raise UserError(
             f"source '{source.name}': columns maps '{min(unknown)}', which kind {source.kind} does not have; it has: "
             + ", ".join(reader.fields)
         )
-    return [file for path in source.paths for file in list_files(Path(path), reader.suffixes)]
+    return [file for path in source.paths for file in list_files(Path(path), _suffixes(reader, source))]
+
+
+def _suffixes(reader: Reader, source: RawFiles) -> tuple[str, ...]:
+    return (*reader.suffixes, ".txt") if source.header and ".txt" not in reader.suffixes else reader.suffixes
 
 
 def read_raw(source: RawFiles, file: Path, span: Span | None = None) -> Iterator[Counted]:
@@ -72,7 +82,7 @@ def read_file(
     if span and span.start == span.end:
         return
     try:
-        for part in open_parts(file, reader.suffixes, strict, span):
+        for part in open_parts(file, _suffixes(reader, source), strict, source.max_expansion, span):
             yield from reader.read(part, source)
     except UnicodeDecodeError:
         raise not_text(part) from None

@@ -3,18 +3,17 @@
 Every row keeps its place: a span knows how many lines, elements or rows lie before it.
 """
 
-import csv
 import io
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qilin_med.config.experiment import DataSource, Kind, RawFiles
 from qilin_med.data.read.files import COMPRESSIONS, Part, Span, open_parts, read_head
 from qilin_med.data.read.formats.reading import Reader
 from qilin_med.data.read.readers import READERS, as_raw
-from qilin_med.data.read.tables import holds_lines, split_json
+from qilin_med.data.read.tables import Elements, csv_cells, holds_lines, parse_json
 
 READ_BYTES = 1 << 20
 Border = tuple[int, int]
@@ -26,6 +25,8 @@ def line_test(file: Path, reader: Reader, source: RawFiles) -> Callable[[str], A
     so many of its records are wanted, or what a record is depends on those before."""
     suffix = file.suffix.lower()
     if suffix in (*COMPRESSIONS, ".zip", ".xlsx") or getattr(source, "limit", None):
+        return None
+    if "*" in source.rows or (source.header and suffix == ".txt"):
         return None
     return reader.begins(suffix, source)
 
@@ -42,8 +43,8 @@ def cut_file(file: Path, reader: Reader, source: RawFiles, number: int) -> list[
     elif encoding not in ("utf-8-sig", "gb18030"):
         borders = iter(())
     elif part.suffix in (".csv", ".tsv"):
-        borders = _between_rows_of_cells(part, encoding, targets)
-    elif part.suffix in (".txt", ".jsonl") or holds_lines(text.lstrip(), is_whole, nested=False):
+        borders = _between_rows_of_cells(part, targets)
+    elif part.suffix in (".txt", ".jsonl") or holds_lines(text.lstrip(), is_whole, keyed=False):
         borders = _between_lines(part, encoding, targets, line_test(file, reader, source))
     else:
         # In GB18030, a bracket may be half a character.
@@ -70,40 +71,43 @@ def _between_lines(part: Part, encoding: str, targets: list[int], begins: Callab
             while at < target and (block := stream.read(min(READ_BYTES, target - at))):
                 at, number = at + len(block), number + block.count(b"\n")
                 if at == target and not block.endswith(b"\n"):
-                    at, number = at + len(stream.readline()), number + 1
-            while (line := stream.readline()) and not begins(line.decode(encoding, "replace").rstrip("\r\n")):
-                at, number = at + len(line), number + 1
+                    at, number = at + _read_line(stream)[1], number + 1
+            while (line := _read_line(stream))[1] and not begins(line[0].decode(encoding, "replace").rstrip("\r\n")):
+                at, number = at + line[1], number + 1
             stream.seek(at)
             yield at, number
 
 
-def _between_rows_of_cells(part: Part, encoding: str, targets: list[int]) -> Iterator[Border]:
+def _read_line(stream: BinaryIO) -> tuple[bytes, int]:
+    """(beginning of a line, or all of it, how many bytes it has), of a line of any length."""
+    line = piece = stream.readline(READ_BYTES)
+    length = len(line)
+    while piece and not piece.endswith(b"\n"):
+        piece = stream.readline(READ_BYTES)
+        length += len(piece)
+    return line, length
+
+
+def _between_rows_of_cells(part: Part, targets: list[int]) -> Iterator[Border]:
     """The first row from each target on, below the names of the columns: quotation marks may hold line breaks, so the
     rows before are parsed. No further ones where a line break is none of these."""
-    at, is_named = 0, False
+    at, line, is_named = 0, 0, False
+    left = iter(targets)
+    target = next(left, None)
     with part.open_bytes() as stream:
-
-        def lines() -> Iterator[str]:
-            nonlocal at
-            for line in stream:
-                if b"\r" in line.removesuffix(b"\r\n"):
-                    raise csv.Error
-                at += len(line)
-                yield line.decode(encoding, "replace")
-
-        rows = csv.reader(lines(), delimiter="\t" if part.suffix == ".tsv" else ",")
-        left = iter(targets)
-        target = next(left, None)
-        try:
-            for cells in rows:
-                is_named = is_named or any(map(str.strip, cells))
-                while is_named and target is not None and at >= target:
-                    yield at, rows.line_num
-                    target = next(left, None)
-                if target is None:
+        for number, cells, fault in csv_cells(part, "\t" if part.suffix == ".tsv" else ","):
+            for _ in range(line, number - 1):
+                start, length = _read_line(stream)
+                if b"\r" in start.removesuffix(b"\r\n"):
                     return
-        except csv.Error:  # also for a quotation mark that is not closed
-            return
+                at += length
+            line = number - 1
+            while is_named and target is not None and at >= target:
+                yield at, line
+                target = next(left, None)
+            if target is None:
+                return
+            is_named = is_named or (not fault and any(map(str.strip, cells)))
 
 
 def _between_elements(part: Part, targets: list[int]) -> Iterator[Border]:
@@ -112,7 +116,9 @@ def _between_elements(part: Part, targets: list[int]) -> Iterator[Border]:
     target = next(left, None)
     # As Latin-1, each byte is a character.
     with io.TextIOWrapper(part.open_bytes(), encoding="latin-1", newline="\n") as stream:
-        for index, (start, _) in enumerate(split_json(stream)):
+        for index, (start, text, ended) in enumerate(Elements(stream)):
+            if not ended or parse_json(text.encode("latin-1"))[1]:
+                return  # where a reader resumes is not known here
             while target is not None and start >= target:
                 yield start, index
                 target = next(left, None)

@@ -4,101 +4,114 @@ import csv
 import io
 import json
 import re
+import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TextIO
+from itertools import chain, islice, starmap
+from typing import Any, TextIO
 
 import orjson
 
-from qilin_med.data.read.files import Part, open_text, read_head, read_lines
+from qilin_med.data.read.expressions import expanded
+from qilin_med.data.read.files import (
+    LONGEST,
+    TOO_LONG,
+    Line,
+    Part,
+    bounded_lines,
+    check_expansion,
+    open_text,
+    read_head,
+    read_lines,
+)
+from qilin_med.data.read.raw import RawRow
 from qilin_med.errors import UserError
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
-# A cell that long comes from a quotation mark that is never closed.
-csv.field_size_limit(1 << 22)
 READ_CHARACTERS = 1 << 20
+# A quoted cell that is longer, in characters or lines, comes from a quotation mark that is never closed.
+CELL_CHARACTERS, CELL_LINES = 1 << 22, 1000
+csv.field_size_limit(CELL_CHARACTERS)
 # What ends an element of a JSON array. A string is taken whole, for the signs in it say nothing; `cut` if it goes on.
-JSON_SIGN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|(?P<cut>\\?\Z))|[\[\]{},]', re.DOTALL)
+STRING_END = r'[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|(?P<cut>\\?\Z))'
+JSON_SIGN = re.compile(rf'"{STRING_END}|[\[\]{{}},]', re.DOTALL)
+JSON_STRING_END = re.compile(STRING_END, re.DOTALL)
+# Where an element may begin after one that is broken.
+JSON_BOUNDARY = re.compile(r",\s*(?=[{\[])")
+JSON_DECODER = json.JSONDecoder()
 
 Cells = list[str]
+Numbered = tuple[int, Cells, str | None]
+"""The number of a row's first line, its cells, and the fault of one that is no row."""
 
 
-class RawRow(NamedTuple):
-    """A row as it stands in the file."""
-
-    id: str
-    """Its place: "place:line" of lines and tables, "place#index" of arrays and .parquet."""
-    value: Any
-    """JSON: any value; tables: {column: text}; a line of a .txt: {"text": line}."""
-    text: str | None = None
-    """The original line, where the row is one."""
-    fault: str | None = None
-    """Why the row could not be parsed."""
-
-
-def read_rows(part: Part, nested: bool = False) -> Iterator[RawRow]:
+def read_rows(part: Part, rows: str = "", header: Sequence[str] = ()) -> Iterator[RawRow]:
     """All rows of a part, in order. Blank lines and rows of blank cells are no rows.
 
-    A JSON object is one row; with `nested` its values are rows, and of values that are lists the elements.
-    UserError: a .json that is neither lines nor a whole value; a broken .xlsx or .parquet.
+    `rows` lists the records of each (see `qilin_med.data.read.expressions.expanded`). A JSON object is one row, unless `rows`
+    begins with "*", which goes through its values one by one. `header` names the columns of a table without a header line; a
+    .txt with one is read as .tsv. UserError: a .json that is neither lines nor a whole value; a broken .xlsx or .parquet.
     """
-    delimiter = "\t" if part.suffix == ".tsv" else ","
+    keyed = re.search(r"(^|\|\| *)\*", rows) is not None
+    found = _rows_of(part, keyed, list(header))
+    yield from chain.from_iterable(expanded(row, rows) for row in found) if rows else found
+
+
+def _rows_of(part: Part, keyed: bool, header: Cells) -> Iterator[RawRow]:
+    delimiter = "," if part.suffix == ".csv" else "\t"
     match part.suffix:
         case ".csv" | ".tsv":
-            header = _csv_header(part, delimiter) if part.first else []
-            yield from _table(part.place, _csv_cells(part, delimiter), delimiter, header)
+            first = _first_cells(part, delimiter) if part.first else []
+            cells = csv_cells(part, delimiter, len(first))
+            yield from _table(part.place, cells, delimiter, header or _names_in(first))
+        case ".txt" if header:
+            yield from _table(part.place, csv_cells(part, delimiter), delimiter, header)
         case ".xlsx":
-            yield from _xlsx_rows(part)
+            yield from _xlsx_rows(part, header)
         case ".parquet":
             yield from _parquet_rows(part)
         case ".txt":
-            for number, line in read_lines(part):
-                yield RawRow(f"{part.place}:{number}", {"text": line}, line)
+            for number, line, fault in read_lines(part):
+                yield RawRow(f"{part.place}:{number}", {"text": line}, line, fault)
         case _:
-            yield from _json_rows(part, nested)
+            yield from _json_rows(part, keyed)
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON
 
 
-def _json_rows(part: Part, nested: bool) -> Iterator[RawRow]:
+def _json_rows(part: Part, keyed: bool) -> Iterator[RawRow]:
     _, head, whole = read_head(part)
     head = head.lstrip()
-    if part.suffix != ".jsonl" and not holds_lines(head, whole, nested):
-        yield from _json_elements(part, head, keyed=nested and head.startswith("{"))
+    if part.suffix != ".jsonl" and not holds_lines(head, whole, keyed):
+        yield from _json_elements(part, head[:1], keyed and head.startswith("{"))
         return
-    for number, line in read_lines(part):
-        try:
-            value, fault = _parse(line)
-        except json.JSONDecodeError as error:
-            value, fault = None, f"broken JSON: {error.msg}"
+    for number, line, fault in read_lines(part):
+        value, fault = (None, fault) if fault else parse_json(line)
         yield RawRow(f"{part.place}:{number}", value, line, fault)
 
 
-def holds_lines(head: str, whole: bool, nested: bool) -> bool:
+def holds_lines(head: str, whole: bool, keyed: bool) -> bool:
     """Whether a .json file holds JSON lines, as many published ones do: a first line that is whole, or, where the
     file is no single value, a later line that is an object (then the first line is broken)."""
     first, *rest = head.split("\n")
     if first.startswith("["):
         return _is_json(first, list) and rest != [] and rest[0].lstrip().startswith("[")
     if _is_json(first, dict):
-        return not (nested and any(isinstance(value, list) for value in json.loads(first).values()))
-    if nested or (whole and _is_json(head, dict)):
+        return not (keyed and not any(rest))
+    if keyed or (whole and _is_json(head, dict)):
         return False
     # The first line may be a whole book.
     return (not rest and first.startswith("{")) or any(line[:1] == "{" and _is_json(line, dict) for line in rest)
 
 
 def _is_json(text: str, kind: type) -> bool:
-    try:
-        return isinstance(_parse(text)[0], kind)
-    except json.JSONDecodeError:
-        return False
+    return isinstance(parse_json(text)[0], kind)
 
 
-def _parse(text: str) -> tuple[Any, str | None]:
-    """(value, fault). Raises JSONDecodeError where the text is no JSON."""
+def parse_json(text: str | bytes) -> tuple[Any, str | None]:
+    """(value, fault)."""
     try:
         return orjson.loads(text), None
     except orjson.JSONDecodeError:
@@ -106,63 +119,141 @@ def _parse(text: str) -> tuple[Any, str | None]:
     # orjson refuses half surrogate pairs, NaN and long numbers, which one of a row's other fields may hold.
     try:
         return json.loads(text), None
-    except json.JSONDecodeError:
-        raise
+    except json.JSONDecodeError as error:
+        return None, f"broken JSON: {error.msg}"
     except (ValueError, RecursionError):
         return None, "broken JSON: a number or nesting beyond all bounds"
 
 
-def _json_elements(part: Part, head: str, keyed: bool) -> Iterator[RawRow]:
-    """Elements of an array, each parsed by itself, or one value. `keyed`: those of an object's values."""
-    index, inside, ends = part.first, bool(part.span and part.span.start), not part.span or part.span.is_last
+def _json_elements(part: Part, opening: str, keyed: bool) -> Iterator[RawRow]:
+    """Elements of an array, each parsed by itself, or one value. `keyed`: an object, whose entries come as {key: value}.
+
+    A broken element is faulty alone: reading resumes where something begins that has the fields of those before. UserError:
+    the file ends before its array does, or goes on behind it.
+    """
+    shapes: set[Any] = set()
     with open_text(part) as stream:
-        is_split = keyed or head.startswith("[")
-        pieces = split_json(stream, inside, ends) if is_split else [(0, stream.read())]
-        for start, text in pieces:
-            try:
-                value, fault = _parse(f"{{{text}}}" if keyed and text.strip() else text)
-            except json.JSONDecodeError as error:
+        if keyed or opening == "[":
+            elements = Elements(stream, bool(part.span and part.span.start), not part.span or part.span.is_last)
+        else:
+            elements = [(0, stream.read(LONGEST), not stream.read(1))]
+        for index, (start, text, ended) in enumerate(elements, part.first):
+            text = f"{{{text}}}" if keyed and text.strip() else text
+            value, fault = (None, f"an element {TOO_LONG}") if len(text) >= LONGEST else parse_json(text)
+            if ended and not fault:
+                shapes |= {_shape(value)} if len(shapes) < 1000 else set()
+            elif opening == "[" and (resumed := _next_element(text, shapes)):
+                elements.resume_at(start + resumed)
+                text, value, fault = text[:resumed], None, fault or "broken JSON: Extra data"
+            elif len(text) < LONGEST and (opening != "[" or not ended) and (error := _end_error(text, opening)):
                 if part.span:  # only the whole file tells the line
-                    deque(_json_elements(replace(part, span=None), head, keyed), maxlen=0)
+                    deque(_json_elements(replace(part, span=None), opening, keyed), maxlen=0)
                 line, column = _line_and_column(part, start + error.pos - keyed)
                 raise UserError(
                     f"{part.place}: line {line}, column {column}: not valid JSON after {index} whole rows ({error.msg});"
                     " expected one array of objects, one object, or an object a line"
                 ) from None
-            if keyed and not fault:
-                [value] = value.values()
-            for element in value if keyed and isinstance(value, list) else [value]:
-                yield RawRow(f"{part.place}#{index}", element, text if fault else None, fault)
-                index += 1
+            yield RawRow(f"{part.place}#{index}", value, text if fault else None, fault)
 
 
-def split_json(stream: TextIO, inside: bool = False, ends: bool = True) -> Iterator[tuple[int, str]]:
-    """(offset, text) of what the commas of a JSON array or object divide. Last comes text that is no JSON if the value
-    does not end, or goes on. `inside`: the stream begins after a comma; unless it `ends`, it stops at one."""
-    text, offset, start, scanned, depth, pieces = "", 0, 0, 0, int(inside), int(inside)
-    while chunk := stream.read(READ_CHARACTERS):
-        text, offset, scanned, start = text[start:] + chunk, offset + start, scanned - start, 0
-        for sign in JSON_SIGN.finditer(text, scanned):
-            scanned = sign.end() if sign["cut"] is None else sign.start()
-            if sign[0] in ("[", "{"):
-                depth += 1
-                start = scanned if depth == 1 else start
-            elif sign[0] in ("]", "}", ","):
-                piece = text[start : sign.start()]
-                # Between brackets there may be nothing at all.
-                if depth == 1 and (sign[0] == "," or pieces or piece.strip()):
-                    yield offset + start, piece
-                    pieces += 1
-                start = scanned if depth == 1 else start
-                depth -= sign[0] != ","
-            if depth == 0:
-                if (rest := text[scanned:] + stream.read()).strip():
-                    yield offset + scanned - 1, f"0{rest}"
+def _shape(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, dict) else type(value)
+
+
+def _next_element(text: str, shapes: set[Any]) -> int:
+    """Where in a broken text an element begins that is whole and shaped like those seen before; 0: nowhere."""
+    for boundary in islice(JSON_BOUNDARY.finditer(text), 10_000):
+        try:
+            value, _ = JSON_DECODER.raw_decode(text, boundary.end())
+        except (ValueError, RecursionError):
+            continue
+        if not shapes or _shape(value) in shapes:
+            return boundary.end()
+    return 0
+
+
+def _end_error(text: str, opening: str) -> json.JSONDecodeError | None:
+    """What is wrong with the end of a file; None where an element is broken before, and the array ends behind it."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = error.msg.startswith("Unterminated") or error.pos >= len(text.rstrip())
+        return error if cut or opening != "[" or not text.rstrip().endswith("]") else None
+    except (ValueError, RecursionError):
+        return None
+    return json.JSONDecodeError("Extra data, or an end that is missing", text, len(text))
+
+
+class Elements:
+    """(offset, text, whether it has ended) of what the commas of a JSON array or object divide. What has not ended is too
+    long, or all that is left where the file ends early or goes on behind the array."""
+
+    def __init__(self, stream: TextIO, inside: bool = False, ends: bool = True):
+        """`inside`: the stream begins after a comma; unless it `ends`, it stops at one."""
+        self._stream, self._at_end, self._ends = stream, False, ends
+        self._text, self._offset = "", 0  # what is in memory, and where in the file it begins
+        self._start = self._scanned = 0
+        self._depth = int(inside)
+        self._in_string = self._resumed = False
+
+    def resume_at(self, offset: int) -> None:
+        """An element begins there, within the text that came last."""
+        self._start = self._scanned = offset - self._offset
+        self._depth, self._in_string, self._resumed = 1, False, True
+
+    def __iter__(self) -> Iterator[tuple[int, str, bool]]:
+        count, is_lost = self._depth, False  # lost: the rest of an element that is too long
+        while True:
+            self._start = self._scanned if is_lost else self._start
+            sign = self._next_sign()
+            if sign in ("[", "{"):
+                self._depth += 1
+                self._start = self._scanned if self._depth == 1 else self._start
+                continue
+            if sign and self._depth > 1:
+                self._depth -= sign != ","
+                continue
+            text = self._text[self._start : self._scanned - len(sign)]
+            if not sign and self._at_end and not self._ends and not text.strip():
                 return
-    if text[start:].strip():
-        yield offset + start, text[start:]
-    if ends:
-        yield offset + len(text), ""
+            # Between brackets there may be nothing at all.
+            if not is_lost and (sign in ("", ",") or count or text.strip()):
+                yield self._offset + self._start, text, sign != ""
+                count += 1
+            if self._resumed:
+                self._resumed = is_lost = False
+                continue
+            if not sign and self._at_end:
+                return
+            is_lost = not sign
+            self._start = self._scanned
+            if sign in ("]", "}"):
+                self._read_on(LONGEST)
+                if rest := self._text.strip():
+                    yield self._offset, self._text, False
+                if not (rest and self._resumed):
+                    return
+                self._resumed = False
+
+    def _next_sign(self) -> str:
+        """The next bracket or comma outside strings, up to which is then scanned; "" at the end of the file or where an
+        element is too long."""
+        while True:
+            inside = self._in_string
+            found = (JSON_STRING_END.match if inside else JSON_SIGN.search)(self._text, self._scanned)
+            self._in_string = found is not None and found["cut"] is not None
+            self._scanned = found.end() - len(found["cut"] or "") if found else len(self._text)
+            if found and not self._in_string:
+                if not inside and found[0][0] != '"':
+                    return found[0]
+            elif len(self._text) - self._start >= LONGEST or not self._read_on(READ_CHARACTERS):
+                return ""
+
+    def _read_on(self, characters: int) -> bool:
+        chunk = self._stream.read(characters)
+        self._text, self._offset = self._text[self._start :] + chunk, self._offset + self._start
+        self._scanned, self._start, self._at_end = self._scanned - self._start, 0, not chunk
+        return bool(chunk)
 
 
 def _line_and_column(part: Part, offset: int) -> tuple[int, int]:
@@ -178,24 +269,29 @@ def _line_and_column(part: Part, offset: int) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-def _csv_cells(part: Part, delimiter: str) -> Iterator[tuple[int, Cells | None]]:
-    """Cells of each row and the line on which it starts; None for a row that does not end."""
+def csv_cells(part: Part, delimiter: str, width: int = 0) -> Iterator[Numbered]:
+    """Where a quotation mark is not closed, its line is faulty and reading resumes at the next one."""
     with open_text(part, newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter)
-        while True:
-            line = part.first + reader.line_num + 1
-            try:
-                yield line, next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                yield line, None
+        lines, waiting = starmap(Line, bounded_lines(stream, part.first)), deque[Line]()
+
+        def following() -> Line | None:
+            return waiting.popleft() if waiting else next(lines, None)
+
+        while line := following():
+            taken = [line]
+            cells, fault = line.text.rstrip("\r\n").split(delimiter), line.fault
+            if not fault and '"' in line.text:
+                cells, fault = _quoted_cells(taken, following, delimiter, width)
+            if fault:
+                waiting.extendleft(reversed(taken[1:]))
+            yield line.number, cells, fault
+            width = width or (len(cells) if not fault and any(map(str.strip, cells)) else 0)
 
 
-def _csv_header(part: Part, delimiter: str) -> Cells:
-    """The names of the columns, which only the beginning of a file has."""
-    whole = _csv_cells(replace(part, span=None), delimiter)
-    return next(_names_in(cells) for _, cells in whole if cells and any(map(str.strip, cells)))
+def _first_cells(part: Part, delimiter: str) -> Cells:
+    """The cells with which a file begins, mostly the names of the columns; a span has them not."""
+    whole = csv_cells(replace(part, span=None), delimiter)
+    return next(cells for _, cells, fault in whole if not fault and any(map(str.strip, cells)))
 
 
 def _names_in(cells: Cells) -> Cells:
@@ -203,48 +299,79 @@ def _names_in(cells: Cells) -> Cells:
     return [name.strip() for name in cells[:width]]
 
 
-def _table(place: str, numbered: Iterable[tuple[int, Cells | None]], delimiter: str, header: Cells) -> Iterator[RawRow]:
-    """Rows of cells as {column: text}; unless there is a header already, the first that is not blank is one."""
-    for number, cells in numbered:
-        id_ = f"{place}:{number}"
-        if cells is None:
-            yield RawRow(id_, None, "", "a quotation mark is not closed")
-            continue
+def _quoted_cells(
+    taken: list[Line], following: Callable[[], Line | None], delimiter: str, width: int
+) -> tuple[Cells, str | None]:
+    """(cells, fault) of the row that begins with the line in `taken`, to which its further lines are added."""
+
+    def texts() -> Iterator[str]:
+        yield taken[0].text
+        length = 0
+        while len(taken) < CELL_LINES and length < CELL_CHARACTERS and (line := following()):
+            taken.append(line)
+            length += len(line.text)
+            yield line.text
+
+    try:
+        cells = next(csv.reader(texts(), delimiter=delimiter, strict=True))
+        # A mark that is not closed may end at the next row's; then the cells do not add up.
+        if len(taken) == 1 or len(cells) == (width or len(cells)):
+            return cells, None
+    except csv.Error:
+        # A line may have marks that enclose no cell, which is told from one that is not closed by what follows it.
+        rows = (
+            list(csv.reader([taken[0].text, "\n"], delimiter=delimiter)) if len(taken[0].text) < CELL_CHARACTERS else []
+        )
+        if len(rows) == 2:
+            return rows[0], None
+    return [taken[0].text.rstrip("\r\n")], "a quotation mark is not closed"
+
+
+def _table(place: str, numbered: Iterable[Numbered], delimiter: str, header: Cells) -> Iterator[RawRow]:
+    """Rows of cells as {column: text}; unless there is a header, the first that is not blank names the columns."""
+    for number, cells, fault in numbered:
+        id_, text = f"{place}:{number}", delimiter.join(cells)
         width = max((index for index, cell in enumerate(cells, 1) if cell.strip()), default=0)
-        if width and not header:
+        if not fault and width > len(header) > 0:
+            fault = "more cells than columns"
+        elif not fault and width > 0 and len(cells) < len(header):
+            fault = "fewer cells than columns"
+        if fault:
+            yield RawRow(id_, None, text, fault)
+        elif width and not header:
             header = _names_in(cells)
-        elif width > len(header):
-            yield RawRow(id_, None, delimiter.join(cells), "more cells than columns")
-        elif width and len(cells) < len(header):
-            yield RawRow(id_, None, delimiter.join(cells), "fewer cells than columns")
         elif width:
-            yield RawRow(id_, dict(zip(header, cells, strict=False)), delimiter.join(cells))
+            yield RawRow(id_, dict(zip(header, cells, strict=False)), text)
 
 
-def _xlsx_rows(part: Part) -> Iterator[RawRow]:
+def _xlsx_rows(part: Part, header: Cells) -> Iterator[RawRow]:
     import openpyxl  # here, because it takes long to import and few files need it
 
     with part.open_bytes() as stream:
         content = io.BytesIO(stream.read())
     try:
+        with zipfile.ZipFile(content) as archive:
+            check_expansion(part.place, archive, content.getbuffer().nbytes, part.max_expansion)
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
         for sheet in book.worksheets:
             # Some programs write a wrong size into the file.
             sheet.reset_dimensions()
             place = part.place if len(book.worksheets) == 1 else f"{part.place}!{sheet.title}"
-            yield from _table(place, _sheet_cells(sheet), "\t", [])
+            yield from _table(place, _sheet_cells(sheet), "\t", header)
+    except UserError:
+        raise
     except Exception as error:  # openpyxl lets whatever it meets through
         raise UserError(f"{part.place}: no readable .xlsx ({error}); save it again, or as .csv") from None
 
 
-def _sheet_cells(sheet: Any) -> Iterator[tuple[int, Cells]]:
+def _sheet_cells(sheet: Any) -> Iterator[Numbered]:
     width = 0
     for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
         # Whole numbers come as 3.0, and blank cells at the end may be left out.
         values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
         cells = ["" if value is None else str(value) for value in values]
         width = max(width, len(cells))
-        yield number, cells + [""] * (width - len(cells))
+        yield number, cells + [""] * (width - len(cells)), None
 
 
 def _parquet_rows(part: Part) -> Iterator[RawRow]:

@@ -7,7 +7,7 @@ from itertools import chain, groupby
 from typing import Any
 
 from qilin_med.config.corpus import RawFiles
-from qilin_med.data.read.files import Part, read_lines
+from qilin_med.data.read.files import Line, Part, read_lines
 from qilin_med.data.read.formats.reading import (
     Counted,
     Fields,
@@ -21,17 +21,18 @@ from qilin_med.data.read.formats.reading import (
     texts_of,
     unknown_layout,
 )
-from qilin_med.data.read.tables import RawRow
+from qilin_med.data.read.raw import RawRow
 from qilin_med.records import Chat, Message, Role
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    **dict.fromkeys(("user", "human", "input"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "output"), "assistant"),
-}
 SPEAKERS: dict[str, Role] = {
-    **dict.fromkeys(("病人", "患者", "用户", "patient", "human", "user"), "user"),
-    **dict.fromkeys(("医生", "医师", "大夫", "助手", "doctor", "assistant", "bot"), "assistant"),
+    **dict.fromkeys(("病人", "患者", "用户", "问", "patient", "human", "user"), "user"),
+    **dict.fromkeys(("医生", "医师", "大夫", "助手", "答", "doctor", "assistant", "bot"), "assistant"),
+}
+ROLES: dict[str, Role] = {
+    **SPEAKERS,
+    "system": "system",
+    **dict.fromkeys(("input", "question", "query", "prompt"), "user"),
+    **dict.fromkeys(("output", "answer", "response", "gpt"), "assistant"),
 }
 SPEAKER = re.compile(rf"\s*({'|'.join(SPEAKERS)})\s*[:：]\s*(.*)", re.IGNORECASE | re.DOTALL)
 # Turns written into one text: "Human:...\nAssistant:..." (BELLE), "<user>: ... <bot>: ..." (literature dialogues).
@@ -42,14 +43,25 @@ MARK = re.compile(r"(?:^|\n)\s*(Human|Assistant)\s*[:：]|<(user|bot)>\s*[:：]"
 
 
 def read_messages(value: Any, field: str) -> list[Message]:
-    """Messages written as {"from", "value"} or {"role", "content"}."""
+    """Messages written as {"from", "value"} or {"role", "content"}, as pairs ([question, answer], {"human", "assistant"},
+    {"question", "answer"}, ...), or as texts: with their speakers, else in turn."""
     if not isinstance(value, list):
         raise UnusableRow(f"wrong type: '{field}' is {name_of(value)}, expected a list of messages")
+    if value and all(isinstance(entry, str) for entry in value):
+        texts = [plain_text(entry, field) for entry in value]
+        return read_turns(texts) if SPEAKER.fullmatch(texts[0]) else _alternating(texts, field)
     messages = []
     for entry in value:
+        if isinstance(entry, list):
+            messages += _alternating(entry, field)
+            continue
         if not isinstance(entry, dict):
             raise UnusableRow(f"wrong type: '{field}' holds {name_of(entry)}, expected messages")
         role, content = ("from", "value") if "from" in entry else ("role", "content")
+        spoken = {ROLES[key.lower()]: key for key in entry if key.lower() in ROLES}
+        if role not in entry and {"user", "assistant"} <= spoken.keys():
+            messages += [Message(name, field_text(entry, spoken[name])) for name in ("user", "assistant")]
+            continue
         name = entry.get(role)
         if not isinstance(name, str) or name.lower() not in ROLES:
             raise UnusableRow(f"unknown role {json.dumps(name, ensure_ascii=False)}"[:80])
@@ -124,25 +136,21 @@ def checked_chat(id_: str, messages: list[Message]) -> Chat:
 
 def _messages(row: Any) -> list[Message]:
     match row:
-        case list() if all(isinstance(turn, str) for turn in row):
-            return read_turns(plain_text(turn, "turn") for turn in row)
-        case {"conversation": [*turns]}:  # Firefly
-            if not all(isinstance(turn, dict) and {"human", "assistant"} <= turn.keys() for turn in turns):
-                raise UnusableRow("unknown layout")
-            return _alternating((turn[name] for turn in turns for name in ("human", "assistant")), "conversation")
-        case {"conversations": turns}:
+        case list():
+            return read_messages(row, "turn")
+        case {"conversations": turns} | {"messages": turns} | {"conversation": turns}:
             return system_message(row) + read_messages(turns, "conversations")
-        case {"messages": turns}:
-            return system_message(row) + read_messages(turns, "messages")
         case {"instruction": _}:
-            parts = (field_text(row, "instruction"), field_text(row, "input"))
+            parts = (next(iter(texts_of(row["instruction"], "instruction")), ""), field_text(row, "input"))
             question = Message("user", "\n".join(part for part in parts if part))
             if row.get("output") is None:
                 raise UnusableRow("no answer")
             answer = Message("assistant", field_text(row, "output"))
             return [*system_message(row), *history_messages(row), question, answer]
-        case {"question": _, "answer": _}:
-            return [Message("user", field_text(row, "question")), Message("assistant", field_text(row, "answer"))]
+        case {"input": [*questions], "output": [*answers]}:
+            if len(questions) != len(answers):
+                raise UnusableRow("not as many answers as questions")
+            return _alternating((text for pair in zip(questions, answers, strict=True) for text in pair), "turn")
         case {"input": _, "target": _} | {"input": _, "output": _}:
             # A question, or earlier turns with the speakers' names, up to the name of the one who answers.
             text = field_text(row, "input")
@@ -155,43 +163,34 @@ def _messages(row: Any) -> list[Message]:
     )
 
 
-@row_reader("conversations", "messages", "conversation", "system", "history", "instruction", "input", "output", "target",
-            "question", "answer", objects=False)  # fmt: skip
-def chat(id_: str, row: Any) -> Chat:
-    return checked_chat(id_, _messages(row))
+def to_chats(id_: str, row: Any) -> list[Chat]:
+    """One chat; of a question with several answers one for each. Of several wordings of a question the first is taken."""
+    turns = isinstance(row, dict) and row.keys() & {"conversations", "messages", "conversation"}
+    if turns or not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
+        return [checked_chat(id_, _messages(row))]
+    question = next(iter(texts_of(row["question"], "question")), "")
+    before = [*system_message(row), *history_messages(row), Message("user", question)]
+    answers = texts_of(row["answer"], "answer") or [""]
+    return [
+        checked_chat(f"{id_}~{n}" if n > 1 else id_, [*before, Message("assistant", answer)])
+        for n, answer in enumerate(answers, 1)
+    ]
 
 
-@row_reader("instruction", "input", "output", "history", "system")
-def instruct_chat(id_: str, row: Fields) -> Chat:
-    """An instruction, or parallel lists of questions and answers."""
-    if "instruction" in row:
-        return checked_chat(id_, _messages(row))
-    questions, answers = row.get("input"), row.get("output")
-    if not isinstance(questions, list) or not isinstance(answers, list):
-        raise UnusableRow("unknown layout")
-    if len(questions) != len(answers):
-        raise UnusableRow("not as many answers as questions")
-    turns = (text for pair in zip(questions, answers, strict=True) for text in pair)
-    return checked_chat(id_, _alternating(turns, "turn"))
+FIELDS = ("conversations", "messages", "conversation", "system", "history", "instruction", "input", "output", "target",
+          "question", "answer")  # fmt: skip
+chat = row_reader(*FIELDS, objects=False)(to_chats)
+HUATUO = {"question": "not_null(questions, question)", "answer": "not_null(answers, answer)"}
+huatuo = row_reader("questions", "answers", *FIELDS, columns=HUATUO)(to_chats)
+# ChatGPT's first answer; people's first where it gave none.
+HC3 = {"answer": "first([chatgpt_answers, human_answers])"}
+hc3 = row_reader("question", "human_answers", "chatgpt_answers", columns=HC3)(to_chats)
+SAFETY_PROMPTS = {"question": "prompt", "answer": "response"}
+safety_prompts = row_reader("prompt", "response", "type", columns=SAFETY_PROMPTS, rows="prompt && [@] || *[]")(to_chats)
 
 
 def _one_turn(id_: str, question: str, answer: str) -> Chat:
     return checked_chat(id_, [Message("user", question), Message("assistant", answer)])
-
-
-@row_reader("questions", "answers", "instruction", "input", "output")
-def huatuo(id_: str, row: Fields) -> list[Chat]:
-    """The first wording of the question with each of its answers."""
-    if "instruction" in row:
-        parts = [*texts_of(row["instruction"], "instruction")[:1], field_text(row, "input")]
-        question, answers = "\n".join(part for part in parts if part), row.get("output")
-    elif row.keys() & {"questions", "question"}:
-        question = next(iter(texts_of(row.get("questions", row.get("question")), "questions")), "")
-        answers = row.get("answers", row.get("answer"))
-    else:
-        raise UnusableRow("unknown layout")
-    several = texts_of(answers, "answers") or [""]
-    return [_one_turn(f"{id_}~{n}" if n > 1 else id_, question, answer) for n, answer in enumerate(several, 1)]
 
 
 @row_reader("department", "title", "ask", "answer")
@@ -224,22 +223,6 @@ def multiturn_chat(id_: str, row: Fields) -> Chat:
     return checked_chat(id_, [*(turn for turn in turns if turn.content), answer])
 
 
-@row_reader("question", "human_answers", "chatgpt_answers")
-def hc3(id_: str, row: Fields) -> Chat:
-    """ChatGPT's first answer; people's first where it gave none."""
-    if "question" not in row or not row.keys() & {"chatgpt_answers", "human_answers"}:
-        raise UnusableRow("unknown layout")
-    answers = [text for name in ("chatgpt_answers", "human_answers") for text in texts_of(row.get(name), name)]
-    return _one_turn(id_, field_text(row, "question"), next(iter(answers), ""))
-
-
-@row_reader("prompt", "response", "type", nested=True)
-def safety_prompts(id_: str, row: Fields) -> Chat:
-    if not {"prompt", "response"} <= row.keys():
-        raise UnusableRow("unknown layout")
-    return _one_turn(id_, field_text(row, "prompt"), field_text(row, "response"))
-
-
 # ------------------------------------------------------------------------------------------------------ MedDialog
 
 BLOCK = re.compile(r"\s*id\s*=\s*\d+\s*")
@@ -254,14 +237,15 @@ FORM_LINE = re.compile(r"\s*预约医生\s*[:：].*|.*[（(]\d{4}-\d\d-\d\d填�
 
 def _read_meddialog(part: Part, source: RawFiles) -> Iterator[Counted]:
     """Blocks of a .txt, each of which begins with "id=7" and is placed where it begins; elsewhere lists of turns."""
-    if part.suffix != ".txt":
+    if part.suffix != ".txt" or source.header:
         yield from _dialogue_list.read(part, source)
         return
-    place, lines = "", []
-    for number, line in chain(read_lines(part), [(0, "id=0")]):
+    place, lines, broken = "", [], None
+    for number, line, fault in chain(read_lines(part), [Line(0, "id=0")]):
         if BLOCK.fullmatch(line) and lines:
-            yield from convert_row(RawRow(place, lines, "\n".join(lines)), {}, _block_chat, objects=False)
-            lines = []
+            yield from convert_row(RawRow(place, lines, "\n".join(lines), broken), (), _block_chat, objects=False)
+            lines, broken = [], None
+        broken = broken or fault
         place = place if lines else f"{part.place}:{number}"
         lines.append(line)
 

@@ -9,10 +9,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from qilin_med.config.corpus import RawFiles
+from qilin_med.data.read.expressions import mapped
 from qilin_med.data.read.files import Part, read_lines
 from qilin_med.data.read.formats.reading import (
     LONE_SURROGATE,
@@ -20,12 +22,15 @@ from qilin_med.data.read.formats.reading import (
     Fields,
     Reader,
     UnusableRow,
+    field_text,
+    layout_reason,
     name_of,
     row_reader,
     skipped,
     texts_of,
 )
-from qilin_med.data.read.tables import ROW_SUFFIXES
+from qilin_med.data.read.raw import RawRow
+from qilin_med.data.read.tables import ROW_SUFFIXES, read_rows
 from qilin_med.data.shards import read_json_lines
 from qilin_med.records import Document
 
@@ -56,12 +61,15 @@ def _text_rows(id_: str, row: Fields) -> Document:
 def _read_text(part: Part, source: RawFiles) -> Iterator[Counted]:
     """Lines of a .txt are joined to documents of at least `join_lines` characters (the last may be shorter)."""
     characters = getattr(source, "join_lines", 0)
-    if not characters or part.suffix != ".txt":
+    if not characters or part.suffix != ".txt" or source.header:
         yield from _text_rows.read(part, source)
         return
     lines: list[str] = []
     place, length = "", 0
-    for number, line in read_lines(part):
+    for number, line, fault in read_lines(part):
+        if fault:
+            yield 1, skipped(f"{part.place}:{number}", fault, line)
+            continue
         place = place or f"{part.place}:{number}"
         lines.append(line)
         length += len(line) + 1
@@ -112,48 +120,64 @@ ONE_TAIL_WORDINGS = (
 
 def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
     """Triples are dealt out to temporary files by a hash of their head, and each of these is grouped in memory, so a
-    graph may be larger than memory and the triples of a head lie anywhere. The first line may name the columns."""
-    names = {source.columns.get(field, field).lower(): field for field in TRIPLE_FIELDS}
+    graph may be larger than memory and the triples of a head lie anywhere."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(number) for number in range(FILES_AT_A_TIME)]
         with ExitStack() as stack:
             streams = [stack.enter_context(file.open("wb")) for file in files]
-            header: list[str] = []
-            for count, (number, line) in enumerate(read_lines(part)):
-                cells = [" ".join(cell.split()) for cell in line.split("\t")]
-                named = [] if count else [names.get(cell.lower(), "") for cell in cells]
-                if {"head", "relation", "tail"} <= set(named):
-                    header = named
-                    continue
+            for row in _triple_rows(part, source):
                 try:
-                    head, *others = _triple(cells, header)
+                    if row.fault:
+                        raise UnusableRow(row.fault)
+                    head, *others = _triple(mapped(row.value, source.columns))
                 except UnusableRow as error:
-                    yield 1, skipped(f"{part.place}:{number}", str(error), line)
+                    reason = str(error)
+                    if reason == "unknown layout":
+                        reason = layout_reason(reason, row.value, TRIPLE_FIELDS)
+                    yield 1, skipped(row.id, reason, row.value if row.text is None else row.text)
                 else:
                     stream = streams[zlib.crc32(head.encode()) % len(streams)]
-                    stream.write(orjson.dumps([head, number, *others]) + b"\n")
+                    stream.write(orjson.dumps([head, row.id[len(part.place) :], *others]) + b"\n")
         for file in files:
-            triples: dict[str, list[tuple[int, str, str, str]]] = {}
+            triples: dict[str, list[tuple[str, str, str, str]]] = {}
             for head, *others in read_json_lines(file):
                 triples.setdefault(head, []).append(others)
             for head, found in triples.items():
-                yield len(found), Document(f"{part.place}:{found[0][0]}", _passage_of(head, found))
+                yield len(found), Document(f"{part.place}{found[0][0]}", _passage_of(head, found))
 
 
-def _triple(cells: list[str], header: list[str]) -> tuple[str, str, str, str]:
+def _triple_rows(part: Part, source: RawFiles) -> Iterator[RawRow]:
+    """Rows as in other files; lines of cells between tabs have no quotation marks, and the first may name the columns."""
+    if part.suffix not in (".tsv", ".txt") or source.header:
+        yield from read_rows(part, source.rows, source.header)
+        return
+    names = {source.columns.get(field, field).lower(): field for field in TRIPLE_FIELDS}
+    header: list[str] = []
+    for count, (number, line, fault) in enumerate(read_lines(part)):
+        cells = [" ".join(cell.split()) for cell in line.split("\t")]
+        named = [] if count else [names.get(cell.lower(), "") for cell in cells]
+        if {"head", "relation", "tail"} <= set(named):
+            header = named
+            continue
+        columns = header or list(TRIPLE_FIELDS if len(cells) == len(TRIPLE_FIELDS) else ("head", "relation", "tail"))
+        if not fault and len(cells) != len(columns):
+            fault = "not as many cells as columns" if header else "not three or five columns"
+        yield RawRow(f"{part.place}:{number}", dict(zip(columns, cells, strict=False)), line, fault)
+
+
+def _triple(row: Any) -> tuple[str, str, str, str]:
     """(head, its type, relation, tail)."""
-    header = header or list(TRIPLE_FIELDS if len(cells) == len(TRIPLE_FIELDS) else ("head", "relation", "tail"))
-    if len(cells) != len(header):
-        raise UnusableRow("not three or five columns" if len(header) == 3 else "not as many cells as columns")
-    row = dict(zip(header, cells, strict=True))
-    head, _, head_type = row["head"].partition("@@")
-    tail = row["tail"].partition("@@")[0]
-    if not (head and row["relation"] and tail):
+    if not isinstance(row, dict) or not {"head", "relation", "tail"} <= row.keys():
+        raise UnusableRow("unknown layout")
+    head, head_type, relation, tail = (field_text(row, field) for field in ("head", "head_type", "relation", "tail"))
+    head, _, its_type = head.partition("@@")
+    tail = tail.partition("@@")[0]
+    if not (head and relation and tail):
         raise UnusableRow("empty head, relation or tail")
-    return head, head_type or row.get("head_type", ""), row["relation"], tail
+    return head, its_type or head_type, relation, tail
 
 
-def _passage_of(head: str, triples: list[tuple[int, str, str, str]]) -> str:
+def _passage_of(head: str, triples: list[tuple[str, str, str, str]]) -> str:
     relations: dict[str, dict[str, None]] = {}
     for _, _, relation, tail in triples:
         relations.setdefault(relation, {})[tail] = None
@@ -166,7 +190,7 @@ def _passage_of(head: str, triples: list[tuple[int, str, str, str]]) -> str:
     return passage.replace(head, f"{head}（{kind}）", 1) if kind else passage
 
 
-CPUBMED_KG = Reader(_read_triples, TRIPLE_FIELDS, (".tsv", ".txt"), lambda suffix, source: None)
+CPUBMED_KG = Reader(_read_triples, TRIPLE_FIELDS, (".txt", *ROW_SUFFIXES), lambda suffix, source: None)
 
 
 # ------------------------------------------------------------------------------------------------------- diseases

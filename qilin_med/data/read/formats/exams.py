@@ -1,36 +1,62 @@
-"""Exam questions: CMExam and its copies, C-Eval."""
+"""Exam questions, whichever way options and answers are written."""
 
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from string import ascii_uppercase
 from typing import Any
 
 from qilin_med.config.corpus import RawFiles
+from qilin_med.data.read.expressions import LETTERS, mapped
 from qilin_med.data.read.files import Part
-from qilin_med.data.read.formats.reading import Counted, Fields, Reader, UnusableRow, convert_row, plain_text, rename
+from qilin_med.data.read.formats.reading import Counted, Fields, Reader, UnusableRow, convert_row, plain_text
 from qilin_med.data.read.tables import read_rows
 from qilin_med.records import Question
 
-LETTERS = "ABCDEFGHIJ"
 FACETS = ("Disease Group", "Area of Competency", "Clinical Department", "Medical Discipline", "Difficulty level")
+FIELDS = ("question", "options", *LETTERS, "answer", "explanation", *FACETS)
 OPTION = re.compile(r"\s*([A-JＡ-Ｊ])(?:[.．、:：)）]\s*|\s+|$)(.*)")
+MARKED = re.compile(r"\s*([A-JＡ-Ｊ])[.．、:：)）]\s*(.*)", re.DOTALL)
+# Several options on a line, at best with something between them.
+INLINE = (re.compile(r"(?:^|[\s;；,，|/])([A-JＡ-Ｊ])[.．、:：)）]"), re.compile(r"([A-JＡ-Ｊ])[.．、:：)）]"))
+COLUMN = re.compile(r"(?:op|opt|option|choice|选项)[ _-]?([A-J])|([A-J])", re.IGNORECASE)
 SEPARATORS = re.compile(r"[\s,，、;；.．。/|]+")
+LABELS, TEXTS = ("key", "label", "letter", "id", "option"), ("value", "text", "content")
+
+Options = list[tuple[str, str, str]]
+"""(letter, text, the file's own name of the option)."""
 
 
 def _read(part: Part, source: RawFiles) -> Iterator[Counted]:
-    whole = replace(part, span=None)
-    objects = (row.value for row in read_rows(whole) if isinstance(row.value, dict))
-    # In a file with answers, a question without one is broken; test sets have none at all.
-    answered = any(_answer_of(rename(row, source.columns)) for row in objects)
-    for row in read_rows(part):
-        yield from convert_row(row, source.columns, partial(_question, answered))
+    answered, first = _survey(replace(part, span=None), source)
+    names = [*FACETS, *(name for name in source.columns if name not in FIELDS)]
+    for row in read_rows(part, source.rows, source.header):
+        yield from convert_row(row, (source.columns,), partial(_question, answered, first, names), FIELDS)
 
 
-def _question(answered: bool, id_: str, row: Fields) -> Question:
-    given = _value(row, "options", "choices")
+def _survey(part: Part, source: RawFiles) -> tuple[bool, int | None]:
+    """(whether the file tells answers: a question without one is then broken, while test sets have none at all; the number
+    of the first option where answers are numbers, None where they do not show it)."""
+    answered, seen = False, set()
+    for row in read_rows(part, source.rows, source.header):
+        with suppress(UnusableRow, RecursionError):
+            fields = mapped(row.value, source.columns)
+            if row.fault or not isinstance(fields, dict) or (answer := _answer_of(fields)) in ("", []):
+                continue
+            answered = True
+            numbers = [_cell(part) for part in (answer if isinstance(answer, list) else [answer])]
+            if not all(number.isdigit() for number in numbers):
+                return True, None
+            seen |= {0 for number in numbers if int(number) == 0}
+            seen |= {1 for number in numbers if int(number) == len(_options(fields))}
+    return answered, seen.pop() if len(seen) == 1 else None
+
+
+def _question(answered: bool, first: int | None, names: list[str], id_: str, row: Fields) -> Question:
+    given = _value(row, "options", "option", "choices")
     # Where line breaks of the options are written as two characters, so are the others.
     escaped = isinstance(given, str) and "\\n" in given
 
@@ -40,16 +66,18 @@ def _question(answered: bool, id_: str, row: Fields) -> Question:
 
     stem = told("question", "problem_text")
     if not stem:
-        raise UnusableRow("no stem")
-    options = _options(given, row)
-    answer = _letters(_answer_of(row))
+        is_named = any(key.lower() in ("question", "problem_text") for key in row)
+        raise UnusableRow("no stem" if is_named else "unknown layout")
+    options = _options(row)
+    answer = _letters(_answer_of(row), options, first)
     if answered and not answer:
         raise UnusableRow("no answer")
-    if not set(answer) <= {letter for letter, _ in options}:
+    if not set(answer) <= {letter for letter, _, _ in options}:
         raise UnusableRow("answer is not among the options")
-    explanation = told("explanation")
-    facets = tuple((name, value) for name in FACETS if (value := _cell(_value(row, name))))
-    return Question(id_, stem, tuple(options), answer, explanation, facets)
+    facets = tuple((name, value) for name in names if (value := _cell(_value(row, name))))
+    return Question(
+        id_, stem, tuple((letter, text) for letter, text, _ in options), answer, told("explanation"), facets
+    )
 
 
 def _value(row: Fields, *names: str) -> Any:
@@ -62,38 +90,83 @@ def _value(row: Fields, *names: str) -> Any:
 
 
 def _cell(value: Any) -> str:
+    """Text of a cell; numbers as they are written, lists joined."""
+    if isinstance(value, list):
+        value = "、".join(map(_cell, value))
     text = plain_text(str(value) if isinstance(value, int | float) else value, "cell")
     # What pandas writes for an empty cell.
     return "" if text.lower() == "nan" else text
 
 
-def _options(given: Any, row: Fields) -> list[tuple[str, str]]:
-    """(letter, text) of one text, a list, an object by letters, or the columns A, B, ..."""
-    options: list[tuple[str, str]] = []
+def _options(row: Fields) -> Options:
+    """Of one text, a list, an object by letters or other names, or the columns A, B, ..., opa, opb, ..."""
+    given = _value(row, "options", "option", "choices")
     if isinstance(given, str):
-        for line in _cell(given).replace("\\n", "\n").split("\n"):
-            if match := OPTION.fullmatch(line):
-                options.append((_upper(match[1]), match[2].strip()))
-            elif options:
-                letter, before = options[-1]
-                options[-1] = (letter, f"{before}\n{line.strip()}".strip())
-            elif line.strip():
-                raise UnusableRow("options without letters")
-    elif isinstance(given, list) and len(given) <= len(LETTERS):
-        options = [(letter, _cell(text)) for letter, text in zip(LETTERS, given, strict=False)]
+        options = _in_text(_cell(given).replace("\\n", "\n"))
     else:
-        cells = {_upper(str(key)): text for key, text in given.items()} if isinstance(given, dict) else row
-        options = [(letter, _cell(cells[letter])) for letter in LETTERS if letter in cells]
+        if isinstance(given, list) and len(given) <= len(LETTERS):
+            given = _by_name(given)
+        elif not isinstance(given, dict):
+            given = {(match[1] or match[2]): row[key] for key in row if (match := COLUMN.fullmatch(str(key)))}
+        named = {_upper(str(key)): (str(key), text) for key, text in given.items()}
+        if set(named) & set(LETTERS):
+            options = [(letter, _cell(named[letter][1]), letter) for letter in LETTERS if letter in named]
+        else:
+            entries = zip(LETTERS, given.items(), strict=False)
+            options = [(letter, _cell(text), str(key).strip()) for letter, (key, text) in entries]
         # The last are blank where a question has fewer options.
-        while options and not options[-1][1]:
+        while options and not options[-1][1] and not isinstance(_value(row, "options", "option", "choices"), list):
             options.pop()
     if not options:
         raise UnusableRow("no options")
-    if len({letter for letter, _ in options}) < len(options):
+    if len({letter for letter, _, _ in options}) < len(options):
         raise UnusableRow("an option letter is given twice")
-    if not all(text for _, text in options):
+    if not all(text for _, text, _ in options):
         raise UnusableRow("empty option")
     return options
+
+
+def _by_name(given: list[Any]) -> dict[str, Any]:
+    """A list of texts, with letters or without, of {key, value}, of {letter: text} or of [letter, text] as one object."""
+    if given and all(isinstance(entry, dict) for entry in given):
+        if all(len(entry) == 1 for entry in given):
+            given = [pair for entry in given for pair in entry.items()]
+        else:
+            given = [(_value(entry, *LABELS), _value(entry, *TEXTS, *LABELS[-1:])) for entry in given]
+    elif not all(isinstance(entry, list) and len(entry) == 2 for entry in given):
+        texts = [_cell(entry) for entry in given]
+        marked = [MARKED.fullmatch(text) for text in texts]
+        if not all(match and _upper(match[1]) == letter for match, letter in zip(marked, LETTERS, strict=False)):
+            return dict(zip(LETTERS, texts, strict=False))
+        given = [(match[1], match[2]) for match in marked]
+    names = [str(name) for name, _ in given]
+    if len(set(names)) < len(names):
+        raise UnusableRow("an option letter is given twice")
+    return dict(zip(names, (text for _, text in given), strict=True))
+
+
+def _in_text(text: str) -> Options:
+    """Options a line, or all on one line; without letters they are counted in order."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    matches = [OPTION.fullmatch(line) for line in lines]
+    if len(lines) > 1 and not any(matches):
+        return [(letter, line.strip(), letter) for letter, line in zip(LETTERS, lines, strict=False)]
+    options: list[list[str]] = []
+    for line, match in zip(lines, matches, strict=True):
+        if match:
+            options.append([_upper(match[1]), match[2].strip()])
+        elif options:
+            options[-1][1] = f"{options[-1][1]}\n{line.strip()}".strip()
+        else:
+            raise UnusableRow("options without letters")
+    # Letters that are missing from the beginnings of lines stand within them.
+    if len(options) == 1 or {letter for letter, _ in options} != set(LETTERS[: len(options)]):
+        for pattern in INLINE:
+            start, *pieces = pattern.split(text)
+            letters, texts = "".join(map(_upper, pieces[::2])), [piece.strip(" \t\n;；,，|/") for piece in pieces[1::2]]
+            if not start.strip() and len(letters) > 1 and letters == LETTERS[: len(letters)]:
+                return list(zip(letters, texts, letters, strict=True))
+    return [(letter, text, letter) for letter, text in options]
 
 
 def _answer_of(row: Fields) -> Any:
@@ -104,14 +177,36 @@ def _answer_of(row: Fields) -> Any:
     return "" if value is None or str(value).strip().lower() in ("", "nan") else value
 
 
-def _letters(answer: Any) -> str:
+def _letters(answer: Any, options: Options, first: int | None) -> str:
+    """The letters of an answer that is given as letters, by number, or as the text or the name of options."""
     parts = answer if isinstance(answer, list) else [answer]
-    if not all(isinstance(part, str) for part in parts):
+    return "".join(sorted({letter for part in parts for letter in _letters_of(part, options, first)}))
+
+
+def _letters_of(part: Any, options: Options, first: int | None) -> str:
+    if not isinstance(part, str | int | float) or isinstance(part, bool):
         raise UnusableRow("unknown layout")
-    letters = SEPARATORS.sub("", _upper("".join(parts)))
+    text = _cell(part)
+    told = "".join(letter for letter, *names in options if text in names)
+    letters = SEPARATORS.sub("", _upper(text))
+    if set(letters) <= {letter for letter, _, _ in options} and (told in ("", letters) or len(letters) < 2):
+        return letters
+    if len(told) > 1:
+        raise UnusableRow("answer is the text of several options")
+    if text.isdigit() and not (told and isinstance(part, str)):
+        if first is None:
+            raise UnusableRow("answer is a number, counted from 0 or from 1")
+        counted = options[int(text) - first][0] if 0 <= int(text) - first < len(options) else ""
+        if not counted or told not in ("", counted):
+            raise UnusableRow("answer is not among the options")
+        return counted
+    if told and not (len(letters) > 1 and set(letters) <= {letter for letter, _, _ in options}):
+        return told
+    if told:
+        raise UnusableRow("answer is letters, and the text of another option")
     if not set(letters) <= set(ascii_uppercase):
         raise UnusableRow("answer is no letter")
-    return "".join(sorted(set(letters)))
+    return letters
 
 
 def _upper(text: str) -> str:
@@ -119,4 +214,4 @@ def _upper(text: str) -> str:
     return unicodedata.normalize("NFKC", text).upper()
 
 
-EXAM = Reader(_read, ("question", "options", *LETTERS, "answer", "explanation", *FACETS))
+EXAM = Reader(_read, FIELDS, keeps_others=True)

@@ -42,7 +42,7 @@ def _answer(value: Any, field: str) -> tuple[list[Message], str]:
         value = [value]
     if not isinstance(value, list) or not value or isinstance(value[0], str):
         return [], plain_text(value, field)
-    *before, answer = read_messages(value, field)
+    *before, answer = read_messages(value, field) or [Message("assistant", "")]
     if answer.role != "assistant":
         raise UnusableRow(f"roles out of order: '{field}' is no answer")
     return [message for message in before if message.content or message.role != "system"], answer.content

@@ -2,13 +2,15 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qilin_med.config.corpus import RawFiles
+from qilin_med.data.read.expressions import mapped
 from qilin_med.data.read.files import Part
-from qilin_med.data.read.tables import ROW_SUFFIXES, RawRow, read_rows
+from qilin_med.data.read.raw import RawRow, UnusableRow
+from qilin_med.data.read.tables import ROW_SUFFIXES, read_rows
 from qilin_med.records import RAW_CHARACTERS, AnyRecord, Skipped
 
 Counted = tuple[int, AnyRecord | Skipped]
@@ -16,10 +18,6 @@ Fields = dict[str, Any]
 """A row as parsed, under the kind's own names."""
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class UnusableRow(ValueError):
-    """Carries the reason for which a row is skipped: what makes reasons alike, then perhaps a colon and the details."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,51 +31,59 @@ class Reader:
     begins: Callable[[str, RawFiles], Callable[[str], Any] | None] = lambda suffix, source: str
     """Whether a record may begin with a line, for a kind of file; None if a file has to be read from its start. (`str`:
     any line that is not empty, which is how a record may begin where rows stand for themselves.)"""
+    keeps_others: bool = False
+    """`columns` may map further names, which the records keep."""
 
 
 def row_reader(
-    *fields: str, suffixes: tuple[str, ...] = ROW_SUFFIXES, objects: bool = True, nested: bool = False
+    *fields: str,
+    suffixes: tuple[str, ...] = ROW_SUFFIXES,
+    objects: bool = True,
+    columns: dict[str, str] | None = None,
+    rows: str = "",
 ) -> Callable[[Callable[[str, Any], Any]], Reader]:
     """Makes a function the reader of a kind in which every row makes its records by itself.
 
     The function is given a row's id and value, an object unless `objects` is false; it raises UnusableRow, or returns
-    one record or several, never none. `nested`: see `read_rows`.
+    one record or several, never none. `columns` and `rows` are the kind's own, after and in place of the source's.
     """
 
     def reader_of(convert: Callable[[str, Any], Any]) -> Reader:
         def read(part: Part, source: RawFiles) -> Iterator[Counted]:
-            for row in read_rows(part, nested):
-                yield from convert_row(row, source.columns, convert, objects)
+            for row in read_rows(part, source.rows or rows, source.header):
+                yield from convert_row(row, (source.columns, columns or {}), convert, fields, objects)
 
         # Neither values of an object nor elements of these values can be told apart from within.
-        return Reader(read, fields, suffixes, begins=lambda suffix, source: None if nested else str)
+        return Reader(read, fields, suffixes, begins=lambda suffix, source: None if "*" in rows else str)
 
     return reader_of
 
 
 def convert_row(
-    row: RawRow, columns: dict[str, str], convert: Callable[[str, Any], Any], objects: bool = True
+    row: RawRow,
+    columns: Iterable[dict[str, str]],
+    convert: Callable[[str, Any], Any],
+    fields: tuple[str, ...] = (),
+    objects: bool = True,
 ) -> Iterator[Counted]:
     """The records of a row, of which only the first stands for it, or the row skipped."""
     try:
         if row.fault:
             raise UnusableRow(row.fault)
-        if objects and not isinstance(row.value, dict):
-            raise UnusableRow(f"unknown layout: the row is {name_of(row.value)}, expected an object")
-        records = convert(row.id, rename(row.value, columns))
+        value = row.value
+        for names in columns:
+            value = mapped(value, names)
+        if objects and not isinstance(value, dict):
+            raise UnusableRow(f"unknown layout: the row is {name_of(value)}, expected an object")
+        records = convert(row.id, value)
     except (UnusableRow, RecursionError) as error:
         reason = str(error) if isinstance(error, UnusableRow) else "nested too deep"
+        if reason.startswith("unknown layout"):
+            reason = layout_reason(reason, row.value, fields)
         yield 1, skipped(row.id, reason, row.value if row.text is None else row.text)
         return
     for number, record in enumerate(records if isinstance(records, list) else [records]):
         yield int(number == 0), record
-
-
-def rename(row: Any, columns: dict[str, str]) -> Any:
-    """An object with the kind's own names for the columns that `columns` maps."""
-    if not columns or not isinstance(row, dict):
-        return row
-    return {**row, **{field: row[column] for field, column in columns.items() if column in row}}
 
 
 def skipped(id_: str, reason: str, raw: Any) -> Skipped:
@@ -129,5 +135,47 @@ def name_of(value: Any) -> str:
 
 def unknown_layout(row: Any, expected: str) -> UnusableRow:
     """Reason with the fields that the row has."""
-    found = f"fields {', '.join(map(str, list(row)[:8])) or 'none'}" if isinstance(row, dict) else name_of(row)
+    found = f"fields {', '.join(map(str, list(row)[:12])) or 'none'}" if isinstance(row, dict) else name_of(row)
     return UnusableRow(f"unknown layout: {found}; expected {expected}")
+
+
+# Other names of fields in published files, for hints.
+SYNONYMS = {
+    "question": ("question", "query", "ask", "prompt", "q", "problem", "stem", "instruction", "input", "title", "content",
+                 "问题", "问", "题目", "题干", "提问"),
+    "answer": ("answer", "response", "reply", "output", "target", "a", "completion", "solution", "label", "answer_idx", "cop",
+               "回答", "答案", "答", "回复"),
+    "options": ("options", "option", "choices", "candidates", "选项"),
+    "explanation": ("explanation", "analysis", "rationale", "解析", "解释"),
+    "conversations": ("conversations", "dialog", "dialogue", "dialogues", "turns", "data", "messages", "对话"),
+    "text": ("text", "content", "body", "passage", "paragraph", "document", "正文", "内容", "文本"),
+    "response_chosen": ("chosen", "preferred", "better", "win", "positive"),
+    "response_rejected": ("rejected", "dispreferred", "worse", "lose", "negative"),
+    "head": ("head", "subject", "entity1", "头实体"), "relation": ("relation", "predicate", "关系"),
+    "tail": ("tail", "object", "entity2", "尾实体"), "name": ("name", "disease", "疾病", "名称"),
+    "desc": ("desc", "description", "summary", "简介"),
+}  # fmt: skip
+
+
+def layout_reason(reason: str, row: Any, fields: tuple[str, ...]) -> str:
+    """The reason with the fields found and expected, and what of a corpus file's `columns` and `rows` would help."""
+    if ":" not in reason:
+        reason = str(unknown_layout(row, ", ".join(fields[:12])))
+    columns = {field: path for field in fields if (path := _path_to(SYNONYMS.get(field, ()), row)) not in ("", field)}
+    lists = [name for name, value in row.items() if _holds_objects(value)] if isinstance(row, dict) else []
+    hints = [f"columns {json.dumps(columns, ensure_ascii=False)}"] if columns else []
+    hints += [f'rows "{name}"' for name in lists]
+    return f"{reason}; in a corpus file this may help: {' or '.join(hints)}" if hints else reason
+
+
+def _path_to(names: tuple[str, ...], row: Any) -> str:
+    """The first of the names that the row has, also inside an object of it."""
+    if not isinstance(row, dict):
+        return ""
+    inside = {f"{outer}.{key}": key for outer, value in row.items() if isinstance(value, dict) for key in value}
+    found = {**{key: key for key in row}, **inside}
+    return next((path for name in names for path, key in found.items() if str(key).lower() == name), "")
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(entry, dict) for entry in value)
