@@ -1,4 +1,4 @@
-"""Build a corpus of growing size and prepare its rows: CPU seconds per MB, growth from size to size, peak memory.
+"""Build a corpus of growing size and prepare its rows: CPU seconds for a MB, growth from size to size, peak memory.
 
     python scripts/benchmark.py corpus
     python scripts/benchmark.py corpus --megabytes 40 400 2000 --workers 16
@@ -6,15 +6,20 @@
 
 The corpus is grown from the real rows in ../shared/data, or the demo's where that is absent: each text is a row with one
 Chinese character in twelve replaced by a draw from a fixed seed, so that neither rows nor passages repeat more often in a
-larger corpus; 2% are exact copies, 3% copies with one character changed. It lies in one large file of each layout: JSON
-lines, a JSON array, a table. The build is that of scripts/build_chimed.py, with all steps on.
+larger corpus; 2% are exact copies, 3% near copies. It lies in one large file of each layout: JSON lines, a JSON array, a
+table, text. Build and rows are those of scripts/build_chimed.py and of the stages, in their own processes.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import json
+import math
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,13 +28,13 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import ROOT, describe_moment
-from qilin_med.config.corpus import CorpusSettings, RawSource, load_corpus_settings
-from qilin_med.config.experiment import StageName, count
+from benchmarks.common import ROOT, describe_moment, fresh_processes, write_result
+from qilin_med.config.corpus import RawSource, load_corpus_settings
+from qilin_med.config.experiment import STAGES, StageName, count, load_experiment
 from qilin_med.data.read.formats.reading import UnusableRow
 from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.data.render import render, to_row
@@ -66,15 +71,28 @@ FILES: tuple[tuple[float, StageName, str, str], ...] = (
     (0.1, "sft", "chat", "chats.json"),
     (0.05, "dpo", "preference", "pairs.jsonl"),
 )
-EXACT_SHARE, NEAR_SHARE, EDITED_EVERY = 0.02, 0.03, 12
+EXACT_SHARE, NEAR_SHARE = 0.02, 0.03
+EDITED_EVERY, NEAR_EVERY = 12, 400  # characters
 PAPER_MEGABYTES, PAPER_CORES = 15_000, 16
-LINE = re.compile(r"^(\w+) +(\d+) of (\d+) tasks +([\d.]+) s(?: +([\d.]+) CPU s +(\d+) MiB)?$", re.MULTILINE)
+LINE = re.compile(r"^(\w+) +\d+ of (\d+) tasks +([\d.]+) s +([\d.]+) CPU s +(\d+) MiB", re.MULTILINE)
+ALONE = ("near", "publish")  # steps of one task
+SMALL = 2.0  # CPU seconds: too short to tell how they grow
+
+
+class Cost(NamedTuple):
+    """Of one step."""
+
+    tasks: int
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--megabytes", type=count, nargs="+", default=[40, 400], help="sizes (default: 40 400)")
     parser.add_argument("--workers", type=count, default=cores, help="processes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
 
 
@@ -118,67 +136,67 @@ def edited(value: Any, draw: np.random.Generator, every: int) -> Any:
     return codes.tobytes().decode("utf-32-le", "replace")
 
 
-def grown(rows: list[Row], size: int, seed: int) -> Iterator[Row]:
-    """Rows of about so many bytes together."""
-    draw, rng, made = np.random.default_rng(seed), Random(seed), 0
+def grown(rows: list[Row], seed: int) -> Iterator[Row]:
+    """Rows without end."""
+    draw, rng = np.random.default_rng(seed), Random(seed)
     row: Row = {}
     for number, real in enumerate(cycle(rows)):
-        if made >= size:
-            return
         chance = rng.random() if row else 1
         if chance > EXACT_SHARE:
-            row = edited(row, draw, 400) if chance < EXACT_SHARE + NEAR_SHARE else edited(real, draw, EDITED_EVERY)
-        made += len(json.dumps(row, ensure_ascii=False).encode())
+            is_near = chance < EXACT_SHARE + NEAR_SHARE
+            row = edited(row, draw, NEAR_EVERY) if is_near else edited(real, draw, EDITED_EVERY)
         yield {**row, "id": f"{seed}-{number}"}
 
 
-def write_corpus(folder: Path, megabytes: int) -> Path:
+def write_corpus(folder: Path, megabytes: int, workers: int) -> Path:
     """The raw files and their corpus file."""
     rows, held_out = real_rows()
-    sources = []
-    for seed, (share, stage, kind, name) in enumerate(FILES):
-        found = grown(rows["sft" if kind == "department_qa" else stage], int(share * megabytes * 10**6), seed)
-        WRITERS[Path(name).suffix if kind != "department_qa" else kind](folder / name, found)
-        sources.append({"stage": stage, "name": name, "kind": kind, "paths": [str(folder / name)], "licence": "-"})
-    tokenizer = write_tokenizer(folder / "tokenizer")
-    settings = {"name": "grown", "output_dir": str(folder / "processed"), "tokenizer": str(tokenizer),
-                "sources": sources, "decontamination": {"files": held_out}}  # fmt: skip
-    CorpusSettings.model_validate(settings)
+    sources, written = [], []
+    with fresh_processes(workers) as pool:
+        for seed, (share, stage, kind, name) in enumerate(FILES):
+            real = rows["sft" if kind == "department_qa" else stage]
+            written.append(pool.submit(write_file, folder / name, real, int(share * megabytes * 10**6), seed))
+            sources.append({"stage": stage, "name": name, "kind": kind, "paths": [str(folder / name)], "licence": "-"})
+        for file in written:
+            file.result()
+    settings = {"name": "grown", "output_dir": str(folder / "processed"), "sources": sources,
+                "tokenizer": str(write_tokenizer(folder / "tokenizer")), "decontamination": {"files": held_out}}  # fmt: skip
     (folder / "corpus.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder / "corpus.json"
 
 
-def write_lines(path: Path, rows: Iterator[Row]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def write_file(path: Path, rows: list[Row], size: int, seed: int) -> None:
+    """Rows until they are so many bytes, in the layout that the file's name says."""
+    layout, begins, ends = LAYOUTS[path.suffix]
+    with path.open("wb") as file:
+        made = file.write(begins.encode())
+        for row in grown(rows, seed):
+            text = layout(row)
+            if made + len(text.encode()) >= size:
+                break
+            made += file.write(text.encode())
+        file.write((layout(row).rstrip(",\n") + ends).encode())
 
 
-def write_texts(path: Path, rows: Iterator[Row]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(" ".join(row["text"].split()) + "\n" for row in rows)
+def as_json(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False)
 
 
-def write_array(path: Path, rows: Iterator[Row]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write("[\n")
-        file.writelines(
-            (",\n" if number else "") + json.dumps(row, ensure_ascii=False, indent=2) for number, row in enumerate(rows)
-        )
-        file.write("\n]\n")
+def as_cells(row: Row) -> str:
+    """Department, title, question and answer, of the first turns of a conversation."""
+    question, answer = [turn["value"] for turn in row["conversations"] if turn["from"] != "system"][:2]
+    text = io.StringIO()
+    csv.writer(text).writerow(["内科", question[:20], question, answer])
+    return text.getvalue()
 
 
-def write_table(path: Path, rows: Iterator[Row]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["department", "title", "ask", "answer"])
-        for row in rows:
-            first, second = (turn["value"] for turn in [t for t in row["conversations"] if t["from"] != "system"][:2])
-            writer.writerow(["内科", first[:20], first, second])
-
-
-WRITERS: dict[str, Callable[[Path, Iterator[Row]], None]] = {
-    ".jsonl": write_lines, ".txt": write_texts, ".json": write_array, "department_qa": write_table
-}  # fmt: skip
+LAYOUTS: dict[str, tuple[Callable[[Row], str], str, str]] = {
+    ".jsonl": (lambda row: as_json(row) + "\n", "", "\n"),
+    ".json": (lambda row: as_json(row) + ",\n", "[\n", "\n]\n"),
+    ".txt": (lambda row: " ".join(row["text"].split()) + "\n", "", "\n"),
+    ".csv": (as_cells, "department,title,ask,answer\n", "\n"),
+}
+"""How a row is written, and what stands before and after all rows."""
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -196,26 +214,90 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    costs: dict[int, dict[str, Cost]] = {}
     with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as temporary:
         for megabytes in sorted(arguments.megabytes):
             folder = (arguments.folder or Path(temporary)) / str(megabytes)
             folder.mkdir(parents=True, exist_ok=True)
-            corpus = write_corpus(folder, megabytes)
-            start, cpu = time.time(), os.times()
-            command = [
-                sys.executable,
-                str(ROOT / "scripts/build_chimed.py"),
-                str(corpus),
-                f"executor.workers={arguments.workers}",
-            ]
-            out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            print(out.stdout, out.stderr)
-            now = os.times()
-            print(
-                megabytes,
-                "wall",
-                time.time() - start,
-                "cpu",
-                now.children_user + now.children_system - cpu.children_user - cpu.children_system,
-            )
-    print(describe_moment())
+            corpus = write_corpus(folder, megabytes, arguments.workers)
+            costs[megabytes] = {**build_costs(corpus, arguments.workers), **rows_costs(folder)}
+            show(megabytes, costs)
+            shutil.rmtree(folder)
+    show_plan(costs)
+    print(f"\n{describe_moment()}; {arguments.workers} workers")
+    plain = {size: {name: cost._asdict() for name, cost in found.items()} for size, found in costs.items()}
+    write_result(arguments, costs=plain)
+
+
+def build_costs(corpus: Path, workers: int) -> dict[str, Cost]:
+    """Of each step of a build, as its command prints them."""
+    command = [sys.executable, str(ROOT / "scripts/build_chimed.py"), str(corpus), f"executor.workers={workers}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name: Cost(int(tasks), *map(float, rest)) for name, tasks, *rest in LINE.findall(printed)}
+
+
+def rows_costs(folder: Path) -> dict[str, Cost]:
+    """Of the preparation of each stage's rows, in a process of its own."""
+    found = {}
+    for stage in STAGES:
+        with fresh_processes(1) as pool:
+            found[f"rows of {stage}"] = pool.submit(prepare, stage, folder).result()
+    return found
+
+
+def prepare(stage: StageName, folder: Path) -> Cost:
+    from qilin_med.console.quiet import quiet_libraries
+
+    quiet_libraries()
+    from qilin_med.data.rows import prepare_rows
+    from qilin_med.model.load import load_tokenizer
+
+    settings = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    data = json.dumps([str(folder / "processed" / stage)])
+    experiment = load_experiment(ROOT / "configs/qilin_med_7b.json", [f"{stage}.data={data}"])
+    tokenizer = load_tokenizer(Path(settings["tokenizer"]), "own")
+    start, before = time.perf_counter(), os.times()
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_rows(stage, getattr(experiment, stage), tokenizer, None, folder / "cache")
+    after = os.times()
+    cpu_seconds = sum(after[:4]) - sum(before[:4])
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return Cost(2, time.perf_counter() - start, cpu_seconds, max(peaks) / 1024)
+
+
+def show(megabytes: int, costs: dict[int, dict[str, Cost]]) -> None:
+    """A table of one size, with the ratios to the size before."""
+    smaller = max((size for size in costs if size < megabytes), default=None)
+    print(f"\n| {megabytes} MB | seconds | CPU seconds | MB/s | peak MiB of a process | CPU seconds to {smaller or '-'} MB |"
+          "\n|---|---|---|---|---|---|")  # fmt: skip
+    for name, cost in costs[megabytes].items():
+        before = costs[smaller][name].cpu_seconds if smaller and name in costs[smaller] else 0
+        ratio = f"x {cost.cpu_seconds / before:.1f}" if before else "-"
+        print(f"| {name} | {cost.seconds:.1f} | {cost.cpu_seconds:.1f} | {megabytes / max(cost.seconds, 0.1):.1f}"
+              f" | {cost.peak_mib:.0f} | {ratio} |")  # fmt: skip
+    for what, found in parts_of(costs[megabytes]).items():
+        total = sum(cost.cpu_seconds for cost in found.values())
+        print(
+            f"{what}: {sum(cost.seconds for cost in found.values()):.0f} s, {total / megabytes:.2f} CPU seconds per MB",
+            flush=True,
+        )
+
+
+def parts_of(costs: dict[str, Cost]) -> dict[str, dict[str, Cost]]:
+    rows = {name: cost for name, cost in costs.items() if name.startswith("rows of ")}
+    return {"build": {name: cost for name, cost in costs.items() if name not in rows}, "rows": rows}
+
+
+def show_plan(costs: dict[int, dict[str, Cost]]) -> None:
+    """What the paper's corpus would take, if each step goes on growing as from the smallest to the largest size."""
+    smallest, largest = min(costs), max(costs)
+    for what, found in parts_of(costs[largest]).items():
+        seconds = 0.0
+        for name, cost in found.items():
+            power, before = 1.0, costs[smallest].get(name)
+            if smallest < largest and before and before.cpu_seconds > SMALL:
+                power = max(1.0, math.log(cost.cpu_seconds / before.cpu_seconds, largest / smallest))
+            grown = cost.cpu_seconds * (PAPER_MEGABYTES / largest) ** power
+            # One task is one process; the evaluation questions do not grow with the corpus.
+            seconds += cost.seconds if name == "evaluation" else grown / (1 if name in ALONE else PAPER_CORES)
+        print(f"{what} of {PAPER_MEGABYTES:,} MB on {PAPER_CORES} such cores: {seconds / 60:.0f} minutes")

@@ -61,7 +61,7 @@ def test_time_left_is_what_the_rest_takes_at_the_pace_so_far(monkeypatch, capsys
     meter = module._Meter("hashing", 4_000_000_000, "B")
     meter.done = 1_000_000_000
     meter.show()
-    assert shown(capsys) == ["hashing: 1,000 of 4,000 MB, 1:30 left"]
+    assert shown(capsys) == ["hashing: 1,000 of 4,000 MB, 33.3 MB/s, 1:30 left"]
     assert [clock(s) for s in (7, 750, 11_100)] == ["0:07", "12:30", "3:05:00"]
 
 
@@ -114,7 +114,9 @@ def test_hashing_shows_bytes(often, capsys, tmp_path):
     verify_folder(tmp_path)
     lines = shown(capsys)
     for label in (f"hashing {tmp_path}", f"verifying {tmp_path}"):
-        assert any(re.fullmatch(rf"{label}: [\d,]+ of 1,000 MB, \d:\d\d left", line) for line in lines), lines
+        assert any(re.fullmatch(rf"{label}: [\d,]+ of 1,000 MB, [\d,.]+ MB/s, \d:\d\d left", line) for line in lines), (
+            lines
+        )
 
 
 def test_ctrl_c_does_not_wait_for_the_rest_of_a_large_file(tmp_path):

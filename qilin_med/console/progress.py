@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -62,6 +63,29 @@ def progress(label: str, total: int | None = None, unit: str = "", done: int = 0
             thread.join()
 
 
+class Tally:
+    """What forked workers count while their parent shows it: bytes and CPU seconds, and the peak of a process's memory."""
+
+    def __init__(self) -> None:
+        self._values = get_context("fork").Array("d", 3)
+
+    def add(self, size: float = 0, cpu_seconds: float = 0, peak_bytes: float = 0) -> None:
+        with self._values.get_lock():
+            self._values[0] += size
+            self._values[1] += cpu_seconds
+            self._values[2] = max(self._values[2], peak_bytes)
+
+    def read(self) -> tuple[float, float, float]:
+        """(bytes, CPU seconds, peak bytes) since `clear`."""
+        return tuple(self._values)
+
+    def clear(self) -> None:
+        self._values[:] = [0, 0, 0]
+
+
+tally = Tally()
+
+
 def counted(items: Iterable[Item], advance: Callable[[int], None]) -> Iterator[Item]:
     """Yields the items, and counts each as it is taken."""
     for item in items:
@@ -95,6 +119,8 @@ class _Meter:
             done, total = (f"{n / 1e6:,.0f}" if self.unit == "B" else f"{n:,}" for n in (self.done, self.total or 0))
             of = f" of {total}" if self.total else ""
             line = f"{self.label}: {done}{of} {'MB' if self.unit == 'B' else self.unit}".rstrip()
+            if self.unit == "B":
+                line += f", {(self.done - self.first) / 1e6 / elapsed:,.1f} MB/s"
             line += self.note and f", {self.note}"
             if self.total:
                 line += f", {clock(elapsed * (self.total - self.done) / (self.done - self.first))} left"

@@ -103,6 +103,7 @@ def steps_of(
 ) -> list[Step]:
     """All steps of a build, each of which needs the ones before it."""
     repeated, shards, parts = settings.deduplication, len(tasks), work.parts
+    raw_size = sum(unpacked_size(task.file) for task in tasks if not task.stripe)
     large = [shard for shard, task in enumerate(tasks) if task.is_cut and not task.stripe]
 
     def publish(_: int) -> None:
@@ -112,24 +113,25 @@ def steps_of(
     steps = [
         Step("evaluation", 1, lambda _: build_index(settings.decontamination, work.root / "evaluation", evaluation)),
         *([Step("cut", len(large), lambda number: cut(work, settings, tasks, large[number]))] if large else []),
-        Step("clean", shards, partial(clean_shard, work, settings, tasks)),
+        Step("clean", shards, partial(clean_shard, work, settings, tasks), lambda: raw_size),
         Step("exact", parts, partial(deduplication.find_exact, work)),
     ]
     if repeated.near:
         steps += near_steps(work, repeated)
     if repeated.substring_tokens and "pretraining" in work.stages:
         pretraining = work.stages.count("pretraining")  # these shards come first
+        text_size = partial(work.size, ("pretraining",))
         steps += [
-            Step("tokenise", pretraining, partial(deduplication.tokenise_shard, work, settings)),
+            Step("tokenise", pretraining, partial(deduplication.tokenise_shard, work, settings), text_size),
             Step("repeats", parts, partial(deduplication.find_repeats, work)),
         ]
-    return [*steps, Step("write", shards, partial(write_shard, work, settings)), Step("publish", 1, publish)]
+    return [*steps, Step("write", shards, partial(write_shard, work, settings), work.size), Step("publish", 1, publish)]
 
 
 def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
     """Near-deduplication of what exact deduplication left (benchmarks/dedup.py times it alone)."""
     return [
-        Step("sign", len(work.stages), partial(deduplication.sign_shard, work, settings)),
+        Step("sign", len(work.stages), partial(deduplication.sign_shard, work, settings), work.size),
         Step("pair", work.parts, partial(deduplication.pair_candidates, work)),
         Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings)),
         Step("near", 1, partial(deduplication.find_near, work)),

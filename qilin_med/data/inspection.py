@@ -5,9 +5,12 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 from qilin_med.artifact import read_manifest
 from qilin_med.config.corpus import CorpusSettings, RawSource
+from qilin_med.config.experiment import STAGES
+from qilin_med.console.progress import counted, progress
 from qilin_med.data.build import MARKER
 from qilin_med.data.curate import Account, Task, read_clean
 from qilin_med.data.read.files import Span, open_parts
@@ -32,13 +35,20 @@ def show_records(settings: CorpusSettings, count: int) -> None:
     folder = Path(settings.output_dir)
     if not (folder / MARKER).is_file():
         raise UserError(f"{folder}: not built yet; run this command without --inspect first")
+    files = [
+        file for stage in STAGES for split in ("train", "dev") for file in sorted((folder / stage).glob(f"{split}-*"))
+    ]
+    files_of: dict[tuple[str, str], list[Path]] = {}  # a file holds rows of one source
+    with progress("looking through the sets", len(files), "files") as advance:
+        for file in counted(files, advance):
+            first = next(rows_of(file))
+            files_of.setdefault((file.parent.name, first["source"]), []).append(file)
     template = ChatTemplate(load_tokenizer(Path(settings.tokenizer), "own"))
     print(MARKS)
     for source in read_manifest(folder, MARKER)["sources"]:
         print(f"\n===== {source['stage']}: {source['name']}, {source['train']} train and {source['dev']} dev records")
-        files = [file for split in ("train", "dev") for file in sorted((folder / source["stage"]).glob(f"{split}-*"))]
-        rows = (row.value for file in files for part in open_parts(file, ROW_SUFFIXES) for row in read_rows(part))
-        for row in islice((row for row in rows if row["source"] == source["name"]), count):
+        found = files_of.get((source["stage"], source["name"]), [])
+        for row in islice((row for file in found for row in rows_of(file)), count):
             print_record(f"{row['id']} from {row['place']}", from_row(source["stage"], row), template)
 
 
@@ -95,6 +105,10 @@ def print_record(title: str, record: TrainingRecord, template: ChatTemplate) -> 
         parts = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
         texts = ((trained, template.tokenizer.decode([id_ for id_, _ in pairs])) for trained, pairs in parts)
         print(name + "".join(f"{OPEN}{text}{CLOSE}" if trained else text for trained, text in texts))
+
+
+def rows_of(file: Path) -> Iterator[Any]:
+    return (row.value for part in open_parts(file, ROW_SUFFIXES) for row in read_rows(part))
 
 
 def encode(record: TrainingRecord, template: ChatTemplate) -> Iterator[tuple[str, list[int], list[int]]]:

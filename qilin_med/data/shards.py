@@ -16,9 +16,11 @@ import numpy as np
 import orjson
 
 from qilin_med.artifact import written_whole
-from qilin_med.config.experiment import StageName
+from qilin_med.config.experiment import STAGES, StageName
+from qilin_med.console.progress import tally
 
 ROW_BITS = 32
+COUNTED_LINES = 500  # for the progress
 ROW_MASK = (1 << ROW_BITS) - 1
 Row = dict[str, Any]
 
@@ -118,7 +120,14 @@ class Workspace:
 
     def lines(self, shard: int) -> Iterator[bytes]:
         with self.path("clean", shard, "jsonl").open("rb") as file:
-            yield from file
+            for some in batched(file, COUNTED_LINES):
+                tally.add(sum(map(len, some)))
+                yield from some
+
+    def size(self, stages: tuple[StageName, ...] = STAGES) -> int:
+        """Bytes of the clean records."""
+        paths = (self.path("clean", shard, "jsonl") for shard, stage in enumerate(self.stages) if stage in stages)
+        return sum(path.stat().st_size for path in paths)
 
     def rows(self, shard: int) -> Iterator[Row]:
         return map(orjson.loads, self.lines(shard))

@@ -1,6 +1,7 @@
 """Steps of many tasks on datatrove's executors: processes of this machine, Slurm, or Ray."""
 
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qilin_med.config.corpus import ExecutorSettings
-from qilin_med.console.progress import progress
+from qilin_med.console.progress import progress, tally
 from qilin_med.errors import UserError
 
 
@@ -26,9 +27,14 @@ class Step:
     name: str
     tasks: int
     function: Callable[[int], Any]
+    size: Callable[[], int] | None = None
+    """Bytes that all tasks read, as `tally` counts them: asked when the step begins."""
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        start = time.process_time()
         self.function(rank)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        tally.add(cpu_seconds=time.process_time() - start, peak_bytes=peak)
 
 
 def run_steps(steps: list[Step], settings: ExecutorSettings, log: Path) -> None:
@@ -88,19 +94,25 @@ def leave_ctrl_c_to_this_process() -> None:
 
 @contextmanager
 def tasks_counted(marks: Path, step: Step) -> Iterator[None]:
-    """A line at the end of each step, and until then its tasks counted by datatrove's marks."""
+    """A line at the end of each step, and until then the bytes that its tasks have read, or its tasks by datatrove's
+    marks."""
     ended, start = threading.Event(), time.monotonic()
+    total, unit = (step.size(), "B") if step.size else (step.tasks, "tasks")
+    tally.clear()
 
     def done() -> int:
         return sum(1 for _ in marks.glob("*"))
 
+    before = total * done() // step.tasks  # by an earlier call
+
     def watch() -> None:
-        counted = 0
+        counted = before
         while not ended.wait(0.5):
-            advance((now := done()) - counted)
+            now = min(before + int(tally.read()[0]), total) if step.size else done()
+            advance(now - counted)
             counted = now
 
-    with progress(step.name, step.tasks, "tasks") as advance:
+    with progress(step.name, total, unit, before) as advance:
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try:
@@ -108,4 +120,7 @@ def tasks_counted(marks: Path, step: Step) -> Iterator[None]:
         finally:
             ended.set()
             thread.join()
-    print(f"{step.name:<12}{done():>6} of {step.tasks} tasks {time.monotonic() - start:8.1f} s", flush=True)
+    seconds, (size, cpu_seconds, peak_bytes) = time.monotonic() - start, tally.read()
+    rate = f" {size / 1e6 / seconds:8.1f} MB/s" if step.size else ""
+    print(f"{step.name:<12}{done():>6} of {step.tasks} tasks {seconds:8.1f} s {cpu_seconds:8.1f} CPU s"
+          f" {peak_bytes / 2**20:6.0f} MiB{rate}", flush=True)  # fmt: skip

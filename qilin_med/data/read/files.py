@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
 from qilin_med.config.experiment import MAX_EXPANSION
+from qilin_med.console.progress import tally
 from qilin_med.errors import UserError
 from qilin_med.records import RAW_CHARACTERS
 
@@ -24,6 +26,7 @@ LONGEST = 1 << 25
 TOO_LONG = f"longer than {LONGEST:,} characters"
 READ_BYTES = 1 << 16
 EXPANSION_FREE = 1 << 26  # unpacked bytes from which a file's expansion is looked at
+READ_AHEAD_BYTES = 1 << 18
 PACKED_FOLD = 3  # how many times larger text is than what it is packed into
 HIDDEN = (".", "__MACOSX")
 PASSED_OVER = re.compile(r"\.md$|^(readme|licen[cs]e|copying|notice)\b|^manifest\.json$", re.IGNORECASE)
@@ -278,19 +281,20 @@ def _decode(start: bytes, encoding: str) -> tuple[str, int]:
 
 def open_text(part: Part, newline: str = "\n") -> TextIO:
     """The part, or its span, decoded as `read_head` says."""
-    errors, encoding, stream = "strict" if part.strict else "replace", read_head(part)[0], part.open_bytes()
-    if part.span:
-        stream = io.BufferedReader(Window(stream, part.span.start, part.span.end))
-        if part.span.start:
-            encoding = encoding.removesuffix("-sig")
+    errors, encoding = "strict" if part.strict else "replace", read_head(part)[0]
+    start, end = (part.span.start, part.span.end) if part.span else (0, sys.maxsize)
+    if start:
+        encoding = encoding.removesuffix("-sig")
+    stream = io.BufferedReader(Window(part.open_bytes(), start, end), READ_AHEAD_BYTES)
     return io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline=newline)
 
 
 class Window(io.RawIOBase):
-    """The bytes of a stream between two places."""
+    """The bytes of a stream between two places, counted as they are read."""
 
     def __init__(self, stream: BinaryIO, start: int, end: int) -> None:
-        stream.seek(start)
+        if start:
+            stream.seek(start)
         self._stream, self._left = stream, end - start
 
     def readable(self) -> bool:
@@ -299,6 +303,7 @@ class Window(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         size = self._stream.readinto(memoryview(buffer)[: self._left])
         self._left -= size
+        tally.add(size)
         return size
 
     def close(self) -> None:
