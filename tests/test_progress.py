@@ -56,12 +56,18 @@ def test_short_work_is_silent(capsys):
 
 
 def test_time_left_is_what_the_rest_takes_at_the_pace_so_far(monkeypatch, capsys):
-    now = iter([100.0, 130.0])  # a quarter in 30 seconds
+    now = iter([100.0, 130.0, 100.0, 110.0])  # a quarter in 30 seconds; one of 15 steps in 10
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
     meter = module._Meter("hashing", 4_000_000_000, "B")
     meter.done = 1_000_000_000
     meter.show()
-    assert shown(capsys) == ["hashing: 1,000 of 4,000 MB, 33.3 MB/s, 1:30 left"]
+    continued = module._Meter("training", 17, "steps", done=2)
+    continued.done, continued.note = 3, "loss 1.2"
+    continued.show()
+    assert shown(capsys) == [
+        "hashing: 1,000 of 4,000 MB, 33.3 MB/s, 1:30 left",
+        "training: 3 of 17 steps, loss 1.2, 2:20 left",
+    ]
     assert [clock(s) for s in (7, 750, 11_100)] == ["0:07", "12:30", "3:05:00"]
 
 
