@@ -196,6 +196,20 @@ AB = (("A", "一"), ("B", "二"))
         ({"choices": {"b": "二", "a": "一"}, "answer": "A B"}, AB, "AB"),
         ({"A": "一", "B": "二", "C": "", "answer": "A"}, AB, "A"),
         ({"A": "0", "B": 2, "answer": "A"}, (("A", "0"), ("B", "2")), "A"),
+        ({"opa": "一", "opb": "二", "answer": "opb"}, AB, "B"),
+        ({"option_a": "一", "option_b": "二", "answer": "一"}, AB, "A"),
+        ({"options": {"1": "一", "2": "二"}, "answer": "2"}, AB, "B"),
+        ({"options": ["A. 一", "B、二"], "answer": ["二", "A"]}, AB, "AB"),
+        ({"options": [{"key": "A", "value": "一"}, {"key": "B", "value": "二"}], "answer": "B"}, AB, "B"),
+        ({"options": [{"A": "一"}, {"B": "二"}], "answer": "B"}, AB, "B"),
+        ({"options": [["A", "一"], ["B", "二"]], "answer": "二"}, AB, "B"),
+        ({"options": "A.一 B.二", "answer": "B"}, AB, "B"),
+        ({"options": "A.一B.二", "answer": "B"}, AB, "B"),
+        ({"options": "一\n二", "answer": "二"}, AB, "B"),
+        ({"options": ["一", "二"], "answer": 0}, AB, "A"),
+        ({"options": ["一", "二"], "answer": "2"}, AB, "B"),
+        ({"options": ["2", "3"], "answer": "3"}, (("A", "2"), ("B", "3")), "B"),
+        ({"options": ["B", "AB"], "answer": "B"}, (("A", "B"), ("B", "AB")), "B"),
     ],
 )
 def test_options_and_answers_in_every_layout(write_lines, row, options, answer):
@@ -223,6 +237,8 @@ def test_options_and_answers_in_every_layout(write_lines, row, options, answer):
         ({"Answer": "nan"}, "no answer"),
         ({"Answer": 1}, "answer is a number, counted from 0 or from 1"),
         ({"Answer": {"x": 1}}, "unknown layout"),
+        ({"Options": "A.一B.二C.B、三"}, "options cannot be told apart"),
+        ({"Options": ["A", "AB"], "Answer": "AB"}, "answer is letters, and the text of another option"),
         ({"Options": 3, "x": 1}, "no options"),
     ],
 )
@@ -231,6 +247,17 @@ def test_questions_that_cannot_be_used(write_lines, row, reason):
     path = write_lines(good, {**good, **row})
     (_, question), (rows, record) = read("exam", path)
     assert isinstance(question, Question) and (rows, record.id, record.reason) == (1, f"{path}:2", reason)
+
+
+def test_answers_by_number_count_from_where_the_file_shows(write_lines):
+    for answers, letters in (([2, 0, 1], "CAB"), ([1, 3, 2], "ACB")):
+        path = write_lines(*({"question": "题", "options": ["一", "二", "三"], "answer": n} for n in answers))
+        assert "".join(record.answer for record in records("exam", path)) == letters
+    for answers in ([1, 2], [0, 3]):
+        path = write_lines(*({"question": "题", "options": ["一", "二", "三"], "answer": n} for n in answers))
+        assert {record.reason for record in records("exam", path)} == {"answer is a number, counted from 0 or from 1"}
+        told = records("exam", path, answer="letter(answer, `0`)", stage="question")
+        assert told[0].answer == "ABC"[answers[0]] and told[0].facets == (("stage", "题"),)
 
 
 def test_cmexam_tables_tell_facets_and_explanations(tmp_path):

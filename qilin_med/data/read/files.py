@@ -7,6 +7,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -91,6 +92,8 @@ def list_files(path: Path, suffixes: tuple[str, ...], split: str = "") -> list[P
         unread: list[Path] = []
         files = _walk(path, (*suffixes, ".zip"), split, path.resolve(), unread)
         name_unread(path, tuple(str(file.relative_to(path)) for file in unread), expected)
+        for archive in (file for file in files if file.suffix.lower() == ".zip"):
+            name_unread(archive, _unread_members(archive, suffixes), expected)
     elif content_suffix(path.name) in (*suffixes, ".zip"):
         files = [path]
     else:
@@ -124,6 +127,13 @@ def name_unread(place: Path, names: tuple[str, ...], expected: str) -> None:
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         print(f"{place}: not read: {', '.join(names[:5])}{more}; {expected}", flush=True)
+
+
+def _unread_members(file: Path, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        names = (member.filename for member in archive.infolist() if not member.is_dir())
+        return tuple(n for n in names if not (_is_data(n, suffixes) or any(map(_is_passed_over, Path(n).parts))))
+    return ()  # whoever reads it will say so
 
 
 def _is_passed_over(name: str) -> bool:

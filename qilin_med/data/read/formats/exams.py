@@ -106,11 +106,14 @@ def _options(row: Fields) -> Options:
     else:
         if isinstance(given, list) and len(given) <= len(LETTERS):
             given = _by_name(given)
-        elif not isinstance(given, dict):
-            given = {(match[1] or match[2]): row[key] for key in row if (match := COLUMN.fullmatch(str(key)))}
-        named = {_upper(str(key)): (str(key), text) for key, text in given.items()}
+        if isinstance(given, dict):
+            named = {_upper(str(key)): (str(key), text) for key, text in given.items()}
+        else:
+            matches = ((COLUMN.fullmatch(str(key)), key) for key in row)
+            named = {_upper(match[1] or match[2]): (key, row[key]) for match, key in matches if match}
+            given = {}
         if set(named) & set(LETTERS):
-            options = [(letter, _cell(named[letter][1]), letter) for letter in LETTERS if letter in named]
+            options = [(letter, _cell(named[letter][1]), named[letter][0]) for letter in LETTERS if letter in named]
         else:
             entries = zip(LETTERS, given.items(), strict=False)
             options = [(letter, _cell(text), str(key).strip()) for letter, (key, text) in entries]
@@ -166,6 +169,8 @@ def _in_text(text: str) -> Options:
             letters, texts = "".join(map(_upper, pieces[::2])), [piece.strip(" \t\n;；,，|/") for piece in pieces[1::2]]
             if not start.strip() and len(letters) > 1 and letters == LETTERS[: len(letters)]:
                 return list(zip(letters, texts, letters, strict=True))
+        if len(options) == 1 and len(letters) > 1:
+            raise UnusableRow("options cannot be told apart")
     return [(letter, text, letter) for letter, text in options]
 
 
