@@ -21,7 +21,8 @@ from reading import chat, content, read, records, source, write_rows
 
 from qilin_med.config.experiment import KINDS
 from qilin_med.data.read import files
-from qilin_med.data.read.readers import READERS, raw_files
+from qilin_med.data.read.readers import READERS, raw_files, read_raw
+from qilin_med.data.read.tables import Elements
 from qilin_med.errors import UserError
 from qilin_med.records import Chat, Skipped
 
@@ -196,6 +197,8 @@ def test_what_is_too_long_is_skipped_in_pieces(tmp_path, monkeypatch):
     for module in ("files", "tables"):
         monkeypatch.setattr(f"qilin_med.data.read.{module}.LONGEST", 1000)
     monkeypatch.setattr("qilin_med.data.read.tables.READ_CHARACTERS", 300)
+    held, read_on = [], Elements._read_on
+    monkeypatch.setattr(Elements, "_read_on", lambda self, n: held.append(len(self._text)) or read_on(self, n))
     long = json.dumps({"question": 'x"[{' * 5000, "answer": "b"})
     for name, text in {
         "a.jsonl": "\n".join([LINES[0], long, LINES[1]]),
@@ -204,6 +207,7 @@ def test_what_is_too_long_is_skipped_in_pieces(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
         first, reason, last = outcome(tmp_path / name)
         assert (first, last) == ("问0", "问1") and "longer than" in reason
+    assert 1000 < max(held) < 2000  # characters in memory
 
 
 # ------------------------------------------------------------------------------------------------------- folders
@@ -255,15 +259,10 @@ def test_columns_and_rows_of_odd_shapes(tmp_path):
     assert outcome_of(tmp_path, [{"问题(中文)": "甲", "b": "乙"}], question="问题(中文)", answer="b") == [("甲", "乙")]
     (tmp_path / "keyed.json").write_text(json.dumps({"1": GOOD[0], "2": GOOD[1]}, indent=1))
     keyed = source("chat", tmp_path / "keyed.json").model_copy(update={"rows": "*"})
-    assert [content(record) for _, record in READ(keyed)] == [("问0", "答0"), ("问1", "答1")]
+    found = [content(record) for _, record in read_raw(keyed, tmp_path / "keyed.json")]
+    assert found == [("问0", "答0"), ("问1", "答1")]
     with pytest.raises(UserError, match=r"columns\.answer is 'b\[', which is no JMESPath expression"):
         raw_files(source("chat", tmp_path, question="a", answer="b["))
-
-
-def READ(found) -> list:
-    from qilin_med.data.read.readers import read_raw
-
-    return [pair for file in raw_files(found) for pair in read_raw(found, file)]
 
 
 def outcome_of(folder: Path, rows: list, **columns: str) -> list:

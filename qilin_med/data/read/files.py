@@ -364,6 +364,7 @@ def not_text(part: Part) -> UserError:
                     f"{part.place}: line {number}, byte {before + error.start + 1} of the file: not"
                     f" {encoding.upper().removesuffix('-SIG')}; expected UTF-8, GB18030 or Big5 throughout: mend the line, or"
                     f" convert the file: iconv -f gb18030 -t utf-8 '{part.place}' > converted{part.suffix}"
+                    " (Big5: -f big5)"
                 )
             before += len(line)
     raise AssertionError(f"{part.place} is text throughout")
