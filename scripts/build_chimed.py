@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qilin_med.artifact import read_manifest
 from qilin_med.config.corpus import load_corpus_settings
+from qilin_med.config.experiment import count
 from qilin_med.console.progress import progress
 from qilin_med.data.build import MARKER, build
 from qilin_med.data.card import heavy_losses
@@ -33,10 +34,10 @@ def main() -> None:
     parser.add_argument("--allow-missing", action="store_true", help="build without the paths that do not exist")
     parser.add_argument("--restart", action="store_true", help="move another build in output_dir aside")
     inspect = "show N records of each source (default 3) and stop"
-    parser.add_argument("--inspect", type=int, nargs="?", const=3, metavar="N", help=inspect)
+    parser.add_argument("--inspect", type=count, nargs="?", const=3, metavar="N", help=inspect)
     preview = "show random records of one source of the corpus file, before any build, and stop"
     parser.add_argument("--preview", metavar="SOURCE", help=preview)
-    parser.add_argument("-n", type=int, default=20, help="records that --preview shows (default 20)")
+    parser.add_argument("-n", type=count, default=20, help="records that --preview shows (default 20)")
     strict = "end with an error if a source gives no record, or loses more than half of its rows or records"
     parser.add_argument("--strict", action="store_true", help=strict)
     arguments = parser.parse_intermixed_args()
