@@ -3,13 +3,12 @@
 Pure functions on arrays; all hashes are 64 bits wide (uint64, arithmetic modulo 2**64).
 """
 
-import re
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
-SPACE = re.compile(r"\s+")
+WIDE = [*zip("，：；？！（）～％", ",:;?!()~%", strict=True), ("…", "...")]
 BASE = np.uint64(0x9E3779B97F4A7C15)
 MODULUS = 1 << 64
 SIGNATURE_SEED = 1
@@ -17,7 +16,10 @@ SIGNATURE_SEED = 1
 
 def normalise(text: str) -> str:
     """The form in which texts are compared: width (NFKC), case and white space do not count."""
-    return SPACE.sub("", unicodedata.normalize("NFKC", text)).casefold()
+    # NFKC is quick where it has nothing to do, and nearly all that it has to do in Chinese is this.
+    for wide, narrow in WIDE:
+        text = text.replace(wide, narrow)
+    return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def mix(values: np.ndarray) -> np.ndarray:
