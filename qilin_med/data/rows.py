@@ -304,13 +304,18 @@ def _jobs(stage: StageName, number: int, file: Path, source: DataSource) -> Iter
     """What a file is cut into depends on the file alone, so that any number of processes makes the same rows."""
     kind, size = KINDS[stage], file.stat().st_size
     spans = cut_training_file(kind, file, source, max(1, size // JOB_BYTES))
-    if spans or unpacked_size(file) <= JOB_BYTES:
+    if len(spans) > 1 or unpacked_size(file) < 2 * JOB_BYTES:
         for span in spans or [None]:
             yield Job(stage, number, file, source, size // max(len(spans), 1), span)
         return
-    for records in batched(read_training_file(kind, file, source), JOB_RECORDS):
-        yield Job(stage, number, file, source, 0, records=records)
-    yield Job(stage, number, file, source, size, records=[])
+    records, characters = [], 0
+    for record in read_training_file(kind, file, source):
+        records.append(record)
+        characters += len(record.text) if isinstance(record, Document) else 0
+        if len(records) == JOB_RECORDS or characters >= JOB_BYTES:
+            yield Job(stage, number, file, source, 0, records=records)
+            records, characters = [], 0
+    yield Job(stage, number, file, source, size, records=records)
 
 
 def _encode(encode: Encoder, job: Job) -> Encoded:
