@@ -134,7 +134,8 @@ FAULTS = {
     "data, batch, tracker, questions": {
         'sft.data=["bad.jsonl"]': "sft.data: 50 of the first 50 records of bad.jsonl cannot be used (50 x unknown layout: "
         "fields question, reply; expected conversations, messages, instruction/input/output, question/answer, "
-        "input/target, conversation or a list of turns; the first: bad.jsonl:1)",
+        "input/target, conversation or a list of turns; in a corpus file this may help: columns "
+        '{"answer": "reply"}; the first: bad.jsonl:1)',
         'dpo.data=["nowhere.jsonl"]': "dpo.data: nowhere.jsonl: no such data file",
         "pretraining.global_batch_size=7": "pretraining.global_batch_size is 7, which does not divide by 8 ranks",
         'dpo.report_to=["wandb"]': "dpo.report_to names 'wandb', which is not installed: pip install wandb",

@@ -37,6 +37,8 @@ csv.field_size_limit(CELL_CHARACTERS)
 STRING_END = r'[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|(?P<cut>\\?\Z))'
 JSON_SIGN = re.compile(rf'"{STRING_END}|[\[\]{{}},]', re.DOTALL)
 JSON_STRING_END = re.compile(STRING_END, re.DOTALL)
+# The same in one step, where the sign lies in what has been read.
+JSON_NEXT_SIGN = re.compile(r'(?:[^"\[\]{},]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{},])', re.DOTALL)
 # Where an element may begin after one that is broken.
 JSON_BOUNDARY = re.compile(r",\s*(?=[{\[])")
 JSON_DECODER = json.JSONDecoder()
@@ -238,6 +240,9 @@ class Elements:
     def _next_sign(self) -> str:
         """The next bracket or comma outside strings, up to which is then scanned; "" at the end of the file or where an
         element is too long."""
+        if not self._in_string and (found := JSON_NEXT_SIGN.match(self._text, self._scanned)):
+            self._scanned = found.end()
+            return found[1]
         while True:
             inside = self._in_string
             found = (JSON_STRING_END.match if inside else JSON_SIGN.search)(self._text, self._scanned)

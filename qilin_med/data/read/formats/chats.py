@@ -165,8 +165,8 @@ def _messages(row: Any) -> list[Message]:
 
 def to_chats(id_: str, row: Any) -> list[Chat]:
     """One chat; of a question with several answers one for each. Of several wordings of a question the first is taken."""
-    turns = isinstance(row, dict) and row.keys() & {"conversations", "messages", "conversation"}
-    if turns or not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
+    is_pair = isinstance(row, dict) and "question" in row and "answer" in row
+    if not is_pair or "conversations" in row or "messages" in row or "conversation" in row:
         return [checked_chat(id_, _messages(row))]
     question = next(iter(texts_of(row["question"], "question")), "")
     before = [*system_message(row), *history_messages(row), Message("user", question)]

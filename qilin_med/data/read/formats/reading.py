@@ -118,9 +118,10 @@ def field_text(row: Fields, field: str) -> str:
 
 def texts_of(value: Any, field: str) -> list[str]:
     """The texts of a text or a list of texts, also nested, without surrounding white space and without empty ones."""
-    parts = value if isinstance(value, list) else [value]
+    if not isinstance(value, list):
+        return [text] if (text := plain_text(value, field)) else []
     found: list[str] = []
-    for part in parts:
+    for part in value:
         found += texts_of(part, field) if isinstance(part, list) else [plain_text(part, field)]
     return list(dict.fromkeys(text for text in found if text))
 
