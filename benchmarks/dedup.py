@@ -151,7 +151,8 @@ def deduplicate(work: Workspace, workers: int) -> tuple[float, float]:
     for part in range(work.parts):
         save(work.path("exact", part), np.empty(0, DUPLICATE))
     settings = ExecutorSettings(workers=workers)
-    spent = seconds(lambda: run_steps(near_steps(work, SETTINGS), settings, work.root / "log"))
+    steps = near_steps(work, SETTINGS, [SETTINGS.threshold] * len(work.stages))
+    spent = seconds(lambda: run_steps(steps, settings, work.root / "log"))
     memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return spent, memory / 1024
 

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from shared_corpus import shared_corpus
 
-from qilin_med.config.corpus import RawSource
+from qilin_med.config.corpus import RawSource, load_corpus_settings
 from qilin_med.data.card import type_and_paper
+from qilin_med.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = [chr(0x4E00 + index) for index in range(1500)]
@@ -177,6 +178,81 @@ def test_a_second_build_gives_the_same_bytes(corpus, built):
     build(corpus, f"output_dir={again}", "executor.workers=1")
     first, second = contents(built), contents(again)
     assert first == second
+
+
+def test_exam_questions_are_whole_or_not_there(corpus, tmp_path):
+    """Two stems over the same options and explanation are two questions; a copy without an option is none of its own."""
+    rng, options = random.Random(5), ["阿司匹林", "青霉素", "地西泮", "胰岛素", "华法林"]
+    shared = "".join(sentence(rng) for _ in range(6))
+    stems = [f"关于第{number}类药物的叙述，下列各项中最恰当的是" for number in "一二三"]
+
+    def exam(name: str, *questions: tuple[str, list[str], str]) -> dict:
+        with (tmp_path / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow(["Question", "Options", "Answer", "Explanation"])
+            for stem, texts, letter in questions:
+                listed = "\n".join(f"{a} {b}" for a, b in zip("ABCDE", texts, strict=False))
+                csv.writer(file).writerow([stem, listed, letter, shared])
+        return {
+            "stage": "pretraining",
+            "name": name,
+            "kind": "exam",
+            "paths": [str(tmp_path / f"{name}.csv")],
+            "licence": "x",
+        }
+
+    (tmp_path / "books.txt").write_text(f"{sentence(rng)}{shared}{sentence(rng)}\n", encoding="utf-8")
+    books = {
+        "stage": "pretraining",
+        "name": "books",
+        "kind": "text",
+        "paths": [str(tmp_path / "books.txt")],
+        "licence": "x",
+    }
+    settings = json.loads(corpus.read_text()) | {
+        "output_dir": str(tmp_path / "processed"), "dev_share": 0, "decontamination": {},
+        "sources": [
+            books,
+            exam("five", (stems[0], options, "A"), (stems[1], options, "A"), (stems[2], options, "B")),
+            exam("four", (stems[0], options[:4], "A"), (stems[1], options[:4], "B")),
+        ],
+    }  # fmt: skip
+    (tmp_path / "corpus.json").write_text(json.dumps(settings), encoding="utf-8")
+    build(tmp_path / "corpus.json")
+    five, four, text = (by_name(tmp_path / "processed")[f"pretraining/{name}"] for name in ("five", "four", "books"))
+    assert (five["train"], five["duplicates"], four["train"], four["duplicates"]) == (3, {}, 1, {"near-duplicate": 1})
+    assert five["cut"] == four["cut"] == text["cut"] == 0
+    kept = [
+        row["text"].split("\n")
+        for row in rows(tmp_path / "processed", "pretraining/train-*")
+        if row["source"] != "books"
+    ]
+    assert all(len(lines) == (7 if "E 华法林" in lines else 6) + 1 and lines[-1] == f"解释：{shared}" for lines in kept)
+    # The passage is cut out of a text that stands behind the exams, unless that source says otherwise.
+    settings["sources"] = [*settings["sources"][1:], books]
+    for own, cut in ({}, 1), ({"substring_tokens": 5000}, 0), ({"substrings": False}, 0):
+        books["deduplication"] = own
+        (tmp_path / "corpus.json").write_text(json.dumps(settings), encoding="utf-8")
+        build(tmp_path / "corpus.json", "--restart")
+        assert by_name(tmp_path / "processed")["pretraining/books"]["cut"] == cut
+
+
+def test_rules_and_thresholds_may_differ_by_source(corpus, tmp_path):
+    settings = json.loads(corpus.read_text()) | {"output_dir": str(tmp_path / "processed")}
+    articles = next(source for source in settings["sources"] if source["name"] == "articles")
+    articles |= {"cleaning": {"min_characters": 1}, "deduplication": {"threshold": 1.0}}
+    (tmp_path / "corpus.json").write_text(json.dumps(settings), encoding="utf-8")
+    build(tmp_path / "corpus.json")
+    found = by_name(tmp_path / "processed")["pretraining/articles"]
+    assert found["rejected"] == {"replacement characters (U+FFFD)": 1}  # the corpus's other rules still hold
+    # Its near copy is no duplicate any more, and loses the passages instead.
+    assert found["duplicates"] == {
+        "exact duplicate": 1,
+        "nothing left without the passages that other documents have": 1,
+    }
+    articles["deduplication"] = {"substring_tokens": 10}
+    (tmp_path / "corpus.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(UserError, match=r"'articles': .* is 10, fewer than the corpus's 50"):
+        load_corpus_settings(tmp_path / "corpus.json")
 
 
 SMALL_SHARDS = """

@@ -61,7 +61,7 @@ def run(tmp_path, texts: list[str], shards: int, parts: int) -> Workspace:
     for part in range(parts):
         dedup.pair_candidates(work, part)
     for part in range(parts):
-        dedup.verify_pairs(work, SETTINGS, part)
+        dedup.verify_pairs(work, SETTINGS.shingle, [SETTINGS.threshold] * shards, part)
     dedup.find_near(work)
     return work
 

@@ -1,5 +1,6 @@
 """The corpus file (configs/chimed.json): sources, cleaning, deduplication, decontamination and output of one build."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,21 +15,6 @@ from qilin_med.config.experiment import (
     StageName,
     read_settings,
 )
-
-
-class RawSource(RawFiles):
-    stage: StageName
-    """The training set that this source goes into."""
-    licence: str
-    """Licence or terms, copied into the manifest and the data card."""
-    share: Share = 1.0
-    """Share of the records to take, drawn by a hash of their content."""
-    limit: PositiveInt | None = None
-    """Take only so many records of each file, from its start."""
-    join_lines: Annotated[int, Field(ge=0)] = 0
-    """text: join lines of a file until a document has this many characters. 0: one document a line."""
-    multi_turn: bool | None = None
-    """Which row of the data tables a sft source counts in. null: what most of its records are."""
 
 
 class CleaningSettings(Section):
@@ -67,6 +53,17 @@ class DeduplicationSettings(Section):
     """Cut out runs of so many tokens that another document has (pretraining; Lee et al. 2022: 50). null: off."""
 
 
+class SourceDeduplication(Section):
+    near: bool = True
+    """false: a record of this source is no near-duplicate of any other, and none of it."""
+    threshold: Share | None = None
+    """Jaccard similarity of near-duplicates. Of two sources' the higher one counts. null: the corpus's."""
+    substrings: bool = True
+    """false: nothing is cut out of this source's documents. Exam questions are never cut."""
+    substring_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Cut out only runs of at least so many tokens, no fewer than the corpus's. null: the corpus's."""
+
+
 class ExecutorSettings(Section):
     kind: Literal["local", "slurm", "ray"] = "local"
     """datatrove executor: processes of this machine, a Slurm cluster, or a Ray cluster."""
@@ -74,6 +71,30 @@ class ExecutorSettings(Section):
     """Tasks at a time. "auto": the cores that this process may use."""
     options: dict[str, Any] = {}
     """Further arguments of datatrove's executor, for example {"partition": "cpu", "time": "08:00:00"} for slurm."""
+
+
+class RawSource(RawFiles):
+    stage: StageName
+    """The training set that this source goes into."""
+    licence: str
+    """Licence or terms, copied into the manifest and the data card."""
+    share: Share = 1.0
+    """Share of the records to take, drawn by a hash of their content."""
+    limit: PositiveInt | None = None
+    """Take only so many records of each file, from its start."""
+    join_lines: Annotated[int, Field(ge=0)] = 0
+    """text: join lines of a file until a document has this many characters. 0: one document a line."""
+    multi_turn: bool | None = None
+    """Which row of the data tables a sft source counts in. null: what most of its records are."""
+    cleaning: CleaningSettings = CleaningSettings()
+    """Rules that differ from the corpus's for this source: only the keys that are given."""
+    deduplication: SourceDeduplication = SourceDeduplication()
+    """Deduplication of this source's records, where it differs from the corpus's."""
+
+    def threshold(self, corpus: DeduplicationSettings) -> float:
+        """Jaccard similarity from which its records are near-duplicates; infinite for never."""
+        own = self.deduplication
+        return math.inf if not own.near else corpus.threshold if own.threshold is None else own.threshold
 
 
 class CorpusSettings(Section):
@@ -99,6 +120,21 @@ class CorpusSettings(Section):
     """Evaluation questions to keep out."""
     executor: ExecutorSettings = ExecutorSettings()
     """Where the work runs."""
+
+    def cleaning_of(self, source: RawSource) -> CleaningSettings:
+        """The corpus's cleaning rules with the source's own."""
+        return self.cleaning.model_copy(update=source.cleaning.model_dump(exclude_unset=True))
+
+    @model_validator(mode="after")
+    def _sources_cut_no_shorter_runs(self) -> "CorpusSettings":
+        fewest = self.deduplication.substring_tokens or 0
+        for source in self.sources:
+            if (own := source.deduplication.substring_tokens or fewest) < fewest:
+                raise ValueError(
+                    f"source '{source.name}': deduplication.substring_tokens is {own}, fewer than the corpus's {fewest};"
+                    " lower the corpus's, and give the other sources theirs"
+                )
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "CorpusSettings":

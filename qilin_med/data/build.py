@@ -6,6 +6,7 @@ files, settings, tokenizer), so an interrupted build continues and a changed one
 
 import math
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -117,7 +118,7 @@ def steps_of(
         Step("exact", parts, partial(deduplication.find_exact, work)),
     ]
     if repeated.near:
-        steps += near_steps(work, repeated)
+        steps += near_steps(work, repeated, [settings.sources[task.source].threshold(repeated) for task in tasks])
     if repeated.substring_tokens and "pretraining" in work.stages:
         pretraining = work.stages.count("pretraining")  # these shards come first
         text_size = partial(work.size, ("pretraining",))
@@ -125,14 +126,15 @@ def steps_of(
             Step("tokenise", pretraining, partial(deduplication.tokenise_shard, work, settings), text_size),
             Step("repeats", parts, partial(deduplication.find_repeats, work)),
         ]
-    return [*steps, Step("write", shards, partial(write_shard, work, settings), work.size), Step("publish", 1, publish)]
+    write = Step("write", shards, partial(write_shard, work, settings, tasks), work.size)
+    return [*steps, write, Step("publish", 1, publish)]
 
 
-def near_steps(work: Workspace, settings: DeduplicationSettings) -> list[Step]:
-    """Near-deduplication of what exact deduplication left (benchmarks/dedup.py times it alone)."""
+def near_steps(work: Workspace, settings: DeduplicationSettings, thresholds: Sequence[float]) -> list[Step]:
+    """Near-deduplication of what exact deduplication left (benchmarks/dedup.py times it alone). `thresholds`: of shards."""
     return [
         Step("sign", len(work.stages), partial(deduplication.sign_shard, work, settings), work.size),
         Step("pair", work.parts, partial(deduplication.pair_candidates, work)),
-        Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings)),
+        Step("verify", work.parts, partial(deduplication.verify_pairs, work, settings.shingle, thresholds)),
         Step("near", 1, partial(deduplication.find_near, work)),
     ]

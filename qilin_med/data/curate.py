@@ -21,16 +21,17 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from qilin_med.artifact import written_whole
-from qilin_med.config.corpus import CorpusSettings
+from qilin_med.config.corpus import CorpusSettings, RawSource
 from qilin_med.config.experiment import StageName
 from qilin_med.data import deduplicate as deduplication
 from qilin_med.data.clean import Cleaner
 from qilin_med.data.decontaminate import Index
+from qilin_med.data.questions import question_in
 from qilin_med.data.read.files import Span
 from qilin_med.data.read.formats.reading import UnusableRow
 from qilin_med.data.read.readers import READERS, read_raw
 from qilin_med.data.read.spans import cut_file
-from qilin_med.data.render import from_row, render, stable_id, text_of, to_row
+from qilin_med.data.render import from_row, is_whole, render, stable_id, text_of, to_row
 from qilin_med.data.shards import (
     Row,
     Workspace,
@@ -39,7 +40,7 @@ from qilin_med.data.shards import (
     save_json,
     write_json_lines,
 )
-from qilin_med.records import AnyRecord, Chat, Document, Skipped, TrainingRecord
+from qilin_med.records import AnyRecord, Chat, Document, Question, Skipped, TrainingRecord
 
 SEARCHED_AT_ONCE = 500  # records looked up in the index of evaluation questions
 COUNTED_AT_ONCE = 1000  # records tokenised together
@@ -161,7 +162,7 @@ def read_clean(
     settings: CorpusSettings, task: Task, span: Span | None, account: Account
 ) -> Iterator[tuple[Row, AnyRecord, TrainingRecord]]:
     """(id, source and place; the record cleaned; as its stage trains on it) of every record that no rule rejects."""
-    source, cleaner = settings.sources[task.source], Cleaner(settings.cleaning)
+    source, cleaner = settings.sources[task.source], Cleaner(settings.cleaning_of(settings.sources[task.source]))
     for rows, record in islice(read_raw(source, task.file, span), source.limit):
         account.counts["rows"]["read"] += rows
         if isinstance(record, Skipped):
@@ -182,6 +183,8 @@ def read_clean(
             rendered = render(cleaned, source.stage)
             if rendered is not cleaned:  # else it has been judged
                 reason = reason or cleaner.reject_reason(rendered)
+            if isinstance(cleaned, Question) and not is_whole(text_of(rendered)):
+                reason = reason or "cleaning left no whole question"
         except UnusableRow as error:
             reason = reason or str(error)
         if reason:
@@ -197,12 +200,12 @@ def _contents(record: AnyRecord) -> Row:
 # ------------------------------------------------------------------------------------------------- shards -> sets
 
 
-def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
+def write_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ...], shard: int) -> None:
     """Task: train and dev files of one shard; what duplicates others is appended to what was rejected."""
     tokenizer = deduplication.load_tokenizer(settings.tokenizer)
     stage, out = work.stages[shard], work.root / "out"
     number = work.stages[:shard].count(stage)
-    account = Account()
+    account, source = Account(), settings.sources[tasks[shard].source]
     with ExitStack() as files:
 
         @cache
@@ -214,9 +217,12 @@ def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
             table = files.enter_context(pq.ParquetWriter(file, SCHEMAS[stage]))
             return lambda lines, rows: table.write_table(pa.Table.from_pylist(rows, SCHEMAS[stage]))
 
-        for left in batched(rows_left(work, settings, tokenizer, shard, account), COUNTED_AT_ONCE):
+        for left in batched(rows_left(work, settings, source, tokenizer, shard, account), COUNTED_AT_ONCE):
             records = [from_row(stage, row) for _, row, _ in left]
             texts = [text_of(record) for record in records]
+            assert source.kind != "exam" or all(map(is_whole, texts)), [text for text in texts if not is_whole(text)][
+                :1
+            ]
             uncounted = [text for text, (_, _, tokens) in zip(texts, left, strict=True) if tokens is None]
             encodings = tokenizer.encode_batch_fast(uncounted, add_special_tokens=False)
             account.counts["written"] += Counter(
@@ -240,15 +246,16 @@ def write_shard(work: Workspace, settings: CorpusSettings, shard: int) -> None:
 
 
 def rows_left(
-    work: Workspace, settings: CorpusSettings, tokenizer: Tokenizer, shard: int, account: Account
+    work: Workspace, settings: CorpusSettings, source: RawSource, tokenizer: Tokenizer, shard: int, account: Account
 ) -> Iterator[tuple[bytes, Row, int | None]]:
     """The rows of a shard that no other record stands for, without passages that other documents have: (as a line of
     JSON, parsed, tokens if they have been counted)."""
     duplicates, repeats, lengths = deduplication.duplicates_of_shard(work, settings.deduplication, shard), {}, {}
     if (width := settings.deduplication.substring_tokens) and work.stages[shard] == "pretraining":
-        repeats = deduplication.repeats_of_shard(work, shard)
+        if source.kind != "exam" and source.deduplication.substrings:
+            repeats = deduplication.repeats_of_shard(work, shard)
         lengths = deduplication.lengths_of_shard(work, shard)
-    cleaner = Cleaner(settings.cleaning)
+    cleaner = Cleaner(settings.cleaning_of(source))
     record = work.random_access()
     for index, line in enumerate(work.lines(shard)):
         row, tokens = orjson.loads(line), lengths.get(index)
@@ -256,9 +263,13 @@ def rows_left(
             reason, kept, similarity = duplicates[index]
             account.reject(reason, row, "duplicates", kept=record(kept)["id"], similarity=round(similarity, 4))
             continue
-        if index in repeats:
+        spans = []
+        if index in repeats and not question_in(row["text"]):  # a question is whole or nothing
             offsets = tokenizer.encode(row["text"], add_special_tokens=False).offsets
-            spans = deduplication.spans_of(repeats[index], width, offsets)
+            spans = deduplication.spans_of(
+                repeats[index], width, source.deduplication.substring_tokens or width, offsets
+            )
+        if spans:
             text = deduplication.cut_out(row["text"], spans)
             if cleaner.reject_reason(Document(row["id"], text)):
                 account.reject(REPEATS, row, "duplicates")

@@ -9,7 +9,7 @@ number of workers changes what is kept.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from qilin_med.config.corpus import CorpusSettings, DeduplicationSettings
 from qilin_med.config.experiment import StageName
 from qilin_med.data import matching
+from qilin_med.data.questions import question_in
 from qilin_med.data.render import from_row, text_of
 from qilin_med.data.shards import (
     ROW_BITS,
@@ -109,7 +110,7 @@ def compared_text(stage: StageName, row: Row) -> str:
     """What records of a training set are compared by: prompt and answers, without what many have in common (a system
     text, the words of the exam prompt)."""
     turns = {"conversations": [turn for turn in row.get("conversations", ()) if turn["from"] != "system"]}
-    return matching.normalise(without_frame(text_of(from_row(stage, {**row, **turns}))))
+    return without_frame(text_of(from_row(stage, {**row, **turns})))
 
 
 def sign_shard(work: Workspace, settings: DeduplicationSettings, shard: int) -> None:
@@ -123,7 +124,7 @@ def sign_shard(work: Workspace, settings: DeduplicationSettings, shard: int) -> 
     salts = matching.mix(np.arange(settings.bands)) ^ salt  # nor do different bands
     for chunk in batched(left, SIGNED_AT_ONCE):
         rows += [index for index, _ in chunk]
-        texts = [compared_text(stage, row) for _, row in chunk]
+        texts = [matching.normalise(compared_text(stage, row)) for _, row in chunk]
         keys.append(matching.sign(texts, settings.shingle, settings.bands, settings.rows_per_band) ^ salts[:, None])
     signatures = np.concatenate(keys, axis=1).ravel()
     items = np.rec.fromarrays([signatures, np.tile(np.array(rows, np.uint32), settings.bands)], KEYED)
@@ -142,18 +143,26 @@ def pair_candidates(work: Workspace, part: int) -> None:
     work.deal("near/pairs", part, pairs, parts)
 
 
-def verify_pairs(work: Workspace, settings: DeduplicationSettings, part: int) -> None:
-    """Task: the candidate pairs of one part whose Jaccard similarity reaches the threshold."""
+def verify_pairs(work: Workspace, width: int, thresholds: Sequence[float], part: int) -> None:
+    """Task: the candidate pairs of one part whose Jaccard similarity reaches the higher one of their shards' thresholds.
+
+    Exam questions share options, explanation and most of a stem and are different all the same, so two of them must
+    also have the same stem and answer. `width`: characters of a shingle.
+    """
     pairs = np.unique(np.concatenate([work.dealt("near/pairs", task, part) for task in range(work.parts)]), axis=0)
     record = work.random_access()
 
     @lru_cache(maxsize=10_000)  # a record often stands in several pairs in turn
-    def shingles(number: int) -> np.ndarray:
+    def compared(number: int) -> tuple[np.ndarray, tuple[str, str] | None]:
         text = compared_text(work.stages[number >> ROW_BITS], record(number))
-        return matching.shingle_set(text, settings.shingle)
+        asked = question_in(text)
+        return matching.shingle_set(matching.normalise(text), width), asked and (asked.stem, asked.answer)
 
-    similarity = np.array([matching.jaccard(shingles(a), shingles(b)) for a, b in pairs.tolist()], np.float32)
-    same = similarity >= settings.threshold
+    similarity, same = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool)
+    for place, (a, b) in enumerate(pairs.tolist()):
+        (left, asked), (right, other) = compared(a), compared(b)
+        similarity[place] = matching.jaccard(left, right)
+        same[place] = asked == other and similarity[place] >= max(thresholds[a >> ROW_BITS], thresholds[b >> ROW_BITS])
     found = np.rec.fromarrays([pairs[same, 1], pairs[same, 0], similarity[same]], DUPLICATE)
     save(work.path("near/verified", part), found)
 
@@ -266,15 +275,16 @@ def repeats_of_shard(work: Workspace, shard: int) -> dict[int, list[int]]:
     return found
 
 
-def spans_of(repeats: list[int], width: int, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans of characters that windows cover, joined and in order. `offsets`: where each token begins and ends."""
-    spans: list[tuple[int, int]] = []
+def spans_of(repeats: list[int], width: int, fewest: int, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of characters that windows of `width` tokens cover, joined and in order, of at least `fewest` tokens.
+
+    `repeats`: first tokens of the windows. `offsets`: where each token begins and ends.
+    """
+    runs: list[tuple[int, int]] = []
     for token in sorted(repeats):
-        span = offsets[token][0], offsets[token + width - 1][1]
-        if spans and span[0] <= spans[-1][1]:
-            span = spans.pop()[0], span[1]
-        spans.append(span)
-    return spans
+        joins = runs and offsets[token][0] <= offsets[runs[-1][1] - 1][1]
+        runs.append((runs.pop()[0] if joins else token, token + width))
+    return [(offsets[first][0], offsets[end - 1][1]) for first, end in runs if end - first >= fewest]
 
 
 def cut_out(text: str, spans: list[tuple[int, int]]) -> str:

@@ -43,6 +43,7 @@ OPTION = re.compile(
     r"(?:^|(?<=[\s_。，、；：？,;:?）)]))[(（]?([A-HＡ-Ｈ])(?:\s*[.．、:：)）]|\s|(?=[\u4e00-\u9fff]))\s*"
 )
 FEWEST_OPTIONS = 3
+LONGEST_QUESTION = 3000  # characters, with the explanation
 MAY_HAVE_OPTIONS = re.compile("[CＣ]")  # a quick look
 END_OF_OPTION = re.compile(r"\n|答案|注意|$")
 ANSWER = re.compile(r"(?:答案|故选|应选|选择?)\s*[是为]?\s*[:：]?\s*([A-HＡ-Ｈ](?:[、,，\s]?[A-HＡ-Ｈ])*)(?![A-Za-z])")
@@ -96,6 +97,11 @@ def exam_in(text: str) -> Asked | None:
     told = ANSWER.search(text, last) or BARE_ANSWER.search(text, last)
     letters = _plain(told[1]) if told else ""
     return _exam_question(text[: marks[0].start()], options, letters)
+
+
+def question_in(text: str) -> Asked | None:
+    """`exam_in` of a text that is one question, not a chapter with some."""
+    return exam_in(text) if len(text) <= LONGEST_QUESTION else None
 
 
 def _plain(letters: str) -> str:

@@ -1,6 +1,7 @@
 """Records -> what one stage trains on, and the rows in which the training files hold it."""
 
 import json
+import re
 from dataclasses import fields
 from hashlib import blake2b
 
@@ -11,6 +12,8 @@ from qilin_med.data.shards import Row
 from qilin_med.prompt.wording import exam_answer, exam_prompt, option_lines
 from qilin_med.records import AnyRecord, Chat, Document, Message, Preference, Question, Role, TrainingRecord
 
+TOLD = re.compile("^答案：([A-Z]+)$", re.MULTILINE)
+OPTION_LINE = re.compile(r"^([A-Z]) (?=\S)", re.MULTILINE)
 SPEAKER_NAMES: dict[Role, str] = {"user": "患者", "assistant": "医生"}
 CHIMED_NAMES: dict[Role, str] = {"system": "system", "user": "input", "assistant": "output"}
 
@@ -42,6 +45,14 @@ def render(record: AnyRecord, stage: StageName) -> TrainingRecord:
         case "sft", _:
             raise UnusableRow("a pair of answers is no conversation for sft")
     raise UnusableRow("no pair of answers for dpo")
+
+
+def is_whole(text: str) -> bool:
+    """Whether an exam question that `render` wrote, for either set, has its stem, options, and an answer among them."""
+    told = TOLD.search(text)
+    letters = OPTION_LINE.findall(text, 0, told.start()) if told else []
+    begins_with_stem = bool(letters) and not OPTION_LINE.match(text)
+    return begins_with_stem and set(told[1]) <= set(letters)
 
 
 def transcript(messages: tuple[Message, ...]) -> str:
