@@ -27,6 +27,7 @@ from qilin_med.errors import UserError
 
 CORPUS_FORMAT = 3  # raise it whenever the same inputs and settings give another result
 MARKER = "manifest.json"
+WORK_FOLD = 6  # bytes on the disk while a build works, for each byte of raw files
 PART_BYTES = 64 * 2**20  # input bytes for each part of the hash values: bounds the memory of a matching task
 
 
@@ -58,10 +59,15 @@ def build(
     artifact = Artifact(Path(settings.output_dir), inputs, MARKER)
     if artifact.finished(restart, "--restart moves it aside and builds anew, or set output_dir"):
         return "built before"
-    parts = max(1, math.ceil(sum(unpacked_size(task.file) / task.stripes for task in tasks) / PART_BYTES))
+    raw_size = sum(unpacked_size(task.file) / task.stripes for task in tasks)
+    parts = max(1, math.ceil(raw_size / PART_BYTES))
     work = Workspace(artifact.work, tuple(settings.sources[task.source].stage for task in tasks), parts)
     with exclusive(artifact.folder, "building"), disk_errors_explained(artifact.folder):
         (work.root / "out").mkdir(parents=True, exist_ok=True)
+        needed, free = WORK_FOLD * raw_size, shutil.disk_usage(work.root).free
+        if needed > free:
+            print(f"{artifact.folder}: the build takes up to {needed / 1e9:,.1f} GB beside it while it works, and"
+                  f" {free / 1e9:,.1f} GB are free; a full disk stops it, and it can be continued", flush=True)  # fmt: skip
         run_steps(steps_of(settings, tasks, evaluation, artifact, work), settings.executor, work.root / "log")
     if not artifact.folder.exists():  # jobs of a cluster go on after this process
         return "submitted"
