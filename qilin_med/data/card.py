@@ -51,6 +51,7 @@ def describe(settings: CorpusSettings, tasks: tuple[Task, ...], work: Workspace,
             totals[stage] = {name: sum(source[name] for source in mine) for name in SUMMED}
     evaluation = describe_evaluation(settings, work, sources, near_misses)
     manifest = {"name": settings.name, "sources": sources, "totals": totals, "evaluation": evaluation}
+    by_question = {row["evaluation"]["item"]: row["evaluation"] | {"id": row["id"]} for row in reversed(near_misses)}
     text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     page = environment.from_string(text).render(
@@ -59,7 +60,7 @@ def describe(settings: CorpusSettings, tasks: tuple[Task, ...], work: Workspace,
             {**source, **type_and_paper(asked, source), "leaked": _leaked(source).total()}
             for asked, source in zip(settings.sources, sources, strict=True)
         ],
-        near_misses=[row["evaluation"] | {"id": row["id"]} for row in near_misses[:SHOWN]],
+        near_misses=sorted(by_question.values(), key=lambda hit: -hit["similarity"])[:SHOWN],
         format=settings.format,
         titles=TITLES,
         licences={source.name: source.licence for source in settings.sources},

@@ -29,6 +29,8 @@ NEEDED_OF_STEM, NEEDED_OF_OPTIONS = 0.35, 0.5
 MOST_NEEDED = 64
 WINDOW = 128
 """Folded characters. N-grams of an item are counted within two neighbouring windows of a record."""
+SHOWN = 400
+"""Characters of the record that are shown beside a question."""
 CANDIDATES = 12
 """Items compared with a record: those with the most n-grams in it."""
 
@@ -41,7 +43,7 @@ class Hit:
     file: str
     question: str
     passage: str
-    """The part of the record that was compared."""
+    """The record from where the question is in it."""
     similarity: float
     same: bool
 
@@ -141,7 +143,8 @@ class Index:
                 passage = text[places[begin] - starts[number] : places[end - 1] + 1 - starts[number]]
                 verdict = self._compare(candidate.item, record, asked, passage, folded[begin:end])
                 if (verdict.same, verdict.similarity) > (best.same, best.similarity):
-                    best, item, shown = verdict, candidate.item, passage
+                    place = places[begin + max(verdict.begin - 1, 0)] - starts[number]
+                    best, item, shown = verdict, candidate.item, text[place : place + SHOWN]
                 if best.same:
                     break
             if best.same or best.similarity >= self._near_miss:

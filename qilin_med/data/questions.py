@@ -116,6 +116,8 @@ class Verdict:
     same: bool
     similarity: float
     """Of the stems; of an exam question a third is the share of its options that are found."""
+    begin: int = 0
+    """Where in the folded passage the stem is, or what comes nearest to it."""
 
 
 def compare_exams(item: Asked, weights: np.ndarray, found: Asked) -> Verdict:
@@ -154,21 +156,23 @@ def compare_text(item: Asked, weights: np.ndarray, text: str, folded: str, is_do
     if not item.options:
         if stem < 1:
             passage = folded[max(begin - 2, 0) : end + 2]
-            return Verdict(len(item.stem) >= TELLING and one_word_changed(item.stem, weights, passage), stem)
+            return Verdict(len(item.stem) >= TELLING and one_word_changed(item.stem, weights, passage), stem, begin)
         is_a_turn = len(item.stem) >= BRIEF and any(fold(line) == item.stem for line in text.split("\n"))
-        return Verdict(is_a_turn or len(item.stem) >= SPECIFIC, stem)
+        return Verdict(is_a_turn or len(item.stem) >= SPECIFIC, stem, begin)
     behind = folded[end : end + NEARBY]
     answered = len(item.answer) > 1 and item.answer in behind
     if stem < 1:
         # Questions about one case differ in their last words.
         asked_last = fuzz.partial_ratio(item.stem[-LAST_WORDS:], folded[end - 2 * LAST_WORDS : end + LAST_WORDS]) / 100
         alike = stem >= NEARER and asked_last >= NEAR and len(item.stem) >= SPECIFIC
-        return Verdict(answered and alike, stem)
+        return Verdict(answered and alike, stem, begin)
     answered = answered and len(item.stem) >= BRIEF
     at_once = bool(item.answer) and behind.startswith(item.answer) and len(item.stem + item.answer) >= BRIEF
-    # A conversation that answers otherwise is about another question with this stem; a textbook need not answer at all.
     telling = len(item.stem) >= LONG or (len(item.stem) >= SPECIFIC and ASKS.search(item.stem) is not None)
-    return Verdict(answered or at_once or (telling and (is_document or not item.answer)), 1.0)
+    if not (answered or at_once or telling):
+        return Verdict(False, 0.0)
+    # A conversation that answers otherwise is about another question with this stem; a textbook need not answer at all.
+    return Verdict(answered or at_once or is_document or not item.answer, 1.0, begin)
 
 
 def one_word_changed(question: str, weights: np.ndarray, passage: str) -> bool:
