@@ -16,6 +16,7 @@ from qilin_med.artifact import read_manifest
 from qilin_med.config.corpus import load_corpus_settings
 from qilin_med.config.experiment import count
 from qilin_med.console.progress import progress
+from qilin_med.console.quiet import quiet_libraries
 from qilin_med.data.build import MARKER, build
 from qilin_med.data.card import heavy_losses
 from qilin_med.errors import UserError, user_errors_end_with_one_line
@@ -41,6 +42,7 @@ def main() -> None:
     strict = "end with an error if a source gives no record, or loses more than half of its rows or records"
     parser.add_argument("--strict", action="store_true", help=strict)
     arguments = parser.parse_intermixed_args()
+    quiet_libraries()
     settings = load_corpus_settings(arguments.config, arguments.overrides)
     if arguments.inspect:
         from qilin_med.data.inspection import show_records

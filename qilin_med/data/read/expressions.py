@@ -80,8 +80,8 @@ def mapped(row: Any, columns: dict[str, str]) -> Any:
 
 
 def expanded(row: RawRow, expression: str) -> Iterator[RawRow]:
-    """The records that `expression` lists in a row, each a row of its own, with those fields of the row that are no lists or
-    objects. A row that lists none stays one, faulty row."""
+    """The records that `expression` lists in a row, each a row of its own, with the row's fields that are no lists. A row
+    that lists none stays one, faulty row."""
     if row.fault:
         yield row
         return
@@ -94,7 +94,7 @@ def expanded(row: RawRow, expression: str) -> Iterator[RawRow]:
     if not records:
         yield row._replace(fault="no record: rows finds none in it")
     shared = row.value.items() if isinstance(row.value, dict) else ()
-    shared = {name: value for name, value in shared if not isinstance(value, list | dict)}
+    shared = {name: value for name, value in shared if not isinstance(value, list)}
     for number, record in enumerate(records, 1):
         id_ = f"{row.id}~{number}" if number > 1 else row.id
         yield RawRow(id_, {**shared, **record} if isinstance(record, dict) else record)
