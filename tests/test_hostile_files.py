@@ -26,7 +26,8 @@ from qilin_med.data.read.tables import Elements
 from qilin_med.errors import UserError
 from qilin_med.records import Chat, Skipped
 
-ODD = [None, 3, -1.5, float("nan"), True, "", " ", "x", "\ud83d", "问：甲\n答：乙", "A.一 B.二", [], [[]], ["a"], ["甲", "乙"],
+ODD = [None, 3, -1.5, float("nan"), True, "", " ", "x", "\ud83d", "①", "9" * 5000, "问：甲\n答：乙", "A.一 B.二",
+       [], [[]], ["a"], ["甲", "乙"],
        [["甲", "乙"]], [{"a": 1}], [{"role": "user", "content": "甲"}], {}, {"A": "一", "B": "二"}, {"a": []},
        [None, 2]]  # fmt: skip
 WELL_FORMED = {
@@ -176,6 +177,26 @@ def test_national_encodings_are_told_apart(tmp_path, encoding):
     assert [content(record) for record in records("chat", path)] == [tuple(rows)]
 
 
+def test_replacement_characters_and_cut_ones_leave_a_file_utf_8(tmp_path):
+    lines = ["建议多喝水休息\ufffd\ufffd\ufffd".encode(), "必要时复查血常规，".encode()[:-1]]
+    (tmp_path / "a.txt").write_bytes(b"\n".join(lines) + b"\n")
+    assert [content(r) for r in records("text", tmp_path)] == [
+        "建议多喝水休息\ufffd\ufffd\ufffd",
+        "必要时复查血常规\ufffd",
+    ]
+
+
+def test_a_member_that_zipfile_cannot_unpack_is_refused(tmp_path):
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("rows.jsonl", LINES[0])
+    data = bytearray(path.read_bytes())
+    data[8] = data[data.rfind(b"PK\1\2") + 10] = 9  # Deflate64, which Windows writes for large files
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"rows\.zip: cannot be unpacked \(That compression method is not supported\)"):
+        read("chat", path)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".zip", ".xlsx"])
 def test_a_decompression_bomb_is_refused_early(tmp_path, suffix):
     path, zeros = tmp_path / f"rows.jsonl{suffix}", bytes(1 << 20)
@@ -241,12 +262,18 @@ def test_links_out_of_a_data_folder_are_refused_and_loops_are_not_followed(tmp_p
     assert len(records("chat", data / "b.jsonl")) == 1  # what the configuration names itself may be a link
 
 
-def test_a_book_without_its_sheet_is_refused(tmp_path):
+SHEET = (
+    '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>{}</sheetData></worksheet>'
+)
+
+
+@pytest.mark.parametrize("sheet", ["<x", SHEET.format('<row r="900000000"/>')])
+def test_a_book_without_a_sound_sheet_is_refused(tmp_path, sheet):
     book = openpyxl.Workbook()
     book.save(tmp_path / "rows.xlsx")
     with zipfile.ZipFile(tmp_path / "rows.xlsx") as whole, zipfile.ZipFile(tmp_path / "bad.xlsx", "w") as bad:
         for name in whole.namelist():
-            bad.writestr(name, b"<x" if "sheet1" in name else whole.read(name))
+            bad.writestr(name, sheet if "sheet1" in name else whole.read(name))
     with pytest.raises(UserError, match=r"bad\.xlsx: no readable \.xlsx"):
         read("chat", tmp_path / "bad.xlsx")
 

@@ -117,7 +117,8 @@ def _walk(folder: Path, suffixes: tuple[str, ...], split: str, root: Path, unrea
         return chosen
     # A link to a folder inside would be read twice, or for ever.
     folders = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
-    unread += [entry for entry in entries if entry not in files and entry not in folders]
+    read = {*files, *folders}
+    unread += [entry for entry in entries if entry not in read]
     return sorted(files + [file for inner in folders for file in _walk(inner, suffixes, split, root, unread)])
 
 
@@ -267,26 +268,28 @@ FREQUENT = "，。、：；？的一是不了在人有我他这這个個们們�
 def read_head(part: Part) -> tuple[str, str, bool]:
     """(encoding, the first megabyte decoded, whether that is all).
 
-    The encoding is what a byte order mark says; else UTF-8, unless GB18030 or Big5 has fewer wrong bytes: one bad byte does
-    not make UTF-8 a Chinese code page. Of these two it is the one with more frequent characters. Where the part is read
-    strictly, a GB18030 or Big5 with wrong bytes is none.
+    The encoding is what a byte order mark says; else UTF-8, unless it has wrong bytes and GB18030 or Big5 has fewer of them
+    and more frequent characters: bad bytes do not make UTF-8 a Chinese code page. Where the part is read strictly, a GB18030
+    or Big5 with wrong bytes is none.
     """
     with part.open_bytes() as stream:
         start = stream.read(HEAD_BYTES)
-    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
-    encoding, text, wrong = marked, *_decode(start, marked)
-    if wrong and marked == "utf-8-sig":
-        others = {name: _decode(start, name) for name in ("gb18030", "big5hkscs")}
-        best = max(others, key=lambda name: sum(map(others[name][0].count, FREQUENT)) - others[name][1])
-        if others[best][1] < wrong and not (part.strict and others[best][1]):
-            encoding, text = best, others[best][0]
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    text, wrong = _decode(start, encoding)
+    if wrong and encoding == "utf-8-sig":
+        found = {encoding: (text, wrong), **{name: _decode(start, name) for name in ("gb18030", "big5hkscs")}}
+        best = max(found, key=lambda name: sum(map(found[name][0].count, FREQUENT)) - found[name][1])
+        if not (part.strict and found[best][1]):
+            encoding, text = best, found[best][0]
     return encoding, text, len(start) < HEAD_BYTES
 
 
 def _decode(start: bytes, encoding: str) -> tuple[str, int]:
     """(text, how many bytes of it were wrong)."""
     text = codecs.getincrementaldecoder(encoding)("replace").decode(start)
-    return text, text.count("\ufffd")
+    # A text may hold replacement characters of its own.
+    own = start.count("\ufffd".encode()) if encoding == "utf-8-sig" else 0
+    return text, text.count("\ufffd") - own
 
 
 def open_text(part: Part, newline: str = "\n") -> TextIO:

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -86,7 +87,7 @@ def read_file(
             yield from reader.read(part, source)
     except UnicodeDecodeError:
         raise not_text(part) from None
-    except (BadZipFile, EOFError, zlib.error, OSError) as error:
+    except (BadZipFile, EOFError, LZMAError, NotImplementedError, zlib.error, OSError) as error:
         # Decompression raises OSErrors too; those of a failing disk have a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -33,6 +33,8 @@ READ_CHARACTERS = 1 << 20
 # A quoted cell that is longer, in characters or lines, comes from a quotation mark that is never closed.
 CELL_CHARACTERS, CELL_LINES = 1 << 22, 1000
 csv.field_size_limit(CELL_CHARACTERS)
+# As many as a sheet can have. A wrong number would stand for as many blank rows.
+SHEET_ROWS = 1 << 20
 # What ends an element of a JSON array. A string is taken whole, for the signs in it say nothing; `cut` if it goes on.
 STRING_END = r'[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|(?P<cut>\\?\Z))'
 JSON_SIGN = re.compile(rf'"{STRING_END}|[\[\]{{}},]', re.DOTALL)
@@ -371,7 +373,9 @@ def _xlsx_rows(part: Part, header: Cells) -> Iterator[RawRow]:
 
 def _sheet_cells(sheet: Any) -> Iterator[Numbered]:
     width = 0
-    for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
+    for number, values in enumerate(sheet.iter_rows(max_row=SHEET_ROWS + 1, values_only=True), 1):
+        if number > SHEET_ROWS:
+            raise ValueError(f"a row beyond the last one that a sheet can have, {SHEET_ROWS:,}")
         # Whole numbers come as 3.0, and blank cells at the end may be left out.
         values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
         cells = ["" if value is None else str(value) for value in values]

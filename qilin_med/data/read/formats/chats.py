@@ -226,6 +226,7 @@ def multiturn_chat(id_: str, row: Fields) -> Chat:
 # ------------------------------------------------------------------------------------------------------ MedDialog
 
 BLOCK = re.compile(r"\s*id\s*=\s*\d+\s*")
+BLOCK_LINES = 10_000
 SECTIONS = ("Doctor faculty", "Description", "Dialogue", "Diagnosis and suggestions")
 TOLD = ("疾病", "疾病名称", "病情描述", "希望获得的帮助")
 FORM = (*TOLD, "怀孕情况", "患病多久", "已就诊医院及科室", "用药情况", "过敏史", "既往病史", "预约医生", "检查医院",
@@ -247,7 +248,10 @@ def _read_meddialog(part: Part, source: RawFiles) -> Iterator[Counted]:
             lines, broken = [], None
         broken = broken or fault
         place = place if lines else f"{part.place}:{number}"
-        lines.append(line)
+        if len(lines) < BLOCK_LINES:
+            lines.append(line)
+        else:
+            broken = f"a block of more than {BLOCK_LINES:,} lines"
 
 
 def _block_chat(id_: str, lines: list[str]) -> Chat:

@@ -23,6 +23,7 @@ MARKED = re.compile(r"\s*([A-JＡ-Ｊ])[.．、:：)）]\s*(.*)", re.DOTALL)
 # Several options on a line, at best with something between them.
 INLINE = (re.compile(r"(?:^|[\s;；,，|/])([A-JＡ-Ｊ])[.．、:：)）]"), re.compile(r"([A-JＡ-Ｊ])[.．、:：)）]"))
 COLUMN = re.compile(r"(?:op|opt|option|choice|选项)[ _-]?([A-J])|([A-J])", re.IGNORECASE)
+NUMBER = re.compile(r"\d{1,9}")
 SEPARATORS = re.compile(r"[\s,，、;；.．。/|]+")
 LABELS, TEXTS = ("key", "label", "letter", "id", "option"), ("value", "text", "content")
 
@@ -48,7 +49,7 @@ def _survey(part: Part, source: RawFiles) -> tuple[bool, int | None]:
                 continue
             answered = True
             numbers = [_cell(part) for part in (answer if isinstance(answer, list) else [answer])]
-            if not all(number.isdigit() for number in numbers):
+            if not all(map(NUMBER.fullmatch, numbers)):
                 return True, None
             seen |= {0 for number in numbers if int(number) == 0}
             seen |= {1 for number in numbers if int(number) == len(_options(fields))}
@@ -198,7 +199,7 @@ def _letters_of(part: Any, options: Options, first: int | None) -> str:
         return letters
     if len(told) > 1:
         raise UnusableRow("answer is the text of several options")
-    if text.isdigit() and not (told and isinstance(part, str)):
+    if NUMBER.fullmatch(text) and not (told and isinstance(part, str)):
         if first is None:
             raise UnusableRow("answer is a number, counted from 0 or from 1")
         counted = options[int(text) - first][0] if 0 <= int(text) - first < len(options) else ""
