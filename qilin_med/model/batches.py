@@ -144,7 +144,11 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """ "items" counts what the loss is a mean of, targets or pairs; "tokens" all but padding."""
         are_pairs = bool(rows) and "prompt_ids" in rows[0]
-        units = _pairs_as_units(rows) if are_pairs else [_segments(row) for row in rows]
+        if are_pairs:  # the prompts with their chosen answers, then with their rejected ones
+            answers = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+            units = [[([*prompt, *answer], [*[IGNORED] * len(prompt), *answer])] for prompt, answer in answers]
+        else:
+            units = [_segments(row) for row in rows]
         sequences = [sequence for unit in units for sequence in unit]
         lengths = [sum(len(ids) for ids, _ in unit) for unit in units]
         ends = np.cumsum([0, *map(len, units)]).tolist()
@@ -175,9 +179,3 @@ def _segments(row: dict[str, Any]) -> list[Tokens]:
     ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
     ends = np.cumsum([0, *row.get("lengths", [len(ids)])]).tolist()
     return [(ids[start:end], labels[start:end]) for start, end in pairwise(ends)]
-
-
-def _pairs_as_units(rows: list[dict[str, Any]]) -> list[list[Tokens]]:
-    """Prompts with their chosen answers, then with their rejected ones: 2 x pairs units of one sequence."""
-    answers = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-    return [[([*prompt, *answer], [*[IGNORED] * len(prompt), *answer])] for prompt, answer in answers]

@@ -60,18 +60,18 @@ def markdown_table(table: Table, caption: str = "") -> Markup:
 
 def align_tables(markdown: str) -> str:
     """Pad the cells of every table, and set columns of numbers flush right."""
-    return re.sub(r"^\|.*(\n\|.*)+", _align, markdown, flags=re.MULTILINE)
 
+    def align(table: re.Match) -> str:
+        header, _, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table[0].split("\n")]
+        columns = [[cell.strip() for cell in column] for column in zip(header, *rows, strict=True)]
+        for column in columns:
+            width, cells = max(3, *map(len, column)), [cell for cell in column[1:] if cell]
+            is_number = bool(cells) and all(map(_NUMBER.match, cells))
+            column[:] = [cell.rjust(width) if is_number else cell.ljust(width) for cell in column]
+            column.insert(1, "-" * (width - 1) + (":" if is_number else "-"))
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))
 
-def _align(table: re.Match) -> str:
-    header, _, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table[0].split("\n")]
-    columns = [[cell.strip() for cell in column] for column in zip(header, *rows, strict=True)]
-    for column in columns:
-        width, cells = max(3, *map(len, column)), [cell for cell in column[1:] if cell]
-        is_number = bool(cells) and all(map(_NUMBER.match, cells))
-        column[:] = [cell.rjust(width) if is_number else cell.ljust(width) for cell in column]
-        column.insert(1, "-" * (width - 1) + (":" if is_number else "-"))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))
+    return re.sub(r"^\|.*(\n\|.*)+", align, markdown, flags=re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------------- numbers

@@ -149,8 +149,7 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
     UserError: as `read_corpus`, or nothing is left to index.
     """
     documents, near_misses = Counter(read=0, indexed=0), Counter()
-    left_out, skipped = [], []
-    sources: list[str] = []  # of the chunks
+    left_out, skipped, sources = [], [], []  # sources: of the chunks
 
     def chunks(advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
         for row in counted(read_corpus(experiment, work), advance):
@@ -180,9 +179,7 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
             f" evaluation questions and {documents['skipped']} are unusable; name other files"
         )
     save(out / OFFSETS, np.array(offsets, np.uint64))
-    by_source = Counter(sources)
-    numbers = {name: number for number, name in enumerate(by_source)}
-    save(out / SOURCES, np.array([numbers[name] for name in sources], np.uint32))
+    by_source = save_sources(out, sources)
     write_json_lines(out / LEFT_OUT, left_out)
     write_json_lines(out / SKIPPED, skipped)
     files = Counter(row["file"] for row in left_out)
@@ -195,3 +192,11 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
         "left_out_chunks": {name: sum(row["chunks"] for row in left_out if row["file"] == name) for name in files},
         "near_misses": near_misses,
     }
+
+
+def save_sources(folder: Path, sources: list[str]) -> Counter[str]:
+    """Write the source of each chunk as a number; returns the chunks by source, in the order of these numbers."""
+    by_source = Counter(sources)
+    numbers = {name: number for number, name in enumerate(by_source)}
+    save(folder / SOURCES, np.array([numbers[name] for name in sources], np.uint32))
+    return by_source

@@ -51,13 +51,9 @@ class Checkpoints(TrainerCallback):
             self.committed = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.last_save = time.monotonic()
-        if state.is_world_process_zero:
-            self.trainer.save_is_due = self._minutes_are_over
-
-    def _minutes_are_over(self) -> bool:
-        minutes = self.job.section.checkpoint_minutes
-        return minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
+        self.last_save, minutes = time.monotonic(), self.job.section.checkpoint_minutes
+        if state.is_world_process_zero and minutes is not None:
+            self.trainer.save_is_due = lambda: time.monotonic() - self.last_save >= 60 * minutes
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self.job.section.checkpoint_every
