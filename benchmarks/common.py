@@ -3,11 +3,13 @@
 import argparse
 import os
 import platform
+import resource
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -25,6 +27,21 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 def fresh_processes(number: int) -> ProcessPoolExecutor:
     """Processes that have computed nothing yet, so that peaks of memory do not mix."""
     return ProcessPoolExecutor(number, mp_context=get_context("spawn"))
+
+
+class Cost(NamedTuple):
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
+
+
+def cost_of(function: Callable[[], Any]) -> Cost:
+    """Of a call with all processes that it starts; the peak is that of the largest one."""
+    start, before = time.perf_counter(), os.times()
+    function()
+    seconds, after = time.perf_counter() - start, os.times()
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return Cost(seconds, sum(after[:4]) - sum(before[:4]), max(peaks) / 1024)
 
 
 def describe_machine() -> dict[str, Any]:

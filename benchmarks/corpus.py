@@ -4,64 +4,43 @@
     python scripts/benchmark.py corpus --megabytes 40 400 2000 --workers 16
     python scripts/benchmark.py dedup     # near-deduplication alone, on planted copies
 
-The corpus is grown from the real rows in ../shared/data, or the demo's where that is absent: each text is a row with one
-Chinese character in twelve replaced by a draw from a fixed seed, so that neither rows nor passages repeat more often in a
-larger corpus; 2% are exact copies, 3% near copies. It lies in one large file of each layout: JSON lines, a JSON array, a
-table, text. Build and rows are those of scripts/build_chimed.py and of the stages, in their own processes.
+The corpus is grown from the real rows in ../shared/data (corpus.json beside this file names them), or the demo's where that
+is absent: each text is a row with one Chinese character in twelve replaced by a draw from a fixed seed, so that neither rows
+nor passages repeat more often in a larger corpus; 2% are exact copies, 3% near copies. It lies in one large file of each
+layout: JSON lines, a JSON array, a table, text. Build and rows are those of scripts/build_chimed.py and of the stages, in
+their own processes.
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks.common import ROOT, describe_moment, fresh_processes, write_result
-from qilin_med.config.corpus import RawSource, load_corpus_settings
-from qilin_med.config.experiment import STAGES, StageName, count, load_experiment
+from benchmarks.common import ROOT, Cost, cost_of, describe_moment, fresh_processes, write_result
+from qilin_med.config.corpus import load_corpus_settings
+from qilin_med.config.experiment import STAGES, RawFiles, StageName, count, load_experiment
 from qilin_med.data.read.formats.reading import UnusableRow
 from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.data.render import render, to_row
 from qilin_med.records import Skipped
+from qilin_med.report.tables import markdown_table
 
 Row = dict[str, Any]
+Costs = dict[str, Cost]  # by step
 SHARED = ROOT.parent / "shared"
-REAL: tuple[tuple[StageName, str, str], ...] = (
-    ("pretraining", "text", "rag_cpt/fever.txt"),
-    ("pretraining", "text", "rag_cpt/medical_corpus.txt"),
-    ("pretraining", "xywy_kg", "kg_xywy/medical1.json"),
-    ("pretraining", "39health_kg", "kg_39health/disease.csv"),
-    ("pretraining", "department_qa", "dialogue_toyhom"),
-    ("sft", "chat", "sft_general/alpaca_zh_demo.json"),
-    ("sft", "chat", "sft_general/sharegpt_zh_1K_format.jsonl"),
-    ("sft", "chat", "sft_general/medical_sft_1K_format.jsonl"),
-    ("sft", "chat", "rag_cpt/bentsao_llama_data.json"),
-    ("sft", "department_qa", "dialogue_toyhom"),
-    ("dpo", "preference", "preference/dpo_zh_500.jsonl"),
-    ("dpo", "preference", "preference/dpo_zh_demo.json"),
-)
-HELD_OUT = (
-    ("exam", "cmexam/cmexam_test.jsonl"),
-    ("exam", "ceval/ceval.zip"),
-    ("huatuo", "huatuo26m/huatuo26M_test.json"),
-)
-EXAM_COLUMNS = {"question": "problem_text", "options": "choices"}
 # Share of the bytes, stage, kind and file of each source.
 FILES: tuple[tuple[float, StageName, str, str], ...] = (
     (0.35, "pretraining", "text", "articles.jsonl"),
@@ -71,21 +50,13 @@ FILES: tuple[tuple[float, StageName, str, str], ...] = (
     (0.1, "sft", "chat", "chats.json"),
     (0.05, "dpo", "preference", "pairs.jsonl"),
 )
+BEFORE_AND_AFTER = {".json": ("[\n", "\n]\n"), ".csv": ("department,title,ask,answer\n", "\n")}  # all rows of a layout
 EXACT_SHARE, NEAR_SHARE = 0.02, 0.03
 EDITED_EVERY, NEAR_EVERY = 12, 400  # characters
 PAPER_MEGABYTES, PAPER_CORES = 15_000, 16
-LINE = re.compile(r"^(\w+) +\d+ of (\d+) tasks +([\d.]+) s +([\d.]+) CPU s +(\d+) MiB", re.MULTILINE)
+LINE = re.compile(r"^(\w+) +\d+ of \d+ tasks +([\d.]+) s +([\d.]+) CPU s +(\d+) MiB", re.MULTILINE)
 ALONE = ("near", "publish")  # steps of one task
 SMALL = 2.0  # CPU seconds: too short to tell how they grow
-
-
-class Cost(NamedTuple):
-    """Of one step."""
-
-    tasks: int
-    seconds: float
-    cpu_seconds: float
-    peak_mib: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,31 +67,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
 
 
+def run(arguments: argparse.Namespace) -> None:
+    costs: dict[int, Costs] = {}
+    with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as temporary:
+        for megabytes in sorted(arguments.megabytes):
+            folder = (arguments.folder or Path(temporary)) / str(megabytes)
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = write_corpus(folder, megabytes, arguments.workers)
+            costs[megabytes] = {**build_costs(folder, arguments.workers), **rows_costs(folder, settings)}
+            show(megabytes, costs)
+            shutil.rmtree(folder)
+    show_plan(costs)
+    print(f"\n{describe_moment()}; {arguments.workers} workers")
+    plain = {size: {name: cost._asdict() for name, cost in found.items()} for size, found in costs.items()}
+    write_result(arguments, costs=plain)
+
+
 # ---------------------------------------------------------------------------------------------------- the corpus
 
 
 def real_rows() -> tuple[dict[StageName, list[Row]], list[dict[str, Any]]]:
     """(rows as training sets hold them, by stage; entries of the corpus file for the evaluation questions)."""
-    if (SHARED / "data").is_dir():
-        sources = [(stage, kind, [str(SHARED / "data" / path)]) for stage, kind, path in REAL]
-        held_out = [{"name": path, "kind": kind, "paths": [str(SHARED / "data" / path)],
-                     "columns": EXAM_COLUMNS if "cmexam" in path else {}} for kind, path in HELD_OUT]  # fmt: skip
-    else:
+    folder, file = SHARED / "data", ROOT / "benchmarks/corpus.json"
+    if not folder.is_dir():
+        folder, file = ROOT, ROOT / "configs/demo_chimed.json"
         subprocess.run([sys.executable, str(ROOT / "scripts/make_demo.py"), "--no-training"], cwd=ROOT, check=True)
-        demo = load_corpus_settings(ROOT / "configs/demo_chimed.json")
-        sources = [(source.stage, source.kind, [str(ROOT / path) for path in source.paths]) for source in demo.sources]
-        held_out = [{**file.model_dump(), "paths": [str(ROOT / path) for path in file.paths]}
-                    for file in demo.decontamination.files]  # fmt: skip
+    settings = load_corpus_settings(file)
+
+    def located(entry: RawFiles) -> RawFiles:
+        return entry.model_copy(update={"paths": [str(folder / path) for path in entry.paths]})
+
     rows: dict[StageName, list[Row]] = {"pretraining": [], "sft": [], "dpo": []}
-    for stage, kind, paths in sources:
-        source = RawSource(stage=stage, name="real", kind=kind, paths=paths, licence="-")
-        for file in raw_files(source):
-            for _, record in read_raw(source, file):
-                try:
-                    rows[stage].append(to_row(render(record, stage)) if not isinstance(record, Skipped) else {})
-                except UnusableRow:
-                    continue
-    return {stage: [row for row in found if row] for stage, found in rows.items()}, held_out
+    for source in map(located, settings.sources):
+        for _, record in (found for file in raw_files(source) for found in read_raw(source, file)):
+            try:
+                rows[source.stage] += [] if isinstance(record, Skipped) else [to_row(render(record, source.stage))]
+            except UnusableRow:
+                continue
+    return rows, [located(questions).model_dump() for questions in settings.decontamination.files]
 
 
 def edited(value: Any, draw: np.random.Generator, every: int) -> Any:
@@ -138,18 +122,17 @@ def edited(value: Any, draw: np.random.Generator, every: int) -> Any:
 
 def grown(rows: list[Row], seed: int) -> Iterator[Row]:
     """Rows without end."""
-    draw, rng = np.random.default_rng(seed), Random(seed)
-    row: Row = {}
+    draw, row = np.random.default_rng(seed), {}
     for number, real in enumerate(cycle(rows)):
-        chance = rng.random() if row else 1
+        chance = draw.random() if row else 1
         if chance > EXACT_SHARE:
             is_near = chance < EXACT_SHARE + NEAR_SHARE
             row = edited(row, draw, NEAR_EVERY) if is_near else edited(real, draw, EDITED_EVERY)
         yield {**row, "id": f"{seed}-{number}"}
 
 
-def write_corpus(folder: Path, megabytes: int, workers: int) -> Path:
-    """The raw files and their corpus file."""
+def write_corpus(folder: Path, megabytes: int, workers: int) -> dict[str, Any]:
+    """Write the raw files and their corpus file, which is returned."""
     rows, held_out = real_rows()
     sources, written = [], []
     with fresh_processes(workers) as pool:
@@ -162,41 +145,32 @@ def write_corpus(folder: Path, megabytes: int, workers: int) -> Path:
     settings = {"name": "grown", "output_dir": str(folder / "processed"), "sources": sources,
                 "tokenizer": str(write_tokenizer(folder / "tokenizer")), "decontamination": {"files": held_out}}  # fmt: skip
     (folder / "corpus.json").write_text(json.dumps(settings), encoding="utf-8")
-    return folder / "corpus.json"
+    return settings
 
 
 def write_file(path: Path, rows: list[Row], size: int, seed: int) -> None:
     """Rows until they are so many bytes, in the layout that the file's name says."""
-    layout, begins, ends = LAYOUTS[path.suffix]
+    before, after = BEFORE_AND_AFTER.get(path.suffix, ("", "\n"))
     with path.open("wb") as file:
-        made = file.write(begins.encode())
+        made = file.write(before.encode())
         for row in grown(rows, seed):
-            text = layout(row)
-            if made + len(text.encode()) >= size:
+            text = laid_out(row, path.suffix).encode()
+            if made + len(text) >= size:
                 break
-            made += file.write(text.encode())
-        file.write((layout(row).rstrip(",\n") + ends).encode())
+            made += file.write(text)
+        file.write(text.rstrip(b",\n") + after.encode())
 
 
-def as_json(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False)
-
-
-def as_cells(row: Row) -> str:
-    """Department, title, question and answer, of the first turns of a conversation."""
+def laid_out(row: Row, layout: str) -> str:
+    if layout == ".txt":
+        return " ".join(row["text"].split()) + "\n"
+    if layout != ".csv":
+        return json.dumps(row, ensure_ascii=False) + (",\n" if layout == ".json" else "\n")
+    # Department, title, question and answer, of the first turns of a conversation.
     question, answer = [turn["value"] for turn in row["conversations"] if turn["from"] != "system"][:2]
     text = io.StringIO()
     csv.writer(text).writerow(["内科", question[:20], question, answer])
     return text.getvalue()
-
-
-LAYOUTS: dict[str, tuple[Callable[[Row], str], str, str]] = {
-    ".jsonl": (lambda row: as_json(row) + "\n", "", "\n"),
-    ".json": (lambda row: as_json(row) + ",\n", "[\n", "\n]\n"),
-    ".txt": (lambda row: " ".join(row["text"].split()) + "\n", "", "\n"),
-    ".csv": (as_cells, "department,title,ask,answer\n", "\n"),
-}
-"""How a row is written, and what stands before and after all rows."""
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -213,85 +187,61 @@ def write_tokenizer(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------- the runs
 
 
-def run(arguments: argparse.Namespace) -> None:
-    costs: dict[int, dict[str, Cost]] = {}
-    with tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as temporary:
-        for megabytes in sorted(arguments.megabytes):
-            folder = (arguments.folder or Path(temporary)) / str(megabytes)
-            folder.mkdir(parents=True, exist_ok=True)
-            corpus = write_corpus(folder, megabytes, arguments.workers)
-            costs[megabytes] = {**build_costs(corpus, arguments.workers), **rows_costs(folder)}
-            show(megabytes, costs)
-            shutil.rmtree(folder)
-    show_plan(costs)
-    print(f"\n{describe_moment()}; {arguments.workers} workers")
-    plain = {size: {name: cost._asdict() for name, cost in found.items()} for size, found in costs.items()}
-    write_result(arguments, costs=plain)
-
-
-def build_costs(corpus: Path, workers: int) -> dict[str, Cost]:
+def build_costs(folder: Path, workers: int) -> Costs:
     """Of each step of a build, as its command prints them."""
-    command = [sys.executable, str(ROOT / "scripts/build_chimed.py"), str(corpus), f"executor.workers={workers}"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {name: Cost(int(tasks), *map(float, rest)) for name, tasks, *rest in LINE.findall(printed)}
+    command = ["scripts/build_chimed.py", str(folder / "corpus.json"), f"executor.workers={workers}"]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name: Cost(*map(float, figures)) for name, *figures in LINE.findall(run.stdout)}
 
 
-def rows_costs(folder: Path) -> dict[str, Cost]:
+def rows_costs(folder: Path, settings: dict[str, Any]) -> Costs:
     """Of the preparation of each stage's rows, in a process of its own."""
     found = {}
     for stage in STAGES:
         with fresh_processes(1) as pool:
-            found[f"rows of {stage}"] = pool.submit(prepare, stage, folder).result()
+            found[f"rows of {stage}"] = pool.submit(prepare, stage, folder, settings["tokenizer"]).result()
     return found
 
 
-def prepare(stage: StageName, folder: Path) -> Cost:
+def prepare(stage: StageName, folder: Path, tokenizer_folder: str) -> Cost:
     from qilin_med.console.quiet import quiet_libraries
 
     quiet_libraries()
     from qilin_med.data.rows import prepare_rows
     from qilin_med.model.load import load_tokenizer
 
-    settings = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     data = json.dumps([str(folder / "processed" / stage)])
     experiment = load_experiment(ROOT / "configs/qilin_med_7b.json", [f"{stage}.data={data}"])
-    tokenizer = load_tokenizer(Path(settings["tokenizer"]), "own")
-    start, before = time.perf_counter(), os.times()
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare_rows(stage, getattr(experiment, stage), tokenizer, None, folder / "cache")
-    after = os.times()
-    cpu_seconds = sum(after[:4]) - sum(before[:4])
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return Cost(2, time.perf_counter() - start, cpu_seconds, max(peaks) / 1024)
+    tokenizer = load_tokenizer(Path(tokenizer_folder), "own")
+    return cost_of(lambda: prepare_rows(stage, getattr(experiment, stage), tokenizer, None, folder / "cache"))
 
 
-def show(megabytes: int, costs: dict[int, dict[str, Cost]]) -> None:
+def show(megabytes: int, costs: dict[int, Costs]) -> None:
     """A table of one size, with the ratios to the size before."""
     smaller = max((size for size in costs if size < megabytes), default=None)
-    print(f"\n| {megabytes} MB | seconds | CPU seconds | MB/s | peak MiB of a process | CPU seconds to {smaller or '-'} MB |"
-          "\n|---|---|---|---|---|---|")  # fmt: skip
+    table = []
     for name, cost in costs[megabytes].items():
         before = costs[smaller][name].cpu_seconds if smaller and name in costs[smaller] else 0
-        ratio = f"x {cost.cpu_seconds / before:.1f}" if before else "-"
-        print(f"| {name} | {cost.seconds:.1f} | {cost.cpu_seconds:.1f} | {megabytes / max(cost.seconds, 0.1):.1f}"
-              f" | {cost.peak_mib:.0f} | {ratio} |")  # fmt: skip
-    for what, found in parts_of(costs[megabytes]).items():
-        total = sum(cost.cpu_seconds for cost in found.values())
-        print(
-            f"{what}: {sum(cost.seconds for cost in found.values()):.0f} s, {total / megabytes:.2f} CPU seconds per MB",
-            flush=True,
-        )
+        table.append({
+            f"{megabytes} MB": name, "seconds": f"{cost.seconds:.1f}", "CPU seconds": f"{cost.cpu_seconds:.1f}",
+            "MB/s": f"{megabytes / max(cost.seconds, 0.1):.1f}", "peak MiB of a process": f"{cost.peak_mib:.0f}",
+            f"CPU seconds to {smaller or '-'} MB": f"x {cost.cpu_seconds / before:.1f}" if before else "-",
+        })  # fmt: skip
+    print(f"\n{markdown_table(table)}")
+    for what, found in build_and_rows(costs[megabytes]).items():
+        seconds, cpu_seconds = (sum(figures) for figures in list(zip(*found.values(), strict=True))[:2])
+        print(f"{what}: {seconds:.0f} s, {cpu_seconds / megabytes:.2f} CPU seconds per MB", flush=True)
 
 
-def parts_of(costs: dict[str, Cost]) -> dict[str, dict[str, Cost]]:
+def build_and_rows(costs: Costs) -> dict[str, Costs]:
     rows = {name: cost for name, cost in costs.items() if name.startswith("rows of ")}
     return {"build": {name: cost for name, cost in costs.items() if name not in rows}, "rows": rows}
 
 
-def show_plan(costs: dict[int, dict[str, Cost]]) -> None:
+def show_plan(costs: dict[int, Costs]) -> None:
     """What the paper's corpus would take, if each step goes on growing as from the smallest to the largest size."""
     smallest, largest = min(costs), max(costs)
-    for what, found in parts_of(costs[largest]).items():
+    for what, found in build_and_rows(costs[largest]).items():
         seconds = 0.0
         for name, cost in found.items():
             power, before = 1.0, costs[smallest].get(name)

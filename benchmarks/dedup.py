@@ -9,17 +9,15 @@ as in scripts/build_chimed.py. datatrove's own signature step gets the same shin
 """
 
 import argparse
-import resource
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import describe_moment, fresh_processes
+from benchmarks.common import Cost, cost_of, describe_moment, fresh_processes
 from qilin_med.config.corpus import DeduplicationSettings, ExecutorSettings
 from qilin_med.config.experiment import count
 from qilin_med.data import deduplicate as deduplication
@@ -121,13 +119,7 @@ def compare_signatures(megabytes: int) -> dict[str, float]:
         for text in texts:
             theirs.get_signature(theirs.get_shingles(text))
 
-    return {"ours (rensa)": size / seconds(ours), "datatrove's own": size / seconds(datatrove)}
-
-
-def seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return {"ours (rensa)": size / cost_of(ours).seconds, "datatrove's own": size / cost_of(datatrove).seconds}
 
 
 def measure(megabytes: int, workers: int) -> str:
@@ -139,22 +131,21 @@ def measure(megabytes: int, workers: int) -> str:
         with fresh_processes(workers) as pool:
             list(pool.map(write_shard, [work] * shards, range(shards), [size // shards] * shards))
         with fresh_processes(1) as pool:  # whose children's peak memory is that of the steps alone
-            spent, memory = pool.submit(deduplicate, work, workers).result()
+            cost = pool.submit(deduplicate, work, workers).result()
         written = sum(len(work.ranks(shard)) for shard in range(shards))
         removed, precision, recall = judge(work)
     rates = ", ".join(f"{low} on: {share:.0%}" for low, share in recall.items())
-    return f"| {megabytes} | {written:,} | {megabytes / spent:.1f} | {memory:.0f} | {removed:,} | {precision:.1%} | {rates} |"
+    spent = f"{megabytes / cost.seconds:.1f} | {cost.peak_mib:.0f}"
+    return f"| {megabytes} | {written:,} | {spent} | {removed:,} | {precision:.1%} | {rates} |"
 
 
-def deduplicate(work: Workspace, workers: int) -> tuple[float, float]:
-    """(seconds, peak MiB of the largest process) of all steps."""
+def deduplicate(work: Workspace, workers: int) -> Cost:
+    """Of all steps."""
     for part in range(work.parts):
         save(work.path("exact", part), np.empty(0, DUPLICATE))
     settings = ExecutorSettings(workers=workers)
     steps = near_steps(work, SETTINGS, [SETTINGS.threshold] * len(work.stages))
-    spent = seconds(lambda: run_steps(steps, settings, work.root / "log"))
-    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return spent, memory / 1024
+    return cost_of(lambda: run_steps(steps, settings, work.root / "log"))
 
 
 def judge(work: Workspace) -> tuple[int, float, dict[float, float]]:
