@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from qilin_med.config.experiment import DpoConfig, InstructionConfig, LoraSettings, PretrainingConfig
 from qilin_med.data import rows as rows_module
+from qilin_med.data.processes import in_order, run_all
 from qilin_med.data.read.readers import read_chats
 from qilin_med.data.rows import cut_into_blocks, open_rows, prepare_rows, row_costs
 from qilin_med.errors import UserError
@@ -253,3 +255,16 @@ with user_errors_end_with_one_line():
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)  # until no process holds the pipe any more
     assert (process.returncode, errors) == (130, "\nstopped by the user; run the same command to continue\n")
+
+
+@pytest.mark.parametrize("run", [run_all, lambda *work: list(in_order(*work))])
+def test_a_killed_worker_ends_the_work(run):
+    def work(job):
+        if job == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0 if job < 3 else 60)
+
+    start = time.monotonic()
+    with pytest.raises(UserError, match="was killed"):
+        run(work, range(8), 2)
+    assert time.monotonic() - start < 30

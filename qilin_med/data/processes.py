@@ -1,13 +1,17 @@
-"""Work spread over processes of this machine, its results in order."""
+"""Work spread over processes of this machine."""
 
 import ctypes
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
+
+from qilin_med.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -17,22 +21,48 @@ _function: Callable[[Any], Any]  # of a worker: inherited, not sent with every j
 
 
 def in_order(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Result]]:
-    """(job, its result) in the order of the jobs, by forked processes that die with this one; by this one if `workers` is 1.
+    """(job, its result) in the order of the jobs, by `forked` processes; by this one if `workers` is 1.
 
     Twice as many jobs as workers are under way or done and not yet taken: memory stays that of these.
     """
     if workers == 1:
         yield from ((job, function(job)) for job in jobs)
         return
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_work, (function, os.getpid()))
     under_way: deque[tuple[Job, Any]] = deque()
-    try:
+    with forked(function, workers) as pool:
         for job in jobs:
             under_way.append((job, pool.submit(_work, job)))
             if len(under_way) >= 2 * workers:
                 job, future = under_way.popleft()
                 yield job, future.result()
         yield from ((job, future.result()) for job, future in under_way)
+
+
+def run_all(function: Callable[[Job], Any], jobs: Sequence[Job], workers: int) -> None:
+    """Run the jobs in any order, by `forked` processes; by this one, in turn, if `workers` is 1."""
+    if workers == 1:
+        for job in jobs:
+            function(job)
+        return
+    with forked(function, workers) as pool:
+        for future in as_completed([pool.submit(_work, job) for job in jobs]):
+            future.result()
+
+
+@contextmanager
+def forked(function: Callable[[Any], Any], workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that run `_work`; they end with this one, or at once if the block fails. UserError: one was killed."""
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_work, (function, os.getpid()))
+    try:
+        yield pool
+    except BaseException as error:
+        for worker in set(active_children()) - others:
+            worker.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError("a worker process was killed (by hand, or by the system when memory ran out); run the same"
+                            " command again, with fewer processes if memory is short") from None  # fmt: skip
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

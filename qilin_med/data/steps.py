@@ -3,20 +3,19 @@
 import os
 import resource
 import shlex
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qilin_med.config.corpus import ExecutorSettings
 from qilin_med.console.progress import progress, tally
+from qilin_med.data.processes import run_all
 from qilin_med.errors import UserError
 
 
@@ -53,7 +52,11 @@ def run_steps(steps: list[Step], settings: ExecutorSettings, log: Path) -> None:
         return
     for step, executor in zip(steps, executors, strict=True):
         with tasks_counted(log / step.name / "completions", step):
-            executor.run()
+            if settings.kind == "local":
+                # datatrove's own pool of processes waits for ever when one of them is killed.
+                run_all(executor._run_for_rank, executor.get_incomplete_ranks(), executor.workers)
+            else:
+                executor.run()
 
 
 def executor_of(step: Step, settings: ExecutorSettings, log: str) -> Any:
@@ -65,11 +68,8 @@ def executor_of(step: Step, settings: ExecutorSettings, log: str) -> Any:
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are what runs in parallel
         logger.disable("datatrove")  # its banners; errors come back as exceptions
-        leave_ctrl_c_to_this_process()
         workers = len(os.sched_getaffinity(0)) if settings.workers == "auto" else settings.workers
-        # Forked workers inherit everything: nothing is imported again for each of the steps.
-        defaults = {"start_method": "fork"}
-        return LocalPipelineExecutor(**shared, workers=min(workers, step.tasks), **{**defaults, **settings.options})
+        return LocalPipelineExecutor(**shared, workers=min(workers, step.tasks), **settings.options)
     shared["workers"] = -1 if settings.workers == "auto" else settings.workers
     if settings.kind == "slurm":
         from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -84,12 +84,6 @@ def executor_of(step: Step, settings: ExecutorSettings, log: str) -> Any:
     except ImportError:
         raise UserError("executor.kind is ray, but ray is not installed: .venv/bin/pip install ray") from None
     return RayPipelineExecutor(**shared, **settings.options)
-
-
-@cache
-def leave_ctrl_c_to_this_process() -> None:
-    """Ctrl-C reaches forked workers too; only this process reports it, and ends them."""
-    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
 
 
 @contextmanager
