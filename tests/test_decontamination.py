@@ -17,6 +17,7 @@ OPTIONS = (
     ("E", "脂肪细胞出现率"),
 )
 LUNGS = Question("exam:1", "能反映胎儿肺成熟度的羊水检查指标是", OPTIONS, "D")
+KIDNEYS = "能反映胎儿肾成熟度的羊水检查指标是"
 DIET = Chat(
     "chat:1", (Message("user", "肝硬化腹水患者平时饮食应该注意些什么问题呢"), Message("assistant", "低盐饮食。"))
 )
@@ -58,12 +59,14 @@ SAME = {
     "dialogue": chat(f"请问选什么？{LUNGS.stem}\n{LINES}", "答案：D"),
     "other order in a dialogue": chat(f"{LUNGS.stem} A.淀粉酶值 B.卵磷脂与鞘磷脂比值 C.肌酐值 D.胆红素类物质", "选B"),
     "answer's text": chat("能反映胎儿肺成熟度的羊水检查指标是什么？", "卵磷脂与鞘磷脂比值。"),
+    "options without letters": Document("d", f"练习：能提示胎儿肺成熟度的羊水检查指标是：{'、'.join(TEXTS)}。{REST}"),
     "textbook": Document("d", f"{REST}能反映胎儿肺成熟度的羊水检查指标是卵磷脂与鞘磷脂比值。{REST}"),
 }  # fmt: skip
 OTHERS = {
-    "another organ, the same options": replace(LUNGS, stem="能反映胎儿肾成熟度的羊水检查指标是", answer="A"),
+    "another organ, the same options": replace(LUNGS, stem=KIDNEYS, answer="A"),
     "the same in a dialogue": chat(f"能反映胎儿肾成熟度的羊水检查指标是\n{LINES}", "答案：A"),
     "stem with another answer": chat("能反映胎儿肾成熟度的羊水检查指标是", "肌酐值"),
+    "another organ, the same answer": replace(LUNGS, stem=KIDNEYS, options=lettered("雌三醇", *TEXTS[3:4], "尿素氮"), answer="B"),
     "the subject alone": Document("d", f"{REST}胎儿肺成熟度可以在羊水中检查。{REST}"),
     "the options alone": replace(LUNGS, stem="下列各项中，不由肝脏代谢的是"),
 }  # fmt: skip
@@ -112,4 +115,6 @@ def test_folding_leaves_letters_and_digits_of_one_writing():
 def test_exams_are_read_from_running_text():
     asked = exam_in("单选题：原发性B细胞缺陷见于\nA、甲病 B、乙病\nC、丙病 D、丁病\n答案：B、D。解释略")
     assert asked.options == ("甲病", "乙病", "丙病", "丁病") and asked.answer == "乙病丁病"
+    grades = exam_in("妊娠毒性分级是\nA X级\nB A级\nC C级\nD B级\n答案：D")
+    assert grades.options == ("x级", "a级", "c级", "b级") and grades.answer == "b级"
     assert exam_in("维生素A和维生素B的作用，C反应蛋白") is None

@@ -19,13 +19,15 @@ from qilin_med.records import AnyRecord, Chat, Document, Preference, Question
 # Lengths are in folded characters, similarities are Indel ratios (0 to 1) of folded texts.
 NEAR, NEARER = 0.8, 0.9
 """Similarity of two stems from which they are versions of one, if options and answer agree; if the answer alone does."""
+ALL_BUT_ONE = 0.75
+"""Share of the options that a copy of a question has left."""
 ALTERED = 0.75
 """Least similarity of a question and itself with a word exchanged."""
 BRIEF, SPECIFIC, TELLING, LONG = 5, 8, 10, 16
 """Length from which a stem is one in particular if the answer follows; if it asks something; with one word changed; in any
 case."""
-ONE_WORD = 0.25
-"""Share of a question, by the weight of its characters, that another word may take."""
+ONE_WORD, SMALL_WORD = 0.25, 0.1
+"""Share of a question, by the weight of its characters, that another word may take; in a stem without its options."""
 LAST_WORDS = 10
 NEARBY = 300
 """Length of text behind a stem in which its answer is looked for."""
@@ -39,9 +41,9 @@ NEVER_SUBJECT = 30
 """Length from which a question tells so much that one word does not make it another."""
 
 LETTERS = "ABCDEFGH"
-OPTION = re.compile(
-    r"(?:^|(?<=[\s_。，、；：？,;:?）)]))[(（]?([A-HＡ-Ｈ])(?:\s*[.．、:：)）]|\s|(?=[\u4e00-\u9fff]))\s*"
-)
+LETTER = r"[(（]?([A-HＡ-Ｈ])(?:\s*[.．、:：)）]|\s|(?=[\u4e00-\u9fff]))\s*"
+OPTIONS = (re.compile("^" + LETTER, re.MULTILINE), re.compile(r"(?:^|(?<=[\s_。，、；：？,;:?）)]))" + LETTER))
+"""Before an option, in the order in which they are tried: at the beginnings of lines, after any mark or blank."""
 FEWEST_OPTIONS = 3
 LONGEST_QUESTION = 3000  # characters, with the explanation
 MAY_HAVE_OPTIONS = re.compile("[CＣ]")  # a quick look
@@ -82,14 +84,10 @@ def exam_in(text: str) -> Asked | None:
     """An exam question written out in a text: a stem, options behind the letters A, B, C, ..., and the answer if told."""
     if not MAY_HAVE_OPTIONS.search(text):
         return None
-    marks: list[re.Match[str]] = []
-    for mark in OPTION.finditer(text):
-        place = LETTERS.index(_plain(mark[1]))
-        if place == len(marks):
-            marks.append(mark)
-        elif place == 0 and len(marks) < FEWEST_OPTIONS:
-            marks = [mark]
-    if len(marks) < FEWEST_OPTIONS:
+    marks = next(
+        (marks for pattern in OPTIONS if len(marks := _letters_in_turn(pattern, text)) >= FEWEST_OPTIONS), None
+    )
+    if not marks:
         return None
     last = marks[-1].end()
     ends = [*(mark.start() for mark in marks[1:]), END_OF_OPTION.search(text, last).start()]
@@ -97,6 +95,17 @@ def exam_in(text: str) -> Asked | None:
     told = ANSWER.search(text, last) or BARE_ANSWER.search(text, last)
     letters = _plain(told[1]) if told else ""
     return _exam_question(text[: marks[0].start()], options, letters)
+
+
+def _letters_in_turn(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
+    marks: list[re.Match[str]] = []
+    for mark in pattern.finditer(text):
+        place = LETTERS.index(_plain(mark[1]))
+        if place == len(marks):
+            marks.append(mark)
+        elif place == 0 and len(marks) < FEWEST_OPTIONS:
+            marks = [mark]
+    return marks
 
 
 def question_in(text: str) -> Asked | None:
@@ -126,11 +135,12 @@ def compare_exams(item: Asked, weights: np.ndarray, found: Asked) -> Verdict:
     stem = max(fuzz.ratio(item.stem, found.stem), partial) / 100
     shared = sum(_is_among(option, found.options) for option in item.options) / len(item.options)
     if not (item.answer and found.answer):
-        same = shared >= 0.7 and (stem == 1 or (stem >= ALTERED and one_word_changed(item.stem, weights, found.stem)))
+        reworded = stem == 1 or (stem >= ALTERED and one_word_changed(item.stem, weights, found.stem))
+        same = shared >= 0.7 and reworded
     elif _agree(item.answer, found.answer):
+        # One answer may be right for many subjects: with other options, the stem must be the same.
         tells_much = len(item.stem) >= SPECIFIC and not ANY_ANSWER.match(item.answer)
-        same = (stem >= 0.6 and shared >= 0.6) or (stem >= NEAR and shared >= (0.25 if tells_much else 0.5))
-        same = same or (stem >= NEARER and tells_much)
+        same = (stem >= 0.6 and shared >= ALL_BUT_ONE) or (stem == 1 and shared >= (0 if tells_much else 0.5))
     else:  # a wrong key, an edited answer, or another question
         edited = not _is_among(item.answer, found.options) and fuzz.ratio(item.answer, found.answer) >= 40
         fewest = len(item.options) - edited
@@ -160,11 +170,19 @@ def compare_text(item: Asked, weights: np.ndarray, text: str, folded: str, is_do
         is_a_turn = len(item.stem) >= BRIEF and any(fold(line) == item.stem for line in text.split("\n"))
         return Verdict(is_a_turn or len(item.stem) >= SPECIFIC, stem, begin)
     behind = folded[end : end + NEARBY]
+    listed = sum(len(option) > 1 and option in behind for option in item.options) / len(item.options)
+    if listed >= ALL_BUT_ONE:  # options without letters
+        return Verdict(True, stem, begin)
     answered = len(item.answer) > 1 and item.answer in behind
     if stem < 1:
         # Questions about one case differ in their last words.
         asked_last = fuzz.partial_ratio(item.stem[-LAST_WORDS:], folded[end - 2 * LAST_WORDS : end + LAST_WORDS]) / 100
-        alike = stem >= NEARER and asked_last >= NEAR and len(item.stem) >= SPECIFIC
+        alike = asked_last >= NEAR and len(item.stem) >= SPECIFIC
+        alike = (
+            alike
+            and stem >= NEARER
+            and one_word_changed(item.stem, weights, folded[max(begin - 2, 0) : end + 2], SMALL_WORD)
+        )
         return Verdict(answered and alike, stem, begin)
     answered = answered and len(item.stem) >= BRIEF
     at_once = bool(item.answer) and behind.startswith(item.answer) and len(item.stem + item.answer) >= BRIEF
@@ -175,7 +193,7 @@ def compare_text(item: Asked, weights: np.ndarray, text: str, folded: str, is_do
     return Verdict(answered or at_once or is_document or not item.answer, 1.0, begin)
 
 
-def one_word_changed(question: str, weights: np.ndarray, passage: str) -> bool:
+def one_word_changed(question: str, weights: np.ndarray, passage: str, most: float = ONE_WORD) -> bool:
     """Whether a passage has the question with a word exchanged that is not what the question is about.
 
     `weights`: for each character the mean of 1 / (evaluation items that share an n-gram) over its n-grams, so that what
@@ -190,7 +208,7 @@ def one_word_changed(question: str, weights: np.ndarray, passage: str) -> bool:
         if len(question) < NEVER_SUBJECT and SUBJECT.search(old) and SUBJECT.search(new):
             return False
         lost += weights[first.src_start : last.src_end].sum() if old else len(new) * weights[first.src_start] / 2
-    return bool(lost <= ONE_WORD * weights.sum())
+    return bool(lost <= most * weights.sum())
 
 
 def _agree(left: str, right: str) -> bool:
