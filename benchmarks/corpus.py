@@ -74,7 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
             folder = (arguments.folder or Path(temporary)) / str(megabytes)
             folder.mkdir(parents=True, exist_ok=True)
             settings = write_corpus(folder, megabytes, arguments.workers)
-            costs[megabytes] = {**build_costs(folder, arguments.workers), **rows_costs(folder, settings)}
+            costs[megabytes] = build_costs(folder, arguments.workers)
+            for stage in STAGES:
+                with fresh_processes(1) as pool:
+                    cost = pool.submit(prepare, stage, folder, settings["tokenizer"])
+                    costs[megabytes][f"rows of {stage}"] = cost.result()
             show(megabytes, costs)
             shutil.rmtree(folder)
     show_plan(costs)
@@ -194,16 +198,8 @@ def build_costs(folder: Path, workers: int) -> Costs:
     return {name: Cost(*map(float, figures)) for name, *figures in LINE.findall(run.stdout)}
 
 
-def rows_costs(folder: Path, settings: dict[str, Any]) -> Costs:
-    """Of the preparation of each stage's rows, in a process of its own."""
-    found = {}
-    for stage in STAGES:
-        with fresh_processes(1) as pool:
-            found[f"rows of {stage}"] = pool.submit(prepare, stage, folder, settings["tokenizer"]).result()
-    return found
-
-
 def prepare(stage: StageName, folder: Path, tokenizer_folder: str) -> Cost:
+    """Of the preparation of a stage's rows."""
     from qilin_med.console.quiet import quiet_libraries
 
     quiet_libraries()

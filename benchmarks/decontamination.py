@@ -14,7 +14,7 @@ import argparse
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from benchmarks.common import describe_moment, write_result
 from qilin_med.config.corpus import CorpusSettings, DecontaminationSettings, load_corpus_settings
-from qilin_med.config.experiment import count
+from qilin_med.config.experiment import RawFiles, count
 from qilin_med.data.decontaminate import Index, write_index
 from qilin_med.data.folding import fold
 from qilin_med.data.questions import LETTERS
@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     exams, chats = read_questions(settings)
     edit = Editor(arguments.seed, [text_of(record) for record in exams + chats])
     asked, consulted = (edit.sample(some, arguments.questions) for some in (exams, chats))
-    planted = {
-        f"exam: {kind}": list(map(make, asked)) for kind, make in exam_leaks(edit, surroundings(settings)).items()
-    }
+    first = islice(read_all(settings.sources[0]), 1000)  # texts to plant questions in
+    around = [text_of(record)[:300] for record in first if not isinstance(record, Skipped)]
+    planted = {f"exam: {kind}": list(map(make, asked)) for kind, make in exam_leaks(edit, around).items()}
     planted |= {f"dialogue: {kind}": list(map(make, consulted)) for kind, make in dialogue_leaks(edit, chats).items()}
     table = measure(exams + chats, planted)
     kept, others = look_alikes(exams)
@@ -78,18 +78,13 @@ def measure(items: Sequence[AnyRecord], planted: dict[str, list[AnyRecord]]) -> 
             for kind, records in planted.items() if records]  # fmt: skip
 
 
-def surroundings(settings: CorpusSettings) -> list[str]:
-    """Texts of the first source to plant questions in."""
-    source = settings.sources[0]
-    records = (record for file in raw_files(source) for _, record in read_raw(source, file))
-    return [text_of(record)[:300] for record in islice(records, 1000) if not isinstance(record, Skipped)]
+def read_all(source: RawFiles) -> Iterator[AnyRecord | Skipped]:
+    return (record for file in raw_files(source) for _, record in read_raw(source, file))
 
 
 def read_questions(settings: CorpusSettings) -> tuple[list[Question], list[Chat]]:
     """The exam questions with a known answer and a wrong option, and the consultations, of all evaluation files."""
-    records: list[AnyRecord] = []
-    for source in settings.decontamination.files:
-        records += [record for file in raw_files(source) for _, record in read_raw(source, file)]
+    records = [record for source in settings.decontamination.files for record in read_all(source)]
     exams = [r for r in records if isinstance(r, Question) and r.answer and len(r.options) > len(r.answer)]
     if len(exams) < 2:
         raise UserError(

@@ -220,9 +220,7 @@ def write_shard(work: Workspace, settings: CorpusSettings, tasks: tuple[Task, ..
         for left in batched(rows_left(work, settings, source, tokenizer, shard, account), COUNTED_AT_ONCE):
             records = [from_row(stage, row) for _, row, _ in left]
             texts = [text_of(record) for record in records]
-            assert source.kind != "exam" or all(map(is_whole, texts)), [text for text in texts if not is_whole(text)][
-                :1
-            ]
+            assert source.kind != "exam" or all(map(is_whole, texts)), next(t for t in texts if not is_whole(t))
             uncounted = [text for text, (_, _, tokens) in zip(texts, left, strict=True) if tokens is None]
             encodings = tokenizer.encode_batch_fast(uncounted, add_special_tokens=False)
             account.counts["written"] += Counter(

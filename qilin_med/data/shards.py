@@ -7,7 +7,7 @@ whole, so that a killed task leaves nothing that a later run would take for done
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qilin_med.console.progress import tally
 
 ROW_BITS = 32
 COUNTED_LINES = 500  # for the progress
+OPEN_SHARDS = 200  # at a time, by two files each: many systems allow 1,024 open files
 ROW_MASK = (1 << ROW_BITS) - 1
 Row = dict[str, Any]
 
@@ -36,7 +37,8 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def load(path: Path) -> np.ndarray:
-    """An array, memory-mapped unless it is empty (which mmap refuses)."""
+    """An array, memory-mapped unless it is empty (which mmap refuses). As long as it or a view of it is kept, its file is
+    open: what is taken from the files of all shards or parts is copied."""
     try:
         return np.load(path, mmap_mode="r")
     except ValueError:
@@ -138,7 +140,7 @@ class Workspace:
     def random_access(self) -> Callable[[int], Row]:
         """A function that gives any record by its number."""
 
-        @cache
+        @lru_cache(OPEN_SHARDS)
         def lines_of(shard: int) -> JsonLines:
             return JsonLines(self.path("clean", shard, "jsonl"), self.path("clean", shard, "offsets.npy"))
 
@@ -154,11 +156,11 @@ class Workspace:
     def dealt(self, step: str, task: int, part: int) -> np.ndarray:
         """The items that a task has saved for a part."""
         first, end = load(self.path(step, task, "borders.npy"))[part : part + 2]
-        return load(self.path(step, task))[first:end]
+        return np.array(load(self.path(step, task))[first:end])
 
     def found(self, step: str, shard: int) -> np.ndarray:
         """What the tasks of a step, one for each part, have found of a shard. They save it in the order of records."""
-        return np.concatenate([of_shard(load(self.path(step, part)), shard) for part in range(self.parts)])
+        return np.concatenate([np.array(of_shard(load(self.path(step, part)), shard)) for part in range(self.parts)])
 
     def load_parts(self, step: str) -> np.ndarray:
-        return np.concatenate([load(self.path(step, part)) for part in range(self.parts)])
+        return np.concatenate([np.array(load(self.path(step, part))) for part in range(self.parts)])

@@ -113,7 +113,7 @@ def tasks_counted(marks: Path, step: Step) -> Iterator[None]:
             yield
         finally:
             ended.set()
-            thread.join()
+            thread.join(2)  # no longer, as a worker that was killed may hold the tally's lock
     seconds, (size, cpu_seconds, peak_bytes) = time.monotonic() - start, tally.read()
     rate = f" {size / 1e6 / seconds:8.1f} MB/s" if step.size else ""
     print(f"{step.name:<12}{done():>6} of {step.tasks} tasks {seconds:8.1f} s {cpu_seconds:8.1f} CPU s"
