@@ -152,7 +152,7 @@ def verify_pairs(work: Workspace, width: int, thresholds: Sequence[float], part:
     pairs = np.unique(np.concatenate([work.dealt("near/pairs", task, part) for task in range(work.parts)]), axis=0)
     record = work.random_access()
 
-    @lru_cache(maxsize=10_000)  # a record often stands in several pairs in turn
+    @lru_cache(maxsize=500)  # a record often stands in several pairs in turn; a book has megabytes of shingles
     def compared(number: int) -> tuple[np.ndarray, tuple[str, str] | None]:
         text = compared_text(work.stages[number >> ROW_BITS], record(number))
         asked = question_in(text)
