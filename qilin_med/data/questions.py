@@ -23,9 +23,9 @@ ALL_BUT_ONE = 0.75
 """Share of the options that a copy of a question has left."""
 ALTERED = 0.75
 """Least similarity of a question and itself with a word exchanged."""
-BRIEF, SPECIFIC, TELLING, LONG = 5, 8, 10, 16
-"""Length from which a stem is one in particular if the answer follows; if it asks something; with one word changed; in any
-case."""
+BRIEF, SPECIFIC, TELLING, LONG = 5, 8, 10, 12
+"""Lengths from which a text has a stem if the answer follows (a longer one if it asks something); a consultation's question
+whatever the answer; one with a word changed; a stem that is no more than a term."""
 ONE_WORD, SMALL_WORD = 0.25, 0.1
 """Share of a question, by the weight of its characters, that another word may take; in a stem without its options."""
 LAST_WORDS = 10
@@ -186,7 +186,7 @@ def compare_text(item: Asked, weights: np.ndarray, text: str, folded: str, is_do
         return Verdict(answered and alike, stem, begin)
     answered = answered and len(item.stem) >= BRIEF
     at_once = bool(item.answer) and behind.startswith(item.answer) and len(item.stem + item.answer) >= BRIEF
-    telling = len(item.stem) >= LONG or (len(item.stem) >= SPECIFIC and ASKS.search(item.stem) is not None)
+    telling = len(item.stem) >= LONG or (len(item.stem) > BRIEF and ASKS.search(item.stem) is not None)
     if not (answered or at_once or telling):
         return Verdict(False, 0.0)
     # A conversation that answers otherwise is about another question with this stem; a textbook need not answer at all.
