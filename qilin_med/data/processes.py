@@ -55,6 +55,10 @@ def forked(function: Callable[[Any], Any], workers: int) -> Iterator[ProcessPool
     others = set(active_children())
     pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_work, (function, os.getpid()))
     try:
+        # Ctrl-C reaches workers too, from their first moment; the parent alone acts on it, and ends them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        pool.submit(int)  # starts them all
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield pool
     except BaseException as error:
         for worker in set(active_children()) - others:
@@ -70,7 +74,6 @@ def forked(function: Callable[[Any], Any], workers: int) -> Iterator[ProcessPool
 def _begin_work(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too; the parent ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not there after a fork
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
