@@ -59,7 +59,7 @@ def build(
     artifact = Artifact(Path(settings.output_dir), inputs, MARKER)
     if artifact.finished(restart, "--restart moves it aside and builds anew, or set output_dir"):
         return "built before"
-    raw_size = sum(unpacked_size(task.file) / task.stripes for task in tasks)
+    raw_size = sum(unpacked_size(task.file) for task in tasks if not task.stripe)
     parts = max(1, math.ceil(raw_size / PART_BYTES))
     work = Workspace(artifact.work, tuple(settings.sources[task.source].stage for task in tasks), parts)
     with exclusive(artifact.folder, "building"), disk_errors_explained(artifact.folder):
@@ -68,7 +68,7 @@ def build(
         if needed > free:
             print(f"{artifact.folder}: the build takes up to {needed / 1e9:,.1f} GB beside it while it works, and"
                   f" {free / 1e9:,.1f} GB are free; a full disk stops it, and it can be continued", flush=True)  # fmt: skip
-        run_steps(steps_of(settings, tasks, evaluation, artifact, work), settings.executor, work.root / "log")
+        run_steps(steps_of(settings, tasks, evaluation, artifact, work, raw_size), settings.executor, work.root / "log")
     if not artifact.folder.exists():  # jobs of a cluster go on after this process
         return "submitted"
     shutil.rmtree(work.root.parent)
@@ -107,10 +107,10 @@ def steps_of(
     evaluation: dict[str, list[Path]],
     artifact: Artifact,
     work: Workspace,
+    raw_size: int,
 ) -> list[Step]:
-    """All steps of a build, each of which needs the ones before it."""
+    """All steps of a build, each of which needs the ones before it. `raw_size`: bytes of the raw files, unpacked."""
     repeated, shards, parts = settings.deduplication, len(tasks), work.parts
-    raw_size = sum(unpacked_size(task.file) for task in tasks if not task.stripe)
     large = [shard for shard, task in enumerate(tasks) if task.is_cut and not task.stripe]
 
     def publish(_: int) -> None:

@@ -32,14 +32,7 @@ from qilin_med.data.read.formats.reading import UnusableRow
 from qilin_med.data.read.readers import READERS, read_raw
 from qilin_med.data.read.spans import cut_file
 from qilin_med.data.render import from_row, is_whole, render, stable_id, text_of, to_row
-from qilin_med.data.shards import (
-    Row,
-    Workspace,
-    batched,
-    read_json_lines,
-    save_json,
-    write_json_lines,
-)
+from qilin_med.data.shards import Row, Workspace, batched, read_json_lines, save_json, write_json_lines
 from qilin_med.records import AnyRecord, Chat, Document, Question, Skipped, TrainingRecord
 
 SEARCHED_AT_ONCE = 500  # records looked up in the index of evaluation questions
@@ -162,7 +155,8 @@ def read_clean(
     settings: CorpusSettings, task: Task, span: Span | None, account: Account
 ) -> Iterator[tuple[Row, AnyRecord, TrainingRecord]]:
     """(id, source and place; the record cleaned; as its stage trains on it) of every record that no rule rejects."""
-    source, cleaner = settings.sources[task.source], Cleaner(settings.cleaning_of(settings.sources[task.source]))
+    source = settings.sources[task.source]
+    cleaner = Cleaner(settings.cleaning_of(source))
     for rows, record in islice(read_raw(source, task.file, span), source.limit):
         account.counts["rows"]["read"] += rows
         if isinstance(record, Skipped):

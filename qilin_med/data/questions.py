@@ -163,12 +163,12 @@ def compare_text(item: Asked, weights: np.ndarray, text: str, folded: str, is_do
         if not found:
             return Verdict(False, 0.0)
         stem, begin, end = found.score / 100, found.dest_start, found.dest_end
+    passage = folded[max(begin - 2, 0) : end + 2]
     if not item.options:
         if stem < 1:
-            passage = folded[max(begin - 2, 0) : end + 2]
             return Verdict(len(item.stem) >= TELLING and one_word_changed(item.stem, weights, passage), stem, begin)
-        is_a_turn = len(item.stem) >= BRIEF and any(fold(line) == item.stem for line in text.split("\n"))
-        return Verdict(is_a_turn or len(item.stem) >= SPECIFIC, stem, begin)
+        same = len(item.stem) >= SPECIFIC or (len(item.stem) >= BRIEF and item.stem in map(fold, text.split("\n")))
+        return Verdict(same, stem, begin)
     behind = folded[end : end + NEARBY]
     listed = sum(len(option) > 1 and option in behind for option in item.options) / len(item.options)
     if listed >= ALL_BUT_ONE:  # options without letters
@@ -177,13 +177,9 @@ def compare_text(item: Asked, weights: np.ndarray, text: str, folded: str, is_do
     if stem < 1:
         # Questions about one case differ in their last words.
         asked_last = fuzz.partial_ratio(item.stem[-LAST_WORDS:], folded[end - 2 * LAST_WORDS : end + LAST_WORDS]) / 100
-        alike = asked_last >= NEAR and len(item.stem) >= SPECIFIC
-        alike = (
-            alike
-            and stem >= NEARER
-            and one_word_changed(item.stem, weights, folded[max(begin - 2, 0) : end + 2], SMALL_WORD)
-        )
-        return Verdict(answered and alike, stem, begin)
+        alike = stem >= NEARER and asked_last >= NEAR and len(item.stem) >= SPECIFIC
+        same = answered and alike and one_word_changed(item.stem, weights, passage, SMALL_WORD)
+        return Verdict(same, stem, begin)
     answered = answered and len(item.stem) >= BRIEF
     at_once = bool(item.answer) and behind.startswith(item.answer) and len(item.stem + item.answer) >= BRIEF
     telling = len(item.stem) >= LONG or (len(item.stem) > BRIEF and ASKS.search(item.stem) is not None)
