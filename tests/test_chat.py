@@ -27,7 +27,7 @@ from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, run_task
 from qilin_med.evaluate.results import existing_models, read_samples
 from qilin_med.prompt.wording import plain_dialogue
 from qilin_med.retrieve.index import build
-from qilin_med.retrieve.retriever import Passage, Prompt, Retriever
+from qilin_med.retrieve.retriever import Prompt, Retriever
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -95,7 +95,8 @@ def in_template(tokenizer, turns, question: str) -> list[int]:
 def test_prompts_and_answers_are_evaluations(name, model, experiment, folders, retriever, with_passages, tmp_path):
     rows = [{"questions": [text], "answers": ["应当就诊。"]} for text in QUESTIONS]
     task = TaskSettings(test=[str(write_rows(tmp_path / "asked.jsonl", rows))], max_new_tokens=LENGTH)
-    retrieval = Retrieval(lambda asked: retriever.contexts([text for text, _ in asked]), "index")
+    found = {text: retriever.contexts([text])[0] for text in QUESTIONS}
+    retrieval = Retrieval(lambda asked: [(found[text].text, found[text].sources) for text, _ in asked], "index")
     under_test = ModelUnderTest(experiment.model_copy(update={"output_dir": str(tmp_path)}), name, folders[name])
     run_task(under_test, "huatuo26m_generate", task, retrieval if with_passages else None)
     samples = list(read_samples(under_test.results / "huatuo26m_generate"))
@@ -157,11 +158,25 @@ def test_what_does_not_fit_is_said(experiment, folders, model):
     short = ChatModel(experiment, "sft", folders["sft"], 8192 - 20)
     cut = short.prompt([], Prompt("头痛" * 30, ()))
     assert len(cut.ids) == 20 and "was cut" in cut.note
-    with pytest.raises(UserError, match="lower retrieval"):
-        short.prompt([], Prompt("头痛" * 30, (Passage("书", "书", 0, 9, "头痛" * 29, 1.0),)))
     with pytest.raises(UserError, match="expected 1 to 8176"):
         ChatModel(experiment, "sft", folders["sft"], 8190)
     assert model.prompt([("发热", " ")], Prompt("头痛", ())).ids == model.prompt([], Prompt("头痛", ())).ids
+
+
+def test_passages_make_room_for_a_question(name, experiment, folders, retriever):
+    """Down from a window that holds both: the passage shrinks and goes, and the question stays whole."""
+    question = QUESTIONS[0] * 3
+    whole = ChatModel(experiment, name, folders[name], LENGTH)
+    alone, both = (len(whole.prompt([], asked).ids) for asked in (Prompt(question, ()), look_up(retriever, question)))
+    lengths = []
+    for room in (both + 2, both, both - 2, alone):  # 2: tokens kept free for merges
+        model = ChatModel(experiment, name, folders[name], POSITIONS[name] - room)
+        asked = look_up(retriever, question, [model])
+        prompt = model.prompt([], asked)
+        assert len(prompt.ids) <= room and asked.text.endswith(question)
+        assert prompt.note == ("no room for all passages that were found" if room <= both else "")
+        lengths.append(sum(len(passage.text) for passage in asked.passages))
+    assert lengths[0] > lengths[1] > lengths[2] > lengths[3] == 0
 
 
 def test_models_that_cannot_be_asked_are_named(experiment, folders):

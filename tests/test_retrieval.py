@@ -391,25 +391,36 @@ def test_the_best_passages_are_kept_whole_within_the_limit():
         assert len(prompt.text) - len("问？") <= limit and prompt.text.endswith("问？")
         assert prompt.passages[0].text == "甲" * 20 or prompt.passages == (prompt.passages[0],)
         assert prompt.sources == [p.id for p in prompt.passages]
+        assert prompt.shortened == ([p.text for p in prompt.passages] != [p.text for p in passages])
     assert [p.document for p in fill_prompt("问？", passages, wording + 40, len).passages] == ["d0", "d2"]
     assert [p.document for p in fill_prompt("问？", passages, wording + 80, len).passages] == ["d0", "d1", "d2"]
     [cut] = fill_prompt("问？", passages, len(with_passages("", [""])) + 7, len).passages
     assert cut.text == "甲" * 7
     for empty in (fill_prompt("问？", passages, 5, len), fill_prompt("问？", [], 99, len)):
         assert empty.text == "问？" and empty.sources == []
+    assert fill_prompt("问？", passages, -3, len).shortened and not fill_prompt("问？", [], 99, len).shortened
 
 
 def test_contexts_go_before_the_question_and_name_their_sources(experiment, write_lines, small_tokenizer):
+    def count(text: str) -> int:
+        return len(small_tokenizer(text, add_special_tokens=False).input_ids)
+
     corpus = write_lines(*map(row, range(20)))
     settings = experiment(corpus, max_context_tokens=300, passages=3)
     build(settings)
     retriever = Retriever(settings)
-    (context, sources), nothing = retriever.contexts([row(3)["text"], "hello"])
-    assert nothing == ("", [])
-    assert row(3)["text"] in context and sources[0].startswith("doc-3@")
-    assert len(small_tokenizer(context, add_special_tokens=False).input_ids) <= 300
+    whole, nothing = retriever.contexts([row(3)["text"], "hello"])
+    assert (nothing.text, nothing.sources, nothing.shortened) == ("", [], False)
+    assert row(3)["text"] in whole.text and whole.sources[0].startswith("doc-3@")
+    assert count(whole.text) <= 300
     [found] = retriever.search([row(3)["text"]])
-    assert retriever.fill_prompt("问？", found).text == context + "问？"
+    assert retriever.fill_prompt("问？", found).text == whole.text + "问？"
+    # What a model has left beside each question counts if it is less than max_context_tokens.
+    little = count(with_passages("", [""])) + 30
+    asked, budgets = [row(n)["text"] for n in (3, 4, 5, 6)], [count(whole.text), little, -5, 9999]
+    first, second, third, fourth = retriever.contexts(asked, budgets)
+    assert first == whole and count(second.text) <= little and second.shortened and len(second.passages) == 1
+    assert (third.text, third.shortened) == ("", True) and fourth == retriever.contexts(asked[3:])[0]
     assert retriever.query("何药", [("A", "银翘散")]) == "何药"
     assert Retriever(experiment(corpus, query_with_options=True)).query("何药", [("A", "银翘散")]) == "何药\nA 银翘散"
 

@@ -27,6 +27,7 @@ Turn: TypeAlias = tuple[str, str]
 NOTICE = "For research only. Answers can be wrong: they are no medical advice. 仅供研究，回答可能有误，不构成医疗建议。"
 POSITIONS = 4096  # tokens of a conversation where the model's configuration names no limit
 LEAST_ROOM = 16  # tokens; a shorter question is none
+MERGES = 2  # tokens that a question may have more behind passages than alone
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -57,9 +58,7 @@ class ChatModel:
 
     def prompt(self, turns: Sequence[Turn], asked: Prompt) -> ChatPrompt:
         """The question, with its passages, after as many of the newest turns as there is room for. A turn without an answer,
-        stopped at once, is left out.
-
-        UserError: it holds a role mark, or passages crowd it out."""
+        stopped at once, is left out. UserError: it holds a role mark."""
         turns = [(question, answer) for question, answer in turns if answer.strip()]
         if self._template:
             encoded = self._template.encode_prompt([*messages(turns), Message("user", asked.text)], self._room)
@@ -71,17 +70,18 @@ class ChatModel:
                     break
             # The end is kept, as in evaluation.
             encoded = EncodedPrompt(ids[-self._room :], len(ids) > self._room, dropped)
-        if encoded.is_cut and asked.passages:
-            raise UserError(
-                f"question and passages are longer than the {self._room} tokens that the model has for them; lower"
-                " retrieval.max_context_tokens or --max-new-tokens"
-            )
         notes = ["the question is longer than the model can read and was cut"] if encoded.is_cut else []
+        if asked.shortened:
+            notes.append("no room for all passages that were found")
         if encoded.dropped_turns:
             notes.append(f"no room for the oldest turns, {encoded.dropped_turns} left out")
         # A model that continues text would go on with a question of its own after a blank line, as in the turns before.
         continues = not self._template and len(turns) > encoded.dropped_turns
         return ChatPrompt(encoded.ids, "\n\n" if continues else None, "; ".join(notes))
+
+    def room_beside(self, question: str) -> int:
+        """Tokens left for passages before a question; 0 or less if it fills the model alone."""
+        return self._room - len(self.prompt([], Prompt(question, ())).ids) - MERGES
 
     def stream(self, prompt: ChatPrompt) -> Iterator[str]:
         """The answer so far, again and again until it is whole. Closing the iterator stops the model."""
@@ -128,9 +128,9 @@ def messages(turns: Iterable[Turn]) -> list[Message]:
     return [Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
 
 
-def look_up(retriever: Retriever | None, question: str) -> Prompt:
-    """The question after what the retriever, if any, finds for it."""
+def look_up(retriever: Retriever | None, question: str, models: Sequence[ChatModel] = ()) -> Prompt:
+    """The question after what the retriever, if any, finds for it and every model has room for."""
     if retriever is None:
         return Prompt(question, ())
     [passages] = retriever.search([question])
-    return retriever.fill_prompt(question, passages)
+    return retriever.fill_prompt(question, passages, min((m.room_beside(question) for m in models), default=None))

@@ -47,7 +47,8 @@ class Models:
         self, names: list[str], retriever: Retriever | None, question: str, turns: list[list[Turn]]
     ) -> Iterator[tuple[Sequence[Passage], str, list[list[Turn]]]]:
         """(passages, what did not fit, turns of both columns with the answers so far), again and again."""
-        asked, opened = look_up(retriever, question), self.open(names)
+        opened = self.open(names)
+        asked = look_up(retriever, question, opened)
         prompts = [model.prompt(earlier, asked) for model, earlier in zip(opened, turns, strict=True)]
         note = "; ".join(f"{name}: {prompt.note}" for name, prompt in zip(names, prompts, strict=True) if prompt.note)
         answers = ["", ""]

@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 def answer(model: ChatModel, retriever: Retriever | None, turns: list[Turn], question: str) -> str:
     """Print the answer as it grows; return it, or what there is of it after Ctrl-C. UserError: the question cannot be asked."""
-    asked = look_up(retriever, question)
+    asked = look_up(retriever, question, [model])
     prompt = model.prompt(turns, asked)
     if prompt.note:
         say(f"({prompt.note})")

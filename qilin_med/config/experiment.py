@@ -250,7 +250,8 @@ class RetrievalConfig(Section):
     passages: PositiveInt = 5
     """Passages retrieved for each question (the paper: 5)."""
     max_context_tokens: PositiveInt = 1024
-    """Most tokens of all passages in a prompt. The most relevant passages are kept whole first."""
+    """Most tokens of all passages in a prompt, or what the model has left beside the question, if that is less. The most
+    relevant passages are kept whole first."""
     query_with_options: bool = False
     """true: search with an exam question and its options. false: with the question alone."""
 

@@ -54,7 +54,9 @@ def open_retrievals(experiment: Experiment) -> dict[str, Retrieval]:
             retriever = Retriever(experiment.model_copy(update={"retrieval": chosen}))
         made_with = [retriever.fingerprint, chosen.model_dump(mode="json", exclude={"exam_sources"})]
         opened[ending] = Retrieval(
-            lambda questions, index=retriever: index.contexts([index.query(*question) for question in questions]),
+            lambda questions, index=retriever: [
+                (found.text, found.sources) for found in index.contexts([index.query(*asked) for asked in questions])
+            ],
             digest(made_with),
         )
     return opened

@@ -40,6 +40,8 @@ class Prompt:
 
     text: str
     passages: tuple[Passage, ...]
+    shortened: bool = False
+    """Whether a passage that was found is left out or cut for want of room."""
 
     @property
     def sources(self) -> list[str]:
@@ -95,19 +97,21 @@ class Retriever:
         """What to look up for an exam question, by `query_with_options`; `options` are (letter, text)."""
         return f"{stem}\n{option_lines(options)}" if self.settings.query_with_options else stem
 
-    def fill_prompt(self, question: str, passages: Sequence[Passage]) -> Prompt:
-        """The question after those passages that `max_context_tokens` hold."""
+    def fill_prompt(self, question: str, passages: Sequence[Passage], budget: int | None = None) -> Prompt:
+        """The question after those passages that `max_context_tokens`, and `budget` tokens if that is less, hold."""
 
         def count(text: str) -> int:
             return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-        return fill_prompt(question, passages, self.settings.max_context_tokens, count)
+        most = self.settings.max_context_tokens
+        return fill_prompt(question, passages, most if budget is None else min(budget, most), count)
 
-    def contexts(self, questions: list[str]) -> list[tuple[str, list[str]]]:
+    def contexts(self, questions: list[str], budgets: Sequence[int] | None = None) -> list[Prompt]:
         """For each question what goes before it, and before the exam prompt that holds it, in the words of
-        `with_passages` ("" if nothing was found); and the ids of the passages in it."""
-        prompts = [self.fill_prompt("", passages) for passages in self.search(questions)]
-        return [(prompt.text, prompt.sources) for prompt in prompts]
+        `with_passages` ("" if nothing was found). `budgets`: the tokens that a model has left beside each question; 0 or
+        less leaves no passage."""
+        found, budgets = self.search(questions), budgets or [None] * len(questions)
+        return [self.fill_prompt("", passages, budget) for passages, budget in zip(found, budgets, strict=True)]
 
 
 def fill_prompt(question: str, passages: Sequence[Passage], limit: int, count: Callable[[str], int]) -> Prompt:
@@ -125,8 +129,9 @@ def fill_prompt(question: str, passages: Sequence[Passage], limit: int, count: C
     for passage in passages:
         if fits([each.text for each in (*kept, passage)]):
             kept.append(passage)
+    shortened = len(kept) < len(passages)
     if passages and not kept:
         text = passages[0].text
         length = bisect_right(range(1, len(text) + 1), False, key=lambda length: not fits([text[:length]]))
         kept = [replace(passages[0], text=text[:length])] if length else []
-    return Prompt(with_passages(question, [passage.text for passage in kept]), tuple(kept))
+    return Prompt(with_passages(question, [passage.text for passage in kept]), tuple(kept), shortened)
