@@ -29,7 +29,7 @@ PACKAGE = Path(__file__).parents[1]
 TASK_FILES = PACKAGE.parent / "configs/tasks"
 # Code that decides a score; results of other code are computed again, from the cached answers.
 CODE = ("evaluate/tasks/*.*", "evaluate/metrics/**/*.py", "evaluate/extraction.py", "prompt/wording.py")
-LIBRARIES = ("lm_eval", "sacrebleu", "rouge-chinese", "jieba", "scikit-learn")
+LIBRARIES = ("lm_eval", "sacrebleu", "rapidfuzz", "jieba", "scikit-learn")
 
 
 class Retrieval(NamedTuple):

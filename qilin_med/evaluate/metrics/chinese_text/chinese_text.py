@@ -5,7 +5,10 @@ import evaluate
 
 from qilin_med.evaluate.metrics.text import score_text, text_scores
 
-DESCRIPTION = "Corpus BLEU-1 and -4, means of ROUGE-1, -2 and -L F1, on characters and on jieba words, 0 to 100."
+DESCRIPTION = (
+    "Corpus BLEU-1 and -4, means of ROUGE-1, -2 and -L, 0 to 100: on characters (_char), on jieba words (_word), and as"
+    " CMExam's and Qilin-Med's scripts compute them (_published)."
+)
 INPUTS = "predictions, references: lists of texts of the same length. An empty prediction scores 0."
 
 
