@@ -17,6 +17,7 @@ from qilin_med.evaluate.metrics.statistics import (
     bootstrap_interval,
     choice_scores,
     exact_match,
+    expected_calibration_error,
     mcnemar,
     mean_of_groups,
     mean_score,
@@ -190,6 +191,31 @@ def test_mcnemar_by_hand():
     assert mcnemar(first, second) == {"difference": 0.5, "gained": 8, "lost": 1, "p": pytest.approx(20 / 512)}
     assert mcnemar([1, 0], [1, 0])["p"] == 1
     assert mcnemar([0] * 5, [1] * 5)["p"] == pytest.approx(2 / 32)
+
+
+@pytest.mark.parametrize(("right", "questions"), [(0, 10), (5, 10), (10, 10), (2724, 6811)])
+def test_a_share_of_questions_has_wilsons_interval(right, questions):
+    share, z = right / questions, 1.959963984540054
+    centre = (share + z**2 / (2 * questions)) / (1 + z**2 / questions)
+    half = z / (1 + z**2 / questions) * math.sqrt(share * (1 - share) / questions + z**2 / (4 * questions**2))
+    found = mean_score([1] * right + [0] * (questions - right)).with_interval()
+    assert found == pytest.approx({"value": share, "low": max(centre - half, 0), "high": min(centre + half, 1)})
+
+
+def test_other_scores_have_bootstrap_intervals():
+    for score in (mean_score([0, 1, 0.5]), mean_of_groups([1, 0, 1], ["x", "x", "y"])):
+        assert score.interval() == bootstrap_interval(score)
+
+
+def test_calibration_by_hand():
+    # Edges belong below: 0.5 to (0.4, 0.5]. Distances: |0.45 - 1/2| of two, |0.95 - 1/3| of three.
+    found = expected_calibration_error([0.4 + 1e-9, 0.5, 0.9 + 1e-9, 1.0, 0.95], [0, 1, 0, 1, 0])
+    assert found["ece"] == pytest.approx((2 * 0.05 + 3 * (0.95 - 1 / 3)) / 5)
+    assert found["bins"] == [
+        pytest.approx({"low": 0.4, "high": 0.5, "confidence": 0.45, "accuracy": 0.5, "questions": 2}),
+        pytest.approx({"low": 0.9, "high": 1.0, "confidence": 0.95, "accuracy": 1 / 3, "questions": 3}),
+    ]
+    assert expected_calibration_error([1.0, 1.0], [1, 1], bins=4)["ece"] == 0
 
 
 def test_bootstrap_interval_is_about_two_standard_errors_wide_and_repeats():

@@ -1,10 +1,11 @@
-"""Scores with their uncertainty: seeded bootstrap intervals, and paired tests between two models on the same questions.
+"""Scores with their uncertainty: Wilson's intervals for shares of questions, seeded bootstrap intervals for all else, paired
+tests between two models on the same questions, and calibration.
 
 A score is a function of the mean of its rows' statistics (accuracy: of one number per row; BLEU: of counts), so that one
 bootstrap serves all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,8 +26,16 @@ class Score(NamedTuple):
     def value(self) -> float:
         return float(self.of_means(self.rows.mean(axis=0)))
 
+    def interval(self) -> tuple[float, float]:
+        """Of 95%: Wilson's (1927) for one 0/1 a question, since a bootstrap of all or nothing right is a point."""
+        questions, columns = self.rows.shape
+        if columns == 1 and np.isin(self.rows, (0, 1)).all():
+            low, high = binomtest(int(self.rows.sum()), questions).proportion_ci(method="wilson")
+            return float(low), float(high)
+        return bootstrap_interval(self)
+
     def with_interval(self) -> dict[str, float]:
-        low, high = bootstrap_interval(self)
+        low, high = self.interval()
         return {"value": self.value(), "low": low, "high": high}
 
 
@@ -70,6 +79,22 @@ def mcnemar(first: list[int], second: list[int]) -> dict[str, float]:
     gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return {"difference": (gained - lost) / len(pairs), "gained": gained, "lost": lost, "p": float(p)}
+
+
+def expected_calibration_error(
+    confidences: Sequence[float], right: Sequence[int], bins: int = 10
+) -> dict[str, float | list[dict[str, float]]]:
+    """How far confidence is from accuracy (Guo et al. 2017): "ece", the mean distance over `bins` of equal width, each
+    weighed by its questions; "bins", those that hold questions. An edge belongs to the bin below it."""
+    confidences, right = np.asarray(confidences, dtype=float), np.asarray(right, dtype=float)
+    numbers = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidences)
+    table = []
+    for number in np.unique(numbers).tolist():
+        inside = numbers == number
+        means = {"confidence": float(confidences[inside].mean()), "accuracy": float(right[inside].mean())}
+        table.append({"low": number / bins, "high": (number + 1) / bins, **means, "questions": int(inside.sum())})
+    distances = [row["questions"] * abs(row["confidence"] - row["accuracy"]) for row in table]
+    return {"ece": sum(distances) / len(confidences), "bins": table}
 
 
 def _resample(score: Score, seed: int = SEED) -> np.ndarray:
