@@ -10,16 +10,19 @@ import subprocess
 import sys
 import time
 import zipfile
+from copy import deepcopy
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from reading import write_rows
 from tiny_models import write_model
+from tokenizers.processors import TemplateProcessing
 
 from qilin_med.artifact import Artifact
 from qilin_med.config.experiment import Experiment, TaskSettings
@@ -29,6 +32,7 @@ from qilin_med.evaluate import held_out as held_out_module
 from qilin_med.evaluate.comparison import compare_models
 from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
 from qilin_med.evaluate.held_out import held_out_sets, measure_held_out
+from qilin_med.evaluate.lm import SharedPrefixLM
 from qilin_med.evaluate.results import read_samples, write_result
 from qilin_med.evaluate.tasks.questions import load_ceval, load_questions
 from qilin_med.evaluate.tasks.scoring import TASKS
@@ -253,6 +257,34 @@ def test_results_name_what_made_them(results, world, models):
     assert result["template"] and results["base", "cmexam_letters"]["template"] is None
     assert (result["version"], result["shots"], result["experiment"]["name"]) == (1, 0, "evaluation")
     assert {"lm_eval", "sacrebleu", "torch"} <= set(result["versions"])
+
+
+@pytest.mark.parametrize("adds", [True, False], ids=["tokenizer adds BOS", "it does not"])
+@pytest.mark.parametrize("writes", [True, False], ids=["template writes BOS", "it does not"])
+def test_a_model_reads_bos_once(models, small_tokenizer, monkeypatch, adds, writes):
+    tokenizer = deepcopy(small_tokenizer)
+    one = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = one if adds else None
+    tokenizer.chat_template = f"{'{{ bos_token }}' * writes}{{{{ messages[0]['content'] }}}}\n"
+    lm, read = SharedPrefixLM(models["base"].lm.lm.model, tokenizer, batch_size=2), {}
+    score, generate = lm._score, lm._model_generate
+
+    def scored(batch, shared):
+        read["scored"] = batch[0].context
+        return score(batch, shared)
+
+    def continued(context, **settings):
+        read["continued"] = tuple(context[0].tolist())
+        return generate(context, **settings)
+
+    monkeypatch.setattr(lm, "_score", scored)
+    monkeypatch.setattr(lm, "_model_generate", continued)
+    for chat in (False, True):
+        prompt = lm.apply_chat_template([{"role": "user", "content": "头痛怎么办"}]) if chat else "头痛怎么办\n"
+        lm.loglikelihood([Instance("loglikelihood", {}, (prompt, "就诊"), 0)])
+        lm.generate_until([Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": 2}), 0)])
+        begins = [tokenizer.bos_token_id] * (adds or (chat and writes))
+        assert read["scored"] == read["continued"] == (*begins, *small_tokenizer("头痛怎么办\n").input_ids)
 
 
 # -------------------------------------------------------------------------------------------------- held-out sets

@@ -21,6 +21,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
@@ -116,9 +117,9 @@ class SharedPrefixLM(HFLM):
     # --------------------------------------------------------------------------------------------- likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """The answer to each (prompt, choice), in the order asked; all texts are tokenised in one batch."""
-        texts = list({text for request in requests for text in (request.args[0], "".join(request.args))})
-        ids = dict(zip(texts, self.tokenizer(texts).input_ids, strict=True))
+        """The answer to each (prompt, choice), in the order asked; all texts are tokenised together."""
+        texts = {text for request in requests for text in (request.args[0], "".join(request.args))}
+        ids = self._encode(texts, begun=True) | self._encode(texts, begun=False)
         asked = []
         for prompt, choice in (request.args for request in requests):
             before, whole = ids[prompt] or [self.prefix_token_id], ids[prompt + choice]
@@ -138,6 +139,13 @@ class SharedPrefixLM(HFLM):
                 self._write_cache()
                 advance(len(batch))
         return answers
+
+    def _encode(self, texts: set[str], begun: bool) -> dict[str, list[int]]:
+        """Ids of those texts that begin with BOS, written by the chat template (`begun`), or of the others, to which the
+        tokenizer may add it."""
+        some = [text for text in texts if has_bos_prefix(text, self.tokenizer.bos_token) == begun]
+        encoded = self.tokenizer(some, add_special_tokens=not begun).input_ids if some else []
+        return dict(zip(some, encoded, strict=True))
 
     @torch.no_grad()
     def _score(self, batch: list[Tree], shared: int) -> list[list[Answer]]:
