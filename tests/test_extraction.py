@@ -1,8 +1,12 @@
 """Letters out of what models write, and what is no letter."""
 
-import pytest
+from collections import Counter
 
-from qilin_med.evaluate.extraction import extract_letters, split_explanation
+import pytest
+from reading import records
+
+from qilin_med.evaluate.extraction import NEGATIVE, ceval_answer, extract_letters, first_capitals, split_explanation
+from qilin_med.records import Question
 
 DRUGS = (("A", "青霉素"), ("B", "头孢曲松"), ("C", "维生素C"), ("D", "阿司匹林"), ("E", "地高辛"))
 TESTS = (("A", "CT检查"), ("B", "B超检查"), ("C", "X线胸片"), ("D", "磁共振"), ("E", "T细胞亚群"))
@@ -60,6 +64,7 @@ OUTPUTS = [
     ("A、D正确，其余错误。", "AD"),
     ("B项正确，A项错误。", "B"),
     ("选项A错误，选项B正确，选项C错误。", "B"),
+    ("青霉素（A对）过敏者可用头孢曲松（B错），有维生素C（C错）。", "A"),
     # The letter first
     ("A", "A"),
     ("a", "A"),
@@ -160,6 +165,87 @@ def test_letters_are_found_with_other_options(output, options, letters):
     assert extract_letters(output, options) == letters
 
 
+# (output, letters where the question asks for the wrong one, where it asks for the right one)
+EITHER_WAY = [
+    ("错误的选项是C，因为维生素C不是抗生素。选项A是正确的。", "C", "A"),
+    ("不正确的选项是C。A项正确。", "C", "A"),
+    ("C错误，A正确。", "C", "A"),
+    ("选项A是正确的，选项C是错误的。", "C", "A"),
+    ("A、B、D正确，C错误。", "C", "ABD"),
+    ("A是正确的。\nB是正确的。\nC是错误的。", "C", "A"),
+    ("C选项的说法有误，D选项正确。", "C", "D"),
+    ("说法错误的是D，B正确。", "D", "B"),
+    ("其中不属于抗生素的是D，选项A正确。", "D", "A"),
+    ("不包括E，选项A是正确的。E不属于抗生素。", "E", "A"),
+    ("C不符合题意，选A。", "A", "A"),
+    ("A错误，B错误，C错误，D正确。", "D", "D"),
+    ("正确的选项是A、B、D，错误的选项是C。", "C", "ABD"),
+    ("维生素C是错误的。", "C", ""),
+    ("不是阿司匹林。", "D", ""),
+    # The answer itself is said before all else.
+    ("答案：C\n解释：A项正确，B项正确。", "C", "C"),
+    ("答案：B。A错误。", "B", "B"),
+    ("故本题答案为D，A错误。", "D", "D"),
+    ("A正确，故选C。", "C", "A"),
+    ("C", "C", "C"),
+    ("C. 维生素C\n解释：不是抗生素。", "C", "C"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "下列说法不正确的是",
+        "关于抗生素，下列叙述错误的是（　）",
+        "下列均为抗生素，除外",
+        "抗生素不包括",
+        "患者青霉素过敏，下列哪项不属于抗生素？",
+        "Which of the following drugs is an antibiotic, EXCEPT:",
+    ],
+)
+@pytest.mark.parametrize(("output", "wrong", "_"), EITHER_WAY)
+def test_questions_for_the_wrong_one(stem, output, wrong, _):
+    assert extract_letters(output, DRUGS, stem) == wrong
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "下列说法正确的是",
+        "患者不能平卧，不应运动，首选的药物是",
+        "该患者消化不良，两侧面部不对称。最可能的病因是____。",
+        "每日摄入量不应超过",
+        "",
+    ],
+)
+@pytest.mark.parametrize(("output", "_", "right"), EITHER_WAY)
+def test_questions_for_the_right_one(stem, output, _, right):
+    assert extract_letters(output, DRUGS, stem) == right
+
+
+@pytest.mark.parametrize(
+    ("output", "capitals", "ceval"),
+    [
+        ("A", "A", "A"),
+        (" B。因为A", "B", ""),  # C-Eval's rule: two letters, and none of its words before one
+        ("B。", "B", "B"),
+        ("AB", "AB", "A"),
+        ("BA", "", "B"),
+        ("做CT，选择B", "", "B"),
+        ("让我们一步一步思考，A错。所以答案是C。", "C", "C"),
+        ("所以答案是甲。选D", "D", "D"),
+        ("A或B，答案是C", "A", "C"),
+        ("选 D", "D", "D"),
+        ("B是正确的，选项A不对", "B", "B"),
+        ("应该是乙", "B", "B"),
+        ("甲或乙", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_the_rules_of_the_published_scripts(output, capitals, ceval):
+    assert (first_capitals(output, FOUR), ceval_answer(output, FOUR)) == (capitals, ceval)
+
+
 def test_the_table_is_large_enough():
     assert len(OUTPUTS) >= 60
     assert len({output for output, _ in OUTPUTS}) == len(OUTPUTS)
@@ -178,3 +264,18 @@ def test_the_table_is_large_enough():
 )
 def test_explanations_are_split_off(output, explanation):
     assert split_explanation(output) == explanation
+
+
+def test_explanations_by_experts_name_the_right_answer(shared):
+    """CMExam's own ("……是麝香（D对）"), where they name any: questions for the wrong one, and all others."""
+    counts = Counter()
+    for question in records("exam", shared / "data/cmexam/val.xlsx"):
+        if isinstance(question, Question) and question.explanation:
+            kind = bool(NEGATIVE.search(question.stem[-12:]))
+            letters = extract_letters(question.explanation, question.options, question.stem)
+            counts[kind, "asked"] += 1
+            counts[kind, "found"] += bool(letters)
+            counts[kind, "right"] += letters == question.answer
+    for kind, found, right in ((True, 0.8, 0.94), (False, 0.93, 0.97)):
+        assert counts[kind, "asked"] > 300 and counts[kind, "found"] / counts[kind, "asked"] > found
+        assert counts[kind, "right"] / counts[kind, "found"] > right
