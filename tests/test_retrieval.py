@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,16 +14,18 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from torch.nn import Identity
 
 from qilin_med.artifact import MANIFEST, read_manifest
-from qilin_med.config.experiment import DenseSettings, load_experiment
+from qilin_med.config.experiment import DenseSettings, RerankerSettings, load_experiment
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import exam_prompt, with_passages
 from qilin_med.retrieve.cutting import cut, find_middle, group_sentences, split_sentences
 from qilin_med.retrieve.index import build, plan_index
+from qilin_med.retrieve.models import Encoder, Reranker, check_models
 from qilin_med.retrieve.recall import evaluate_retrieval, ranks_of_own
 from qilin_med.retrieve.retriever import Passage, Retriever, fill_prompt
-from qilin_med.retrieve.search import Bm25, Dense, build_bm25, build_dense, check_encoder_folder, fuse, load_encoder
+from qilin_med.retrieve.search import Bm25, Dense, build_bm25, build_dense, fuse
 
 ROOT = Path(__file__).resolve().parents[1]
 SYMPTOMS = ["发热", "咳嗽", "头痛", "腹泻", "胸闷", "乏力", "皮疹", "失眠"]
@@ -64,12 +68,47 @@ def row(number: int, source: str = "书") -> dict[str, str]:
     return {"id": f"doc-{number}", "text": text, "source": source, "place": f"x:{number}"}
 
 
-def hashed(texts: list[str]) -> np.ndarray:
-    """A deterministic encoder: counts of characters, by code point."""
-    vectors = np.zeros((len(texts), 64), np.float32)
-    for vector, text in zip(vectors, texts, strict=True):
-        np.add.at(vector, [ord(character) % 64 for character in text], 1)
-    return vectors
+def tiny_bert(folder: Path, tokenizer, kind: type, **config) -> Path:
+    """A random model of two layers."""
+    import torch
+    from transformers import BertConfig
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.5, **small, **config)
+    kind(config).save_pretrained(folder)
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = None  # else every text is taken for a message
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedding(small_tokenizer, tmp_path_factory) -> Path:
+    """A sentence-transformers folder: a random model that reads 48 tokens, mean pooling, prompts of its own."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("embedding")
+    bert = Transformer(str(tiny_bert(folder / "bert", small_tokenizer, BertModel)), max_seq_length=48)
+    pooling = Pooling(bert.get_embedding_dimension())
+    SentenceTransformer(modules=[bert, pooling], prompts={"query": "问：", "document": "文："}).save(
+        str(folder / "whole")
+    )
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def encoder(embedding) -> Encoder:
+    return Encoder(DenseSettings(model=str(embedding)))
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(small_tokenizer, tmp_path_factory) -> Path:
+    from transformers import BertForSequenceClassification
+
+    return tiny_bert(tmp_path_factory.mktemp("cross"), small_tokenizer, BertForSequenceClassification, num_labels=1)
 
 
 def passage(number: int, text: str) -> Passage:
@@ -180,55 +219,113 @@ def test_fusion_adds_reciprocal_ranks():
     assert scores == pytest.approx([1 / 62 + 1 / 61, 1 / 61, 1 / 62])
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
-def test_faiss_finds_what_numpy_finds(kind, tmp_path, monkeypatch):
+def nothing(_: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1), ("hnsw", 0.95), ("ivf", 0.5)])
+def test_faiss_finds_what_numpy_finds(kind, least, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("qilin_med.retrieve.search.ENCODED_TOGETHER", 100)
     texts = [row(number)["text"] for number in range(400)]
-    build_dense(texts, hashed, kind, tmp_path / "parts", tmp_path / "index")
-    parts = sorted((tmp_path / "parts").iterdir())
-    assert len(parts) == 4
-    vectors = np.concatenate([np.load(part) for part in parts])
-    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(400))
-    allowed = np.arange(400) % 2 == 0
-    best = (vectors @ vectors[:50].T).max(axis=0)
-    for mask in (None, allowed):
-        found = Dense(tmp_path / "index", hashed).search(texts[:50], 5, mask)
-        assert all(mask is None or mask[numbers].all() for numbers, _ in found)
-        if mask is None:
-            right = [abs(scores[0] - top) < 1e-5 for (_, scores), top in zip(found, best, strict=True)]
-            assert np.mean(right) >= (1 if kind == "flat" else 0.9)
-    assert len(Dense(tmp_path / "index", hashed).search(["热"], 1000)[0][0]) <= 400
+    counts = []
+    build_dense(texts, encoder, kind, tmp_path / "parts", tmp_path / "index", counts.append)
+    assert counts == [100] * 4
+    vectors = np.concatenate([np.load(part) for part in sorted((tmp_path / "parts").iterdir())])
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(400), abs=1e-5)
+    index, asked = Dense(tmp_path / "index", encoder), encoder.questions(texts[:50])
+    for allowed in (None, np.arange(400) % 2 == 0):
+        cosines = asked @ vectors.T - (0 if allowed is None else 9 * ~allowed)
+        twin = np.argsort(-cosines, axis=1, kind="stable")[:, :5]
+        found = index.search(texts[:50], 5, allowed)
+        shared = [len(set(numbers) & set(right)) / 5 for (numbers, _), right in zip(found, twin.tolist(), strict=True)]
+        assert np.mean(shared) >= least
+        for row_of, (numbers, scores) in enumerate(found):
+            assert allowed is None or allowed[numbers].all()
+            assert scores == pytest.approx(cosines[row_of, numbers], abs=1e-5)
+    assert len(index.search(["热"], 1000)[0][0]) <= 400
 
 
-def test_finished_parts_are_not_encoded_again(tmp_path, monkeypatch):
+def test_finished_parts_are_not_encoded_again(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("qilin_med.retrieve.search.ENCODED_TOGETHER", 2)
-    build_dense(["一", "二"], hashed, "flat", tmp_path / "parts", tmp_path / "index")
-    encoder = Mock(side_effect=hashed)
-    build_dense(["一", "二", "三"], encoder, "flat", tmp_path / "parts", tmp_path / "index")
-    encoder.assert_called_once_with(["三"])
+    build_dense(["一", "二"], encoder, "flat", tmp_path / "parts", tmp_path / "index", nothing)
+    again = Mock(wraps=encoder)
+    build_dense(["一", "二", "三"], again, "flat", tmp_path / "parts", tmp_path / "index", nothing)
+    again.passages.assert_called_once_with(["三"])
 
 
-def test_a_missing_library_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(UserError, match="pip install sentence-transformers"):
-        load_encoder(DenseSettings(model=str(tmp_path)))
-    with pytest.raises(UserError, match="no such folder"):
-        check_encoder_folder(DenseSettings(model=str(tmp_path / "none")))
+def test_vectors_are_those_of_sentence_transformers_with_the_prefixes(encoder, embedding):
+    from sentence_transformers import SentenceTransformer
+
+    model, texts = SentenceTransformer(str(embedding)), ["头痛怎么办", "多喝水。"]
+    own = Encoder(DenseSettings(model=str(embedding), query_prefix="", passage_prefix="段落："))
+    for vectors, prefix in ((encoder.questions(texts), "问："), (encoder.passages(texts), "文："),
+                            (own.questions(texts), ""), (own.passages(texts), "段落：")):  # fmt: skip
+        expected = model.encode([prefix + text for text in texts], normalize_embeddings=True)
+        assert vectors == pytest.approx(expected, abs=1e-5)
+    assert encoder.most_tokens == 48
+    assert encoder.count_cut(["头痛" * 200, "头痛"]) == 1
+
+
+def test_models_that_cannot_be_used_are_one_clear_line(embedding, cross_encoder, experiment, tmp_path, small_tokenizer):
+    from transformers import BertForSequenceClassification
+
+    for model, words in ((tmp_path / "none", "no such folder; set retrieval.dense.model"),
+                         (cross_encoder, "no modules.json in it")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            check_models(experiment(retriever="dense", dense={"model": str(model)}).retrieval)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(cross_encoder, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    (pickled / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"no \.safetensors weights"):
+        check_models(experiment(reranker={"model": str(pickled)}).retrieval)
+    (pickled / "model.safetensors").write_text("damaged")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Reranker(RerankerSettings(model=str(pickled)))
+    # An embedding model would be given a random head, and one of several classes has no score.
+    with pytest.raises(UserError, match=r"BertModel with 1 outputs; set retrieval.reranker\.model"):
+        Reranker(RerankerSettings(model=str(embedding)))
+    three = tiny_bert(tmp_path / "three", small_tokenizer, BertForSequenceClassification, num_labels=3)
+    with pytest.raises(UserError, match="with 3 outputs"):
+        Reranker(RerankerSettings(model=str(three)))
 
 
 @pytest.mark.parametrize("retriever", ["dense", "hybrid"])
-def test_dense_and_hybrid_search_the_published_index(retriever, experiment, write_lines, tmp_path):
+def test_dense_and_hybrid_search_the_published_index(retriever, experiment, write_lines, embedding, tmp_path, capsys):
     corpus, model = write_lines(*map(row, range(30))), tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    settings = experiment(corpus, retriever=retriever, dense={"model": str(model), "index": "flat"})
-    assert build(settings, encoder=hashed)
-    assert not build(settings, encoder=hashed)
-    [found] = Retriever(settings, hashed).search([row(7)["text"]], 3)
+    shutil.copytree(embedding, model)
+    same = {"model": str(model), "index": "flat", "query_prefix": "文："}
+    settings = experiment(corpus, retriever=retriever, dense=same)
+    assert build(settings)
+    assert not build(settings)
+    assert "30 of 30 chunks are longer than the 48 tokens" in capsys.readouterr().out
+    assert read_manifest(plan_index(settings).folder)["cut_by_model"] == 30
+    [found] = Retriever(settings).search([row(7)["text"]], 3)
     assert found[0].document == "doc-7" and len(found) == 3
-    (model / "config.json").write_text('{"other": 1}')
+    with pytest.raises(UserError, match="passage_prefix: None -> 段落："):
+        Retriever(experiment(corpus, retriever=retriever, dense={**same, "passage_prefix": "段落："}))
+    (model / "config_sentence_transformers.json").write_text('{"prompts": {}}')
     with pytest.raises(UserError, match="model: "):
-        Retriever(settings, hashed)
+        Retriever(settings)
+
+
+def test_a_reranker_orders_the_candidates_of_the_retriever_by_its_own_scores(experiment, write_lines, cross_encoder):
+    from sentence_transformers import CrossEncoder
+
+    corpus, questions = write_lines(*map(row, range(40))), [row(n)["text"][:12] for n in (3, 8, 21)]
+    build(experiment(corpus))
+    plain = Retriever(experiment(corpus))
+    settings = experiment(corpus, reranker={"model": str(cross_encoder), "candidates": 6, "batch_size": 4})
+    retriever, direct = Retriever(settings), CrossEncoder(str(cross_encoder), activation_fn=Identity())
+    candidates, moved = plain.search(questions, 6), 0
+    for question, found, before in zip(questions, retriever.search(questions, 4), candidates, strict=True):
+        scores = direct.predict([(question, passage.text) for passage in before])
+        best = np.argsort(-scores)[:4]
+        assert [passage.id for passage in found] == [before[number].id for number in best]
+        assert [passage.score for passage in found] == pytest.approx(scores[best], abs=1e-4)
+        moved += found[0].id != before[0].id
+    assert moved  # else the retriever's own order would pass
+    assert retriever.search(["hello"]) == [[]]
+    assert retriever.fingerprint != plain.fingerprint == read_manifest(plan_index(settings).folder)["fingerprint"]
 
 
 # --------------------------------------------------------------------------------------------------------- index
@@ -293,6 +390,7 @@ def test_a_damaged_index_is_refused(experiment, write_lines):
         ({"corpus": []}, "retrieval.corpus names nothing"),
         ({"retriever": "dense"}, "needs the section 'dense'"),
         ({"chunk_tokens": 8}, "overlap_tokens 32 must be less"),
+        ({"reranker": {"model": "x", "candidates": 4}}, "candidates 4 must be at least passages 5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(experiment, changes, words):
@@ -430,7 +528,7 @@ def test_contexts_go_before_the_question_and_name_their_sources(experiment, writ
 
 def test_ranks_count_an_answer_once():
     found = [np.array([4, 4, 0]), np.array([1]), np.array([0, 3]), np.array([], int)]
-    assert ranks_of_own(found).tolist() == [2, 1, np.inf, np.inf]
+    assert ranks_of_own(found, [0, 1, 2, 3]).tolist() == [2, 1, np.inf, np.inf]
 
 
 def test_recall_is_measured_and_written(experiment, write_lines, tmp_path):

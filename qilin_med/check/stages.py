@@ -24,7 +24,7 @@ from qilin_med.plan.measure import Unmeasured
 from qilin_med.plan.plan import MARGIN, StagePlan, plan_stage
 from qilin_med.plan.preflight import check_memory, free_bytes
 from qilin_med.records import Skipped
-from qilin_med.retrieve.search import check_encoder_folder, check_encoder_package
+from qilin_med.retrieve.models import check_models
 from qilin_med.train.job import Job
 
 
@@ -225,10 +225,7 @@ class Check:
                 if all(isinstance(record, Skipped) for head in heads for _, record in head):
                     raise UserError(f"{source.name}: no usable record in {', '.join(source.paths)}; look at the files, or map"
                                     " their columns")  # fmt: skip
-        if settings.dense and settings.retriever != "bm25":
-            with findings.collecting():
-                check_encoder_folder(settings.dense)
-            with findings.collecting():
-                check_encoder_package()
+        with findings.collecting():
+            check_models(settings)
         is_built = (self.experiment.index_folder() / MANIFEST).is_file()
         yield ["retrieval corpus", *data.cells(), "index built" if is_built else "index not built yet"]

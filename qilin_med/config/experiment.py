@@ -217,13 +217,24 @@ class EvaluationConfig(Section):
 
 class DenseSettings(Section):
     model: str
-    """Folder of a sentence-transformers model."""
+    """Folder of a sentence-transformers embedding model, safetensors."""
     index: Literal["flat", "hnsw", "ivf"] = "flat"
     """FAISS index: "flat" compares every chunk; "hnsw" and "ivf" are approximate, for millions of chunks."""
-    query_prefix: str = ""
-    """Text that the model expects before a question; see its model card."""
+    query_prefix: str | None = None
+    """Text that the model expects before a question. null: as its folder says (`prompts`); else see its model card."""
+    passage_prefix: str | None = None
+    """The same before a passage. A change needs a new index."""
     batch_size: PositiveInt = 64
     """Texts encoded at once."""
+
+
+class RerankerSettings(Section):
+    model: str
+    """Folder of a sentence-transformers cross-encoder that gives one score, safetensors."""
+    candidates: PositiveInt = 50
+    """Best passages of the retriever that the reranker orders anew; at least `passages`."""
+    batch_size: PositiveInt = 32
+    """Pairs of question and passage scored at once."""
 
 
 class RetrievalConfig(Section):
@@ -243,6 +254,8 @@ class RetrievalConfig(Section):
     """Terms of BM25: pairs of characters, or words as jieba cuts them. A run of Latin letters and digits is one term."""
     dense: DenseSettings | None = None
     """Embedding model, needed by the retrievers "dense" and "hybrid"."""
+    reranker: RerankerSettings | None = None
+    """Model that reads the best passages of any retriever with the question and orders them anew. Needs no new index."""
     exclude_sources: list[str] = []
     """Sources whose chunks are never retrieved. A change needs no new index."""
     exam_sources: list[str] = []
@@ -261,6 +274,10 @@ class RetrievalConfig(Section):
             raise ValueError(f"overlap_tokens {self.overlap_tokens} must be less than chunk_tokens {self.chunk_tokens}")
         if self.retriever != "bm25" and self.dense is None:
             raise ValueError(f"retriever '{self.retriever}' needs the section 'dense' with a model folder")
+        if self.reranker and self.reranker.candidates < self.passages:
+            raise ValueError(
+                f"reranker.candidates {self.reranker.candidates} must be at least passages {self.passages}"
+            )
         return self
 
 

@@ -16,6 +16,7 @@ EXPERIMENT: dict[str, type[Section]] = {
     "pretraining.lora, sft.lora, dpo.lora": experiment.LoraSettings, "evaluation": experiment.EvaluationConfig,
     "evaluation.tasks, by the task's name": experiment.TaskSettings,
     "retrieval": experiment.RetrievalConfig, "retrieval.dense": experiment.DenseSettings,
+    "retrieval.reranker": experiment.RerankerSettings,
     "an entry of data, documents, answers, preferences, corpus (or just its path)": experiment.DataSource,
 }  # fmt: skip
 CORPUS: dict[str, type[Section]] = {

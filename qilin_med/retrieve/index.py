@@ -24,13 +24,15 @@ from qilin_med.data.shards import batched, read_json_lines, save, save_json, wri
 from qilin_med.errors import UserError
 from qilin_med.records import Document, Skipped
 from qilin_med.retrieve.cutting import Span, cut
-from qilin_med.retrieve.search import Encoder, build_bm25, build_dense, check_encoder_folder, load_encoder
+from qilin_med.retrieve.models import Encoder, check_models
+from qilin_med.retrieve.search import build_bm25, build_dense
 
 INDEX_FORMAT = 2  # raise it whenever the same inputs and settings give another index
 KINDS = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
 """Folders of an index, by retriever."""
 # Settings that matter to a search alone: free to change without a new index. The encoder counts by its contents.
-ONLY_FOR_SEARCH = {"index", "exclude_sources", "exam_sources", "passages", "max_context_tokens", "query_with_options"}
+ONLY_FOR_SEARCH = {"index", "exclude_sources", "exam_sources", "passages", "max_context_tokens", "query_with_options",
+                   "reranker"}  # fmt: skip
 OF_ENCODER = {"batch_size": True, "query_prefix": True, "model": True}
 REMEDY = "build it anew with scripts/build_index.py --restart, which moves this one aside, or set retrieval.index"
 
@@ -60,8 +62,8 @@ def plan_index(experiment: Experiment) -> Artifact:
         "corpus": _fingerprints([file for file, _ in find_files(settings.corpus)]),
         "evaluation": _fingerprints(evaluation),
     }
+    check_models(settings)
     if "dense" in kinds:
-        check_encoder_folder(settings.dense)
         inputs["model"] = fingerprint_model(Path(settings.dense.model))[:16]
     return Artifact(experiment.index_folder(), inputs)
 
@@ -100,17 +102,29 @@ def build(experiment: Experiment, restart: bool = False, encoder: Encoder | None
                 continue
             unfinished = index.work / kind
             shutil.rmtree(unfinished, ignore_errors=True)
-            label = "indexing terms" if kind == "bm25" else "embedding"
-            with progress(label, index.facts["chunks"], "chunks") as advance:
-                texts = counted((chunk["text"] for chunk in read_json_lines(out / CHUNKS)), advance)
-                if kind == "bm25":
-                    build_bm25(texts, settings.bm25_unit, unfinished)
-                else:
-                    model = encoder or load_encoder(settings.dense)
-                    build_dense(texts, model, settings.dense.index, index.work / "vectors", unfinished)
+            texts = (chunk["text"] for chunk in read_json_lines(out / CHUNKS))
+            if kind == "bm25":
+                with progress("indexing terms", index.facts["chunks"], "chunks") as advance:
+                    build_bm25(counted(texts, advance), settings.bm25_unit, unfinished)
+            else:
+                model = encoder or Encoder(settings.dense)
+                index.facts["cut_by_model"] = say_what_is_cut(out / CHUNKS, model, index.facts["chunks"])
+                with progress("embedding", index.facts["chunks"], "chunks") as advance:
+                    build_dense(texts, model, settings.dense.index, index.work / "vectors", unfinished, advance)
             unfinished.rename(out / kind)
-        index.facts["versions"] = versions("bm25s", "faiss-cpu", "jieba")
+        index.facts["versions"] = versions("bm25s", "faiss-cpu", "jieba", "sentence-transformers")
     return True
+
+
+def say_what_is_cut(chunks: Path, model: Encoder, number: int) -> int:
+    """How many chunks are longer than the embedding model reads; said before hours are spent on it."""
+    with progress("counting the model's tokens", number, "chunks") as advance:
+        texts = (chunk["text"] for chunk in counted(read_json_lines(chunks), advance))
+        cut = sum(map(model.count_cut, batched(texts, TOGETHER)))
+    if cut:
+        print(f"{cut:,} of {number:,} chunks are longer than the {model.most_tokens:g} tokens that the embedding model reads:"
+              " their ends cannot be found by it; lower retrieval.chunk_tokens")  # fmt: skip
+    return cut
 
 
 def verify_index(experiment: Experiment) -> dict[str, Any]:

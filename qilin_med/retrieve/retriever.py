@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tokenizers import Tokenizer
 
+from qilin_med.artifact import digest
 from qilin_med.config.experiment import Experiment
+from qilin_med.console.progress import counted, progress
 from qilin_med.data.shards import JsonLines, load
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import option_lines, with_passages
 from qilin_med.retrieve.index import CHUNKS, KINDS, OFFSETS, SOURCES, tokenizer_file, verify_index
-from qilin_med.retrieve.search import Bm25, Dense, Encoder, Ranking, fuse, load_encoder
+from qilin_med.retrieve.models import Encoder, Reranker
+from qilin_med.retrieve.search import Bm25, Dense, Ranking, fuse
 
 POOL = 100  # chunks of each ranking that are fused
 
@@ -20,7 +23,7 @@ POOL = 100  # chunks of each ranking that are fused
 @dataclass(frozen=True, slots=True)
 class Passage:
     """A retrieved chunk: characters `start` to `end` of a document. `score`: BM25's, a cosine, or a sum of reciprocal
-    ranks, by the retriever."""
+    ranks, by the retriever; or the reranker's."""
 
     document: str
     source: str
@@ -61,7 +64,7 @@ class Retriever:
         self.settings = settings = experiment.retrieval
         manifest, folder = verify_index(experiment), experiment.index_folder()
         self.fingerprint: str = manifest["fingerprint"]
-        """Of the index, for result files."""
+        """Of the index and the reranker, for result files."""
         self.chunks, sources = JsonLines(folder / CHUNKS, folder / OFFSETS), manifest["sources"]
         if unknown := set(settings.exclude_sources) - set(sources):
             raise UserError(f"retrieval.exclude_sources names '{min(unknown)}', which the index does not have; it has: "
@@ -74,13 +77,26 @@ class Retriever:
             if kind == "bm25":
                 self._indexes.append(Bm25(folder / kind, settings.bm25_unit))
             else:
-                encoder = encoder or load_encoder(settings.dense)
-                self._indexes.append(Dense(folder / kind, encoder, settings.dense.query_prefix))
+                self._indexes.append(Dense(folder / kind, encoder or Encoder(settings.dense)))
+        self._reranker = Reranker(settings.reranker) if settings.reranker else None
+        if self._reranker:
+            self.fingerprint = digest([self.fingerprint, self._reranker.fingerprint])
 
     def rank(self, questions: list[str], k: int) -> list[Ranking]:
-        """As `search`, the numbers of the chunks alone."""
+        """As `search`, the numbers of the chunks alone. With a reranker at most its candidates."""
         if not questions:
             return []
+        if self._reranker is None:
+            return self._find(questions, k)
+        found, reranked = self._find(questions, self.settings.reranker.candidates), []
+        with progress("reranking", len(questions), "questions") as advance:
+            for question, (numbers, _) in zip(counted(questions, advance), found, strict=True):
+                scores = self._reranker.score(question, [self.chunks[number]["text"] for number in numbers])
+                best = np.argsort(-scores, kind="stable")[:k]
+                reranked.append((numbers[best], scores[best]))
+        return reranked
+
+    def _find(self, questions: list[str], k: int) -> list[Ranking]:
         if len(self._indexes) == 1:
             return self._indexes[0].search(questions, k, self._allowed)
         rankings = [index.search(questions, max(k, POOL), self._allowed) for index in self._indexes]
