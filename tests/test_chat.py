@@ -96,7 +96,10 @@ def test_prompts_and_answers_are_evaluations(name, model, experiment, folders, r
     rows = [{"questions": [text], "answers": ["应当就诊。"]} for text in QUESTIONS]
     task = TaskSettings(test=[str(write_rows(tmp_path / "asked.jsonl", rows))], max_new_tokens=LENGTH)
     found = {text: retriever.contexts([text])[0] for text in QUESTIONS}
-    retrieval = Retrieval(lambda asked: [(found[text].text, found[text].sources) for text, _ in asked], "index")
+    retrieval = Retrieval(
+        lambda asked, rooms: [(found[a.stem].text, found[a.stem].sources, found[a.stem].shortened) for a in asked],
+        "index",
+    )
     under_test = ModelUnderTest(experiment.model_copy(update={"output_dir": str(tmp_path)}), name, folders[name])
     run_task(under_test, "huatuo26m_generate", task, retrieval if with_passages else None)
     samples = list(read_samples(under_test.results / "huatuo26m_generate"))

@@ -19,7 +19,6 @@ from qilin_med.check.report import print_report
 from qilin_med.check.stages import Check
 from qilin_med.config.experiment import load_experiment
 from qilin_med.config.schedule import make_schedule
-from qilin_med.evaluate.tasks.subjects import SUBJECTS
 from qilin_med.train.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +51,7 @@ def write_exams() -> None:
     Path("data/raw/ceval").mkdir()
     with zipfile.ZipFile("data/raw/ceval/ceval-exam.zip", "w") as archive:
         for split, count in (("dev", 5), ("val", 4)):
-            rows = (f"{i},{SUBJECTS['physician'][0]}{split}{i},甲,乙,丙,丁,A" for i in range(count))
+            rows = (f"{i},医师资格{split}{i},甲,乙,丙,丁,A" for i in range(count))
             archive.writestr(f"{split}/physician_{split}.csv", "\n".join(["id,question,A,B,C,D,answer", *rows]))
     consultations = [{"questions": ["发热怎么办"], "answers": ["应当就诊。"]}] * 6
     write_rows(Path("data/raw/Huatuo-26M/test_datasets.jsonl"), consultations)

@@ -30,17 +30,26 @@ from qilin_med.data.rows import prepare_rows
 from qilin_med.errors import UserError
 from qilin_med.evaluate import held_out as held_out_module
 from qilin_med.evaluate.comparison import compare_models
-from qilin_med.evaluate.harness import ModelUnderTest, Retrieval, describe_task, run_task, write_submission
+from qilin_med.evaluate.harness import (
+    ModelUnderTest,
+    Retrieval,
+    configure_task,
+    describe_task,
+    run_task,
+    task_configs,
+    write_submission,
+)
 from qilin_med.evaluate.held_out import held_out_sets, measure_held_out
 from qilin_med.evaluate.lm import SharedPrefixLM
 from qilin_med.evaluate.results import read_samples, write_result
-from qilin_med.evaluate.tasks.questions import load_ceval, load_questions
-from qilin_med.evaluate.tasks.scoring import TASKS
-from qilin_med.evaluate.tasks.subjects import CATEGORIES, HARD, MEDICAL, SUBJECTS
+from qilin_med.evaluate.tasks.questions import load_questions
+from qilin_med.evaluate.tasks.scoring import favourite
 from qilin_med.model.load import load_for_inference
-from qilin_med.prompt.wording import HEAD
+from qilin_med.prompt.wording import HEAD, exam_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
+CEVAL = task_configs()["ceval_letters"]["dataset_kwargs"]
+SUBJECTS = CEVAL["subjects"]
 DEPARTMENTS = ("内科", "外科", "儿科")
 SYMPTOMS = ("发热", "头痛", "咳嗽", "腹泻", "胃痛", "胸闷", "心慌", "呕吐", "咽痛", "血压偏高")
 
@@ -160,13 +169,14 @@ def test_inference_needs_no_flash_attention(world):
 
 def test_prompts_are_the_papers(results, models):
     generate, letters, options = (
-        samples_of(models["sft"], f"cmexam_{protocol}")[1]["prompt"] for protocol in ("generate", "letters", "options")
+        next(s["prompt"] for s in samples_of(models["sft"], f"cmexam_{protocol}") if "第1位" in s["prompt"])
+        for protocol in ("generate", "letters", "options")
     )
     user, assistant = "<reserved_102>", "<reserved_103>"
     assert generate.startswith(f"{user}{HEAD}\n第1位患者头痛1天") and generate.endswith(f"即可。{assistant}")
     assert letters == f"{generate}答案："
     assert options == f"{user}第1位患者头痛1天，应当先考虑{assistant}"
-    plain = samples_of(models["base"], "cmexam_letters")[1]["prompt"]
+    plain = samples_of(models["base"], "cmexam_letters")[0]["prompt"]
     assert plain == letters.replace(user, "").replace(assistant, "\n")
 
 
@@ -177,7 +187,7 @@ def test_worked_examples_come_from_their_file(world, models):
     turns = samples_of(models["sft"], "cmexam_letters_2shot")[2]["prompt"].split("<reserved_102>")
     assert len(turns) == 4
     assert "第100位" in turns[1] and turns[1].endswith("<reserved_103>答案：AC\n解释：因为发热。</s>")
-    assert "第2位" in turns[3] and turns[3].endswith("<reserved_103>答案：")
+    assert "第3位" in turns[3] and turns[3].endswith("<reserved_103>答案：")
 
 
 # ---------------------------------------------------------------------------------------------------------- counts
@@ -200,18 +210,21 @@ def test_counts_and_metrics_are_those_of_the_samples(results, models):
 def test_questions_are_all_asked(results):
     asked = {task: result["counts"]["questions"] for (name, task), result in results.items() if name == "base"}
     assert asked == {
-        "cmexam_generate": 23, "cmexam_letters": 23, "cmexam_options": 23, "cmexam_reasoning": 19, "ceval_generate": 12,
+        "cmexam_generate": 23, "cmexam_letters": 18, "cmexam_options": 18, "cmexam_reasoning": 19, "ceval_generate": 12,
         "ceval_letters": 12, "huatuo26m_generate": 10,
     }  # fmt: skip
     assert results["base", "cmexam_reasoning"]["counts"]["skipped"] == {"no explanation": 4}
+    several = {task: result["counts"]["several_answers"] for (name, task), result in results.items() if name == "base"}
+    assert {task for task, count in several.items() if count} == {"cmexam_letters", "cmexam_options"}
+    assert several["cmexam_letters"] == several["cmexam_options"] == 5
 
 
 def test_single_and_multiple_answers_and_departments_apart(results, models):
-    result, samples = results["base", "cmexam_letters"], samples_of(models["base"], "cmexam_letters")
+    result, samples = results["base", "cmexam_generate"], samples_of(models["base"], "cmexam_generate")
     single = [sample["score"]["accuracy"] for sample in samples if len(sample["gold"]) == 1]
     assert len(single) == 18
     assert result["metrics"]["accuracy_single"]["value"] == pytest.approx(sum(single) / 18)
-    assert result["metrics"]["accuracy_multiple"]["value"] == 0  # one letter never is a set of two
+    assert "accuracy_multiple" in result["metrics"]
     departments = result["by_facet"]["Clinical Department"]
     assert {name: group["questions"] for name, group in departments.items()} == {"内科": 8, "外科": 8, "儿科": 7}
 
@@ -247,15 +260,17 @@ def test_ceval_shows_worked_examples_of_the_same_subject(results, models):
 
 def test_the_subject_table():
     assert len(SUBJECTS) == 52
-    assert {category for _, category in SUBJECTS.values()} == set(CATEGORIES)
-    assert set(MEDICAL) | set(HARD) < set(SUBJECTS)
+    hard = CEVAL["averages"]["average_hard"]["of"]["subject"]
+    categories = [name for average in CEVAL["averages"].values() for name in average.get("of", {}).get("category", [])]
+    assert {category for _, category in SUBJECTS.values()} == set(categories)
+    assert len(hard) == 8 and {*hard, "physician", "clinical_medicine", "basic_medicine"} < set(SUBJECTS)
 
 
 def test_results_name_what_made_them(results, world, models):
     result = results["sft", "cmexam_letters"]
     assert result["model"]["fingerprint"] == models["sft"].facts["model"]["fingerprint"]
-    assert result["template"] and results["base", "cmexam_letters"]["template"] is None
-    assert (result["version"], result["shots"], result["experiment"]["name"]) == (1, 0, "evaluation")
+    assert result["chat"] and not results["base", "cmexam_letters"]["chat"]
+    assert (result["version"], result["shots"], result["experiment"]["name"]) == (2, 0, "evaluation")
     assert {"lm_eval", "sacrebleu", "torch"} <= set(result["versions"])
 
 
@@ -436,12 +451,12 @@ def test_the_submission_has_cevals_form(world, models):
 def test_models_are_compared_on_the_same_questions(results, world):
     found = {entry["task"]: entry for entry in compare_models(world)}
     entry = found["cmexam_letters"]
-    assert (entry["first"], entry["second"], entry["questions"]) == ("base", "sft", 23)
+    assert (entry["first"], entry["second"], entry["questions"]) == ("base", "sft", 18)
     change = results["sft", "cmexam_letters"]["metrics"]["accuracy"]["value"]
     change -= results["base", "cmexam_letters"]["metrics"]["accuracy"]["value"]
     test = entry["metrics"]["accuracy"]
     assert test["test"] == "McNemar, exact" and test["difference"] == pytest.approx(change)
-    assert test["gained"] - test["lost"] == round(23 * change)
+    assert test["gained"] - test["lost"] == round(18 * change)
     assert found["huatuo26m_generate"]["metrics"]["rougeL_char"]["test"] == "paired bootstrap"
     assert json.loads((Path(world.output_dir) / "eval/comparisons.json").read_text(encoding="utf-8"))
 
@@ -450,9 +465,9 @@ def test_one_task_asks_several_sets_of_questions(world, models, results, tmp_pat
     other = {"task": "cmexam_letters", "test": [str(write_rows(tmp_path / "more.csv", exam_rows(3)))]}
     settings = world.evaluation.tasks["cmexam_letters"].model_copy(update=other)
     result = run_task(models["base"], "children", settings)
-    assert (result["task"], result["counts"]["questions"]) == ("cmexam_letters", 3)
+    assert (result["task"], result["counts"]["questions"]) == ("cmexam_letters", 2)
     here, there = (samples_of(models["base"], name) for name in ("children", "cmexam_letters"))
-    assert [sample["output"] for sample in here] == [sample["output"] for sample in there[:3]]
+    assert [sample["output"] for sample in here] == [sample["output"] for sample in there[:2]]
 
 
 def test_preference_pairs_are_compared(world, tmp_path):
@@ -469,24 +484,34 @@ def test_preference_pairs_are_compared(world, tmp_path):
 
 
 def test_retrieved_text_stands_before_the_question_and_is_recorded(world, models):
-    def retrieve(asked):
-        return [(f"资料：{stem[:3]}{len(options)}\n", [f"source {n}"]) for n, (stem, options) in enumerate(asked)]
+    told = {}
+
+    def find(asked, rooms):
+        told.update((question.stem, room) for question, room in zip(asked, rooms, strict=True))
+        return [(f"资料：{a.stem[:3]}{len(a.options)}\n", [f"source {n}"], n == 1) for n, a in enumerate(asked)]
 
     settings = world.evaluation.tasks["cmexam_letters"].model_copy(update={"limit": 2, "shots": 1})
-    result = run_task(models["sft"], "cmexam_letters", settings, Retrieval(retrieve, "an index"), "_retrieval")
+    result = run_task(models["sft"], "cmexam_letters", settings, Retrieval(find, "an index"), "_retrieval")
     sample = samples_of(models["sft"], "cmexam_letters_retrieval")[1]
     assert result["retrieval"] == "an index"
     assert sample["sources"] == ["source 1"]
-    assert sample["prompt"].count("资料：") == 1 and f"资料：第1位5\n{HEAD}" in sample["prompt"]
+    assert sample["prompt"].count("资料：") == 1 and f"资料：第2位5\n{HEAD}" in sample["prompt"]
+    # What the window of 512 leaves beside the rest of the prompt, the longest option and 16 spare tokens.
+    longest = max(sample["question"].splitlines()[1:], key=len)[2:]
+    rest = models["sft"].tokenizer(sample["prompt"].replace("资料：第2位5\n", "") + longest).input_ids
+    assert told[sample["question"].splitlines()[0]] == 512 - 16 - len(rest)
+    assert result["counts"]["shortened_passages"] == 1
 
 
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        ("cmexam", {}, "unknown task 'cmexam'; expected one of cmexam_generate"),
-        ("children", {"task": "cmexam"}, "unknown task 'cmexam'; expected one of cmexam_generate"),
+        ("cmexam", {}, "unknown task 'cmexam'; expected one of .*cmexam_generate"),
+        ("children", {"task": "cmexam"}, "unknown task 'cmexam'; expected one of .*cmexam_generate"),
         ("cmexam_letters", {"test": ["nowhere.csv"]}, "nowhere.csv: no such file"),
-        ("huatuo26m_generate", {"shots": 1}, "this task has no worked examples"),
+        ("huatuo26m_generate", {"shots": 1}, "1 worked examples asked for, 0 found"),
+        ("huatuo26m_generate", {"answers": "letters"}, "asks for texts"),
+        ("cmexam_letters", {"prompt": "{{ nothing }}"}, "'nothing' is undefined; it may use .*stem"),
         ("ceval_letters", {"test": ["tests/conftest.py"]}, "unknown kind of file"),
         ("cmexam_generate", {"max_new_tokens": 512}, "leaves no room for a question in the 512 positions"),
     ],
@@ -515,30 +540,136 @@ def test_the_command(world, results, tmp_path):
     command += ["--tasks", "cmexam_letters", "--models", "base"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.splitlines()[-1].startswith("base cmexam_letters: 23 questions; accuracy ")  # behind progress
+    assert run.stdout.splitlines()[-1].startswith("base cmexam_letters: 18 questions; accuracy ")  # behind progress
 
 
-def test_every_task_has_its_file():
-    assert {path.stem for path in (ROOT / "configs/tasks").glob("*.yaml")} == set(TASKS)
+# ------------------------------------------------------------------------------------------------ exams by config
+
+
+def load(task: str, **settings) -> dict:
+    config = configure_task(task, TaskSettings(**settings))
+    return load_questions(config["answers"], config["shots"], **config["questions"])
+
+
+def test_the_scripts_of_the_paper_are_asked_as_they_ask(tmp_path):
+    archive = write_ceval(tmp_path / "ceval.zip")
+    rows = load("ceval_paper_script", test=archive, shots=2)["all"]
+    examples = [r for r in rows if r["role"] == "example" and r["subject"] == "law"]
+    asked = next(r for r in rows if r["role"] == "asked" and r["subject"] == "law")
+    options = "\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
+    intro = "以下是中国关于law考试的单项选择题，请选出其中的正确答案。\n\n"
+    assert examples[0]["prompt"] == f"[Round 1]\n\n问：{intro}{SUBJECTS['law'][0]}dev0____。{options}\n\n答："
+    assert examples[1]["prompt"] == f"[Round 2]\n\n问：{SUBJECTS['law'][0]}dev1____。{options}\n\n答："
+    assert asked["prompt"].startswith("[Round 3]\n\n问：法学val0") and examples[1]["solution"] == "B"
+    test = str(write_rows(tmp_path / "test.csv", exam_rows(2)))
+    [several, single] = load("cmexam_paper_script", test=test)["all"]
+    lines = "A 头痛\nB 咳嗽、头痛\nC 腹泻\nD 胃痛、腹泻\nE 胸闷"
+    assert single["prompt"] == f"第1位患者头痛1天，应当先考虑\n{lines}\n答案：" and single["rule"] == "first_capitals"
+    [several, single] = load("cmexam_published_prompts", test=test)["all"]
+    assert several["prompt"].startswith("假设你是一位医疗行业专家，请回答下列问题。注意，该问题是多选题\n第0位")
+    assert (
+        single["prompt"].replace(f":\n{lines}", f"\n{lines}").replace("只有两行，第", "只有两行。第")
+        == exam_prompt("第1位患者头痛1天，应当先考虑", [(line[0], line[2:]) for line in lines.splitlines()]) + "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "prompt", "answers", "facets"),
+    [
+        ("cmb_exam", "cmb_exam/CMB/CMB-Exam/CMB-train/CMB-train-merge.json",
+         "以下是中国医师考试中规培结业考试的一道单项选择题，不需要做任何分析和解释，直接输出答案选项。\n甲病的表现不包括\n"
+         "A. 发热\nB. 咳嗽\nC. 头痛\nD. 飞行\n", ["D", "AC"], {"exam_class": "规培结业"}),
+        ("medqa_mainland", "medqa/MedQA/questions/Mainland/train.jsonl", None, None, {}),
+        ("medqa_taiwan", "medqa/MedQA/questions/Taiwan/train.jsonl", None, None, {}),
+        ("explaincpe", "explaincpe/ExplainCPE/train.json", None, None, {}),
+    ],
+)  # fmt: skip
+def test_published_exams_by_their_names(task, file, prompt, answers, facets):
+    rows = load(task, test=str(ROOT / "tests/fixtures" / file))["all"]
+    assert rows and all(row["answer"] and row["stem"] in row["prompt"] for row in rows)
+    if prompt:
+        assert (rows[0]["prompt"], rows["answer"]) == (prompt, answers) and facets.items() <= dict(
+            rows[0]["facets"]
+        ).items()
+
+
+def test_cmmlus_medical_subjects_alone(tmp_path):
+    for split, subject, count in (("dev", "anatomy", 5), ("test", "anatomy", 3), ("test", "law", 2), ("dev", "law", 5)):
+        lines = [f"{n},{subject}{split}{n},甲,乙,丙,丁,{'ABCD'[n % 4]}" for n in range(count)]
+        (tmp_path / split).mkdir(exist_ok=True)
+        (tmp_path / split / f"{subject}.csv").write_text(
+            "\n".join([",Question,A,B,C,D,Answer", *lines]), encoding="utf-8"
+        )
+    rows = load("cmmlu_medical", test=str(tmp_path))["all"]
+    assert [(row["stem"], row["role"]) for row in rows if row["round"] in (3, 6)][-1] == ("anatomydev2", "example")
+    assert [row["stem"] for row in rows if row["role"] == "asked"] == [f"anatomytest{n}" for n in range(3)]
+    assert rows[0]["prompt"] == "题目：anatomytest0\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案是："
+    assert rows[0]["system"] == "以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n"
+
+
+def test_any_exam_by_the_settings_alone(results, models, tmp_path):
+    """Right are 2 of 2 in 内科, 0 of 1 in 外科: 2/3 of the questions, 1/2 on average over departments."""
+    best = {s["question"].splitlines()[0]: s["answer"] for s in samples_of(models["base"], "cmexam_letters")}
+    rows = [
+        {"题": row["Question"], "选项": row["Options"], "键": best[row["Question"]], "科": "内科"}
+        for row in exam_rows(5)[1:4]
+    ]
+    rows[2] |= {"科": "外科", "键": next(letter for letter in "ABCDE" if letter != rows[2]["键"])}
+    settings = {
+        "task": "exam_letters", "test": [str(write_rows(tmp_path / "own.csv", rows))],
+        "columns": {"question": "题", "options": "选项", "answer": "键", "科室": "科"},
+        "prompt": "{{ exam_prompt }}\n", "prefix": "答案：", "averages": {"average": {"over": "科室"}},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r'fields 题, .*; this may help: columns \{"options": "选项"'):
+        load("exam_letters", test=settings["test"])
+    result = run_task(models["base"], "own", TaskSettings(**settings))
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert result["metrics"]["average"]["value"] == 0.5
+    assert {value: group["value"] for value, group in result["by_facet"]["科室"].items()} == {"内科": 1, "外科": 0}
+
+
+def test_options_in_another_order_have_their_letters_with_them(tmp_path):
+    test = str(write_rows(tmp_path / "test.csv", exam_rows(9)))
+    plain = load("cmexam_generate", test=test)["all"]
+    rotated, shuffled = (
+        load("cmexam_generate", test=test, **order)["all"] for order in ({"rotate": 2}, {"shuffle": 7})
+    )
+    for before, *after in zip(plain, rotated, shuffled, strict=True):
+        right = {before["options"]["ABCDE".index(letter)] for letter in before["answer"]}
+        for row in after:
+            assert {row["options"]["ABCDE".index(letter)] for letter in row["answer"]} == right
+            assert [before["options"][first] for first in row["order"]] == row["options"]
+        assert after[0]["order"] == [2, 3, 4, 0, 1]
+    assert len({tuple(row["order"]) for row in shuffled}) > 5
+    assert shuffled["order"] == load("cmexam_generate", test=test, shuffle=7)["all"]["order"]
+
+
+def test_a_favourite_letter_is_told():
+    samples = [{"answer": letter, "score": {"accuracy": 0}} for letter in "AAAAAAAAAB"]
+    assert favourite(samples) == {"letter": "A", "share": 0.9} and favourite(samples[1:]) == {}
 
 
 # ------------------------------------------------------------------------------------------------------- real files
 
 
 def test_real_ceval_has_all_questions(shared):
-    archive = str(shared / "data/ceval/ceval.zip")
-    rows = load_ceval([archive])["all"]
-    assert rows["role"].count("asked") == 1346 and rows["role"].count("shot") == 260
+    found = load("ceval_letters", test=[str(shared / "data/ceval/ceval.zip")])
+    rows = found["all"]
+    # Its copy of test has no answers, so val is taken.
+    assert (found["split"], found["known_as"]) == ("val", "C-Eval val")
+    assert rows["role"].count("asked") == 1346 and rows["role"].count("example") == 260
     assert set(rows["subject"]) == set(SUBJECTS)
     physician = [row["number"] for row in rows if row["subject"] == "physician" and row["role"] == "asked"]
     assert physician == list(range(49))
 
 
 def test_real_cmexam_has_all_questions(shared):
-    splits = load_questions([str(shared / "data/cmexam/cmexam_test.jsonl")])
-    assert len(splits["test"]) + sum(splits["skipped"].values()) == 6811
-    annotated = load_questions([str(shared / "data/cmexam/cmexam_test_01_clinical_depart.csv")])["test"]
-    assert {name for name, _ in annotated[0]["facets"]} >= {"Clinical Department", "Difficulty level"}
+    found = load("cmexam_generate", test=[str(shared / "data/cmexam/cmexam_test.jsonl")])
+    assert found["known_as"] == "CMExam test"
+    assert len(found["all"]) + sum(found["skipped"].values()) == 6811
+    found = load("cmexam_generate", test=[str(shared / "data/cmexam/cmexam_test_01_clinical_depart.csv")])
+    assert found["known_as"] is None  # a tenth of it
+    assert {name for name, _ in found["all"][0]["facets"]} >= {"Clinical Department", "Difficulty level"}
 
 
 def test_real_questions_are_asked_within_the_limit(shared, world, models):

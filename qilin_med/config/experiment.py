@@ -177,25 +177,91 @@ class DpoConfig(InstructionConfig):
     """Weight of staying close to the SFT model in the DPO loss."""
 
 
-class TaskSettings(Section):
+class Average(Section):
+    over: str | None = None
+    """Facet whose groups count alike, as C-Eval's subjects do. null: every question counts alike."""
+    of: dict[str, list[str]] = {}
+    """Only the questions whose facets have one of these values: {facet: values}."""
+
+
+Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+AnswerForm = Literal["letters", "options", "generate"]
+
+
+class QuestionSettings(Section):
+    """What a task file (configs/tasks) says of its questions in `metadata`, and an experiment may say otherwise.
+
+    Prompts are Jinja templates over stem, options_text (an option a line, "A text"), letters, options, answer, explanation,
+    subject, subject_name, every facet, round (1 for the first worked example), several (whether several letters are right),
+    right_texts, exam_prompt and exam_answer (the wording that training uses).
+    """
+
+    test: Annotated[list[str], Listed] = []
+    """Raw files or folders with the questions. []: those named by the task's file in configs/tasks, below data/raw."""
+    fewshot: Annotated[list[str], Listed] = []
+    """Raw files with the worked examples. []: those named by the task's file, if they are not in the archive of `test`."""
+    kind: Kind = "exam"
+    """Raw format of both; data/README.md describes each."""
+    columns: dict[str, str] = {}
+    """For files whose columns have other names: {field: column of the file, or a JMESPath expression over the row}."""
+    place: str | None = None
+    """Only records whose file or archive member matches this regular expression; its named groups become facets. {split}
+    stands for the split."""
+    fewshot_place: str | None = None
+    """The same for the worked examples, which are then read from `test` if `fewshot` is empty."""
+    split: str | None = None
+    """For tasks with several (C-Eval: "val" or "test"). null: the first that has answers."""
+    splits: list[str] = [""]
+    """What `split` may be."""
+    subjects: dict[str, list[str]] = {}
+    """{subject: [name in the prompt, category]}: only questions whose facet `subject` is one of these. {}: all."""
+    shots_by: str | None = None
+    """Worked examples of the question's own value of this facet, for example "subject". null: the same before all."""
+    system: str = ""
+    """System text before everything; with a line end, as plain text needs it."""
+    prompt: str = "{{ stem }}\n{{ options_text }}\n答案："
+    """The question with its options, where letters are answered."""
+    stem_prompt: str = "{{ stem }}\n"
+    """The question without options, where the text of an option, or a free text, is the answer."""
+    solution: str = "{{ answer }}"
+    """A worked example's answer after `prompt`."""
+    prefix: str = ""
+    """Start of the answer, from which the next letter is predicted ("letters" only)."""
+    rule: Literal["letters", "first_capitals", "ceval_script"] = "letters"
+    """How a letter is found in a written answer: our rules, or those of the paper's two evaluation scripts."""
+    explained: bool = False
+    """Only questions with a reference explanation, which is what a written answer is compared with."""
+    averages: dict[str, Average] = {}
+    """Further scores by name, beside the accuracy of all questions."""
+    chat: bool | None = None
+    """true: in the model's chat template, false: in plain text. null: as evaluation.chat says of the model."""
+    rotate: Annotated[int, Field(ge=0)] = 0
+    """Move every option up by as many places, cyclically: what a model's liking for a place does to its score."""
+    shuffle: int | None = None
+    """Seed by which the options of each question are put in another order."""
+    known_as: str | None = None
+    """The published test set that these questions are, in the words of the paper's tables ("CMExam test"). null: found
+    out by comparing the questions with those of the published sets."""
+
+
+class TaskSettings(QuestionSettings):
     task: str | None = None
     """Task of configs/tasks. null: the key itself. Lets several question sets share one task."""
-    test: list[str] = []
-    """Raw files or folders with the questions. []: those named by the task's file in configs/tasks, below data/raw."""
-    fewshot: list[str] = []
-    """Raw files with the worked examples (C-Eval's are in its archive). []: those named by the task's file."""
-    columns: dict[str, str] = {}
-    """For files whose columns have other names: {field: column of the file}."""
-    split: Literal["val", "test"] = "val"
-    """C-Eval's split. Questions of test are scored only where the archive has their answers."""
-    shots: Annotated[int, Field(ge=0, le=5)] | None = None
-    """Worked examples before each question, from the start of their file. null: the task's own number (C-Eval 5, others 0)."""
+    answers: AnswerForm | None = None
+    """Exams only: the most likely letter, the most likely option text after the bare question, or a letter in what the model
+    writes. null: the task's own."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Worked examples before each question, from the start of their file. null: the task's own number (C-Eval 5)."""
     limit: PositiveInt | None = None
     """Ask only the first questions, up to this many."""
     max_new_tokens: PositiveInt | None = None
-    """Most tokens of a generated answer. null: the task's own limit (C-Eval 32, others 256)."""
+    """Most tokens of a written answer. null: the task's own limit."""
     batch_size: PositiveInt | None = None
     """Questions answered at once. null: evaluation.batch_size."""
+
+    def questions(self) -> dict[str, Any]:
+        """What stands in for what the task's file says of the questions: all that is no default here."""
+        return self.model_dump(mode="json", include=set(QuestionSettings.model_fields), exclude_defaults=True)
 
 
 class EvaluationConfig(Section):

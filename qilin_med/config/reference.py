@@ -15,6 +15,8 @@ EXPERIMENT: dict[str, type[Section]] = {
     "sft and dpo": experiment.InstructionConfig, "dpo": experiment.DpoConfig,
     "pretraining.lora, sft.lora, dpo.lora": experiment.LoraSettings, "evaluation": experiment.EvaluationConfig,
     "evaluation.tasks, by the task's name": experiment.TaskSettings,
+    "further keys of evaluation.tasks, and `metadata` of configs/tasks": experiment.QuestionSettings,
+    "an entry of averages": experiment.Average,
     "retrieval": experiment.RetrievalConfig, "retrieval.dense": experiment.DenseSettings,
     "retrieval.reranker": experiment.RerankerSettings,
     "an entry of data, documents, answers, preferences, corpus (or just its path)": experiment.DataSource,

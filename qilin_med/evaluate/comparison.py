@@ -10,7 +10,7 @@ from qilin_med.artifact import write_json
 from qilin_med.config.experiment import Experiment
 from qilin_med.evaluate.metrics.statistics import Score, mcnemar, mean_score, paired_bootstrap
 from qilin_med.evaluate.results import HELD_OUT, RETRIEVAL, WITHOUT_EXAMS, read_results, read_samples, result_folder
-from qilin_med.evaluate.tasks.scoring import TASKS
+from qilin_med.evaluate.tasks.scoring import summarise
 
 PREFERENCES = "preference accuracy"
 
@@ -40,20 +40,21 @@ def compare_models(experiment: Experiment) -> list[dict[str, Any]]:
             pairs += [(model, f"{model} with retrieval", (model, plain), (model, task)) for model in asked]
         for first, second, *places in pairs:
             folders = [result_folder(experiment, *place) for place in places]
-            tests = compare_samples(results[holders[0]][task]["task"], *folders)
+            tests = compare_samples(*folders, results[holders[0]][task].get("questions", {}).get("averages", {}))
             found.append({"task": task, "first": first, "second": second, **tests})
     if (folder := Path(experiment.output_dir) / "eval").is_dir():
         write_json(folder / "comparisons.json", found)
     return found
 
 
-def compare_samples(task: str, first: Path, second: Path) -> dict[str, Any]:
-    """Tests of second against first, on the questions that both were asked and whose answers are known."""
+def compare_samples(first: Path, second: Path, averages: dict[str, Any]) -> dict[str, Any]:
+    """Tests of second against first, on the questions that both were asked and whose answers are known; `averages` as in
+    the task's settings."""
     before, after = ({s["id"]: s for s in read_samples(folder) if s["gold"]} for folder in (first, second))
     shared = [key for key, sample in before.items() if key in after and after[key]["gold"] == sample["gold"]]
     if not shared:
         return {"questions": 0, "metrics": {}}
-    old, new = (TASKS[task].summarise([samples[question] for question in shared]) for samples in (before, after))
+    old, new = (summarise([samples[question] for question in shared], averages) for samples in (before, after))
     return {"questions": len(shared), "metrics": {name: compare_scores(old[name], new[name]) for name in old}}
 
 

@@ -6,21 +6,21 @@ interrupted run asks no question twice; results are computed from the answers, a
 
 import importlib.util
 import os
-from collections import defaultdict
-from functools import cached_property
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qilin_med.artifact import Artifact, digest, fingerprint_model, list_files, sha256_of, versions, write_json
-from qilin_med.config.experiment import Experiment, TaskSettings
+from qilin_med.config.experiment import Experiment, Listed, TaskSettings
 from qilin_med.console.progress import progress
 from qilin_med.errors import UserError
 from qilin_med.evaluate.results import RETRIEVAL, WITHOUT_EXAMS, read_result, read_samples, result_folder, write_result
-from qilin_med.evaluate.tasks.questions import Retrieve, lettered
-from qilin_med.evaluate.tasks.scoring import TASKS, Sample, accuracy_by_facet
+from qilin_med.evaluate.tasks.questions import Asked, Retrieve
+from qilin_med.evaluate.tasks.scoring import Sample, accuracy_by_facet, calibration, favourite, make_sample, summarise
 from qilin_med.model.folder import check_model_folder
 from qilin_med.model.load import load_for_inference, load_tokenizer
-from qilin_med.prompt.wording import option_lines
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -29,13 +29,15 @@ PACKAGE = Path(__file__).parents[1]
 TASK_FILES = PACKAGE.parent / "configs/tasks"
 # Code that decides a score; results of other code are computed again, from the cached answers.
 CODE = ("evaluate/tasks/*.*", "evaluate/metrics/**/*.py", "evaluate/extraction.py", "prompt/wording.py")
+SPARE_TOKENS = 16  # of a choice, and of what tokens may grow by where texts are joined
 LIBRARIES = ("lm_eval", "sacrebleu", "rapidfuzz", "jieba", "scikit-learn")
 
 
 class Retrieval(NamedTuple):
     """Where the text before each question comes from, and a fingerprint of that."""
 
-    retrieve: Retrieve
+    find: Callable[[list[Asked], list[int]], list[tuple[str, list[str], bool]]]
+    """As `Retrieve`, given also how many tokens there is room for beside each question."""
     fingerprint: str
 
 
@@ -53,12 +55,14 @@ def open_retrievals(experiment: Experiment) -> dict[str, Retrieval]:
         with progress("opening the index"):
             retriever = Retriever(experiment.model_copy(update={"retrieval": chosen}))
         made_with = [retriever.fingerprint, chosen.model_dump(mode="json", exclude={"exam_sources"})]
-        opened[ending] = Retrieval(
-            lambda questions, index=retriever: [
-                (found.text, found.sources) for found in index.contexts([index.query(*asked) for asked in questions])
-            ],
-            digest(made_with),
-        )
+
+        def find(
+            asked: list[Asked], rooms: list[int], index: Retriever = retriever
+        ) -> list[tuple[str, list[str], bool]]:
+            prompts = index.contexts([index.query(question.stem, question.options) for question in asked], rooms)
+            return [(prompt.text, prompt.sources, prompt.shortened) for prompt in prompts]
+
+        opened[ending] = Retrieval(find, digest(made_with))
     return opened
 
 
@@ -73,8 +77,7 @@ class ModelUnderTest:
         self.results = result_folder(experiment, name, "")
         self.facts = {
             "model": {"name": name, "folder": str(folder), "fingerprint": fingerprint_model(folder)},
-            "chat": self.chat,
-            "template": digest(self.tokenizer.chat_template) if self.chat else None,
+            "template": digest(self.tokenizer.chat_template),
             "dtype": experiment.model.dtype,
             "backend": experiment.evaluation.backend,
         }
@@ -93,9 +96,28 @@ class ModelUnderTest:
             arguments = {"pretrained": str(self.folder), "dtype": self.facts["dtype"], "trust_remote_code": False}
             lm = get_model("vllm").create_from_arg_obj(arguments, {"batch_size": "auto"})
         # One file per rank; its name holds whatever else changes an answer.
-        cached = {key: self.facts[key] for key in ("template", "dtype", "backend")}
+        cached = {key: self.facts[key] for key in ("dtype", "backend")}
         key = digest([self.facts["model"]["fingerprint"], cached])[:16]
         return AnsweringLM(lm, self.results / "answers" / f"{key}-rank{lm.rank}.db")
+
+    def passages(self, retrieval: Retrieval, inputs: dict[str, Any]) -> Retrieve:
+        """Passages for questions asked as `inputs` (`describe_task`) say, as many as the model has room for."""
+        chat, room = inputs["chat"], self.lm.max_length - (inputs["max_new_tokens"] or 0) - SPARE_TOKENS
+
+        def retrieve(asked: list[Asked]) -> list[tuple[str, list[str], bool]]:
+            return retrieval.find(asked, [room - self.count_tokens(question.said, chat) for question in asked])
+
+        return retrieve
+
+    def count_tokens(self, said: list[str], chat: bool) -> int:
+        """Tokens of a prompt; `said` as in `Asked`."""
+        system, *turns, prefix = said
+        if not chat:
+            return len(self.tokenizer("\n\n".join([system, *turns, prefix])).input_ids)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(turns)]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return len(self.tokenizer(text + prefix).input_ids)
 
     def open_hf(self) -> Any:
         from qilin_med.evaluate.lm import SharedPrefixLM
@@ -125,50 +147,82 @@ def run_task(
     """
     from lm_eval.evaluator import evaluate
 
-    inputs = {**describe_task(name, settings), **model.facts, "retrieval": retrieval.fingerprint if retrieval else None}
-    # After worked examples a model in plain text goes on to invent a question; in a chat the template ends the answer.
-    inputs["until"] = ["\n\n"] if inputs["shots"] and not model.chat and inputs["max_new_tokens"] else []
+    inputs = {
+        **model.facts,
+        **describe_task(name, settings, model.chat),
+        "retrieval": retrieval and retrieval.fingerprint,
+    }
     artifact = Artifact(model.results / f"{name}{suffix}", inputs)
     if artifact.state().name == "done":
         return read_result(artifact.folder) if os.environ.get("RANK", "0") == "0" else {}
-    task = load_task(name, inputs, retrieval)
     check_room(name, inputs, model.lm.max_length, model.folder)
+    task = load_task(name, inputs, retrieval and model.passages(retrieval, inputs))
     model.lm.lm.batch_size_per_gpu = settings.batch_size or model.experiment.evaluation.batch_size
-    asking = {"limit": settings.limit, "apply_chat_template": model.chat, "fewshot_as_multiturn": True}
-    answered = evaluate(model.lm, {"tasks": {inputs["task"]: task}}, bootstrap_iters=0, **asking)
+    asking = {"limit": settings.limit, "apply_chat_template": inputs["chat"], "fewshot_as_multiturn": True}
+    answered = evaluate(model.lm, {"tasks": {"exam": task}}, bootstrap_iters=0, **asking)
     if answered is None:  # on all ranks but the first
         return {}
-    asked = sorted(answered["samples"][inputs["task"]], key=lambda raw: raw["doc_id"])
-    samples = [_sample(inputs["task"], raw) for raw in asked]
+    [asked] = answered["samples"].values()
     artifact.facts = {"versions": versions(*LIBRARIES), "experiment": model.experiment.model_dump(mode="json")}
-    return write_result(artifact, _scores(model, inputs, samples, task.dataset["skipped"]), samples)
+    samples = [make_sample(raw) for raw in sorted(asked, key=lambda raw: raw["doc_id"])]
+    return write_result(artifact, _scores(model, inputs, samples, task.dataset), samples)
 
 
-def describe_task(name: str, settings: TaskSettings) -> dict[str, Any]:
-    """What decides a set's questions and scores: task and version, files by sha256, shots, limits, and our code."""
-    task = settings.task or name
-    if task not in TASKS:
-        raise UserError(
-            f"evaluation.tasks: unknown task '{task}'; expected one of {', '.join(TASKS)} as the key, or as its 'task'"
-        )
-    index = _manager({}).task_index[task].cfg
-    own, generation = index["metadata"], index.get("generation_kwargs")
-    shots = index.get("num_fewshot", 0) if settings.shots is None else settings.shots
-    if shots and "fewshot_split" not in index:
-        raise UserError(f"evaluation.tasks.{name}.shots is {shots}, but this task has no worked examples; set it to 0")
-    examples = (settings.fewshot or [own["fewshot"]]) if shots and "fewshot" in own else []
-    files = {"test": settings.test or [own["test"]], "fewshot": examples}
-    code = [TASK_FILES / f"{task}.yaml", *(path for pattern in CODE for path in PACKAGE.glob(pattern))]
+@cache
+def task_configs() -> dict[str, dict[str, Any]]:
+    """The files of configs/tasks by task, with what they include."""
+    return {name: entry.cfg for name, entry in _manager().task_index.items()}
+
+
+def _manager(**metadata: Any) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
+
+
+def configure_task(name: str, settings: TaskSettings) -> dict[str, Any]:
+    """The task's file as the settings change it: "answers" (the form of configs/tasks/exam_*.yaml that asks it), "questions"
+    (arguments of `load_questions`), "shots", "max_new_tokens". UserError: there is no such task, or not in this form."""
+    configs, task = task_configs(), settings.task or name
+    if task not in configs:
+        raise UserError(f"evaluation.tasks: unknown task '{task}'; expected one of {', '.join(configs)} as the key, or as its"
+                        " 'task'")  # fmt: skip
+    config = configs[task]
+    own = config["custom_dataset"].rpartition("load_")[2]
+    if settings.answers and own == "text":
+        raise UserError(f"evaluation.tasks.{name}.answers is '{settings.answers}', but {task} asks for texts, not for"
+                        " options; leave it out")  # fmt: skip
+    answers = settings.answers or own
+    generation = (config if answers == own else configs[f"exam_{answers}"]).get("generation_kwargs")
     return {
         "task": task,
-        "version": own["version"],
-        "code": digest({f"{path.parent.name}/{path.name}": sha256_of(path) for path in code}),
-        "files": {kind: {path: _fingerprint(Path(path)) for path in paths} for kind, paths in files.items()},
-        "columns": settings.columns,
-        "split": settings.split if "split" in own else None,
-        "shots": shots,
-        "limit": settings.limit,
+        "answers": answers,
+        "questions": config.get("dataset_kwargs", {}) | config["metadata"] | settings.questions(),
+        "shots": config["num_fewshot"] if settings.shots is None else settings.shots,
         "max_new_tokens": (settings.max_new_tokens or generation["max_gen_toks"]) if generation else None,
+    }
+
+
+def describe_task(name: str, settings: TaskSettings, chat: bool = False) -> dict[str, Any]:
+    """What decides a set's questions and scores: task and version, files by sha256, prompts, shots, limits, our code; and
+    whether they are asked in a chat template, where the task leaves it to `chat`."""
+    config = configure_task(name, settings)
+    questions, shots = config["questions"], config["shots"]
+    paths = {kind: Listed.func(questions.pop(kind, [])) for kind in ("test", "fewshot")}
+    if not paths["test"]:
+        raise UserError(f"evaluation.tasks.{name}.test is empty; name the files with the questions")
+    files = {"test": paths["test"], "fewshot": paths["fewshot"] if shots else []}
+    code = [path for pattern in CODE for path in PACKAGE.glob(pattern)]
+    chat = chat if questions.get("chat") is None else questions["chat"]
+    return {
+        **config,
+        "version": questions.pop("version"),
+        "code": digest({f"{path.parent.name}/{path.name}": sha256_of(path) for path in code}),
+        "files": {kind: {path: _fingerprint(Path(path)) for path in named} for kind, named in files.items()},
+        "chat": chat,
+        "limit": settings.limit,
+        # After worked examples a model in plain text goes on to invent a question; in a chat the template ends the answer.
+        "until": ["\n\n"] if shots and config["max_new_tokens"] and not chat else [],
     }
 
 
@@ -178,32 +232,24 @@ def _fingerprint(path: Path) -> str:
     return digest(list_files(path)) if path.is_dir() else sha256_of(path)
 
 
-def load_task(name: str, inputs: dict[str, Any], retrieval: Retrieval | None = None) -> "Task":
-    """The harness's task with its questions read. `inputs`: from `describe_task`, and "until" where an answer ends.
+def load_task(name: str, inputs: dict[str, Any], retrieve: Retrieve | None = None) -> "Task":
+    """The harness's task with its questions read. `inputs`: from `describe_task`.
 
     UserError: no usable question, or too few worked examples."""
-    metadata = {**{kind: list(paths) for kind, paths in inputs["files"].items()}, "columns": inputs["columns"]}
-    if inputs["split"]:
-        metadata["split"] = inputs["split"]
-    if retrieval:
-        metadata["retrieve"] = retrieval.retrieve
-    task = _manager(metadata).load([inputs["task"]])["tasks"][inputs["task"]]
-    if inputs["shots"] > (found := len(task.sampler.df)):
+    files = {kind: list(paths) for kind, paths in inputs["files"].items()}
+    form, shots = f"exam_{inputs['answers']}", inputs["shots"]
+    task = _manager(**inputs["questions"], **files, shots=shots, retrieve=retrieve).load([form])["tasks"][form]
+    found = Counter(row["group"] for row in task.sampler.df)
+    if few := [group for group in {row["group"] for row in task.eval_docs} if found[group] < shots]:
+        of = f" of {few[0]}" if few[0] else ""
         raise UserError(
-            f"{name}: {inputs['shots']} worked examples asked for, {found} found; lower shots or add a file"
+            f"{name}: {shots} worked examples{of} asked for, {found[few[0]]} found; lower shots or add a file"
         )
-    task.set_config("num_fewshot", inputs["shots"])
-    task.set_fewshot_seed(0)
+    task.set_config("num_fewshot", shots)
     if inputs["max_new_tokens"]:
-        generation = {"max_gen_toks": inputs["max_new_tokens"], "until": inputs.get("until", [])}
+        generation = {"max_gen_toks": inputs["max_new_tokens"], "until": inputs["until"]}
         task.set_config("generation_kwargs", generation, update=True)
     return task
-
-
-def _manager(metadata: dict[str, Any]) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
 
 
 def check_room(name: str, inputs: dict[str, Any], positions: int, folder: Path) -> None:
@@ -218,44 +264,32 @@ def check_room(name: str, inputs: dict[str, Any], positions: int, folder: Path) 
 # -------------------------------------------------------------------------------------------------------- results
 
 
-def _sample(task: str, raw: dict[str, Any]) -> Sample:
-    """One question and its answer, from what the harness says of it."""
-    row, results, scoring = raw["doc"], raw["filtered_resps"], TASKS[task]
-    output = results[0]
-    if not isinstance(output, str):
-        choices = [arguments[1] for arguments in raw["arguments"]]
-        output = [[choice, log_prob] for choice, (log_prob, _) in zip(choices, results, strict=True)]
-    # As a person reads it: without instructions, examples and passages, with its options.
-    question = "\n".join([row["stem"], *([option_lines(lettered(row))] if "options" in row else [])])
-    return {
-        "id": row["id"],
-        "number": row["number"],
-        "question": question,
-        "prompt": raw["arguments"][0][0],
-        "output": output,
-        "answer": scoring.answer(row, results),
-        "gold": row[scoring.gold],
-        "score": {metric: raw[metric] for metric in raw["metrics"]},
-        "facets": dict(row["facets"]),
-        "sources": row["sources"],
-    }
-
-
-def _scores(model: ModelUnderTest, inputs: dict[str, Any], samples: list[Sample], skipped: dict) -> dict[str, Any]:
+def _scores(
+    model: ModelUnderTest, inputs: dict[str, Any], samples: list[Sample], found: dict[str, Any]
+) -> dict[str, Any]:
     """Metrics with their intervals, whole and by facet, of the questions whose answers are known; and counts."""
     known = [sample for sample in samples if sample["gold"]]
-    scores = TASKS[inputs["task"]].summarise(known) if known else {}
+    scores = summarise(known, inputs["questions"].get("averages", {})) if known else {}
     room = model.lm.max_length - (inputs["max_new_tokens"] or 0)
     counts = {
         "questions": len(samples),
         "without_gold": len(samples) - len(known),
+        "several_answers": found["several_answers"],
         "cut_prompts": sum(len(model.lm.tok_encode(sample["prompt"])) > room for sample in samples),
-        "skipped": skipped,
+        "shortened_passages": sum(sample["cut"] for sample in samples),
+        "skipped": found["skipped"],
+        "favourite": favourite(samples),
     }
     for name in {"unparsed", "empty"} & samples[0]["score"].keys():
         counts[name] = sum(sample["score"][name] for sample in samples)
-    metrics = {name: score.with_interval() for name, score in scores.items()}
-    return {"metrics": metrics, "by_facet": accuracy_by_facet(known), "counts": counts}
+    return {
+        "known_as": found["known_as"],
+        "split": found["split"],
+        "metrics": {name: score.with_interval() for name, score in scores.items()},
+        "by_facet": accuracy_by_facet(known),
+        "calibration": calibration(known) if known else {},
+        "counts": counts,
+    }
 
 
 def write_submission(model: ModelUnderTest, name: str) -> Path:
