@@ -2,13 +2,15 @@
 
 python scripts/evaluate.py --config configs/demo.json [--models base,sft] [--tasks heldout,cmexam_letters] [--retrieval]
 
-Results are folders runs/<name>/eval/<model>/<task>, paired tests between neighbouring models lie in
-runs/<name>/eval/comparisons.json. Run it again after any interruption. On several GPUs: accelerate launch scripts/evaluate.py ...
+Results are folders runs/<name>/eval/<model>/<task>; paired tests between neighbouring models lie in
+runs/<name>/eval/comparisons.json, what evaluation.protocols asks in runs/<name>/eval/<model>/protocols. Run it again after
+any interruption. On several GPUs: accelerate launch scripts/evaluate.py ...
 """
 
 import os
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from qilin_med.config.experiment import Experiment, TaskSettings, experiment_parser, parse_experiment
 from qilin_med.console.progress import progress
@@ -31,11 +33,14 @@ def main() -> None:
     options, experiment = parse_experiment(parser)
     quiet_libraries()
     folders = existing_models(experiment, options.models.split(",") if options.models else None)
-    tasks = options.tasks.split(",") if options.tasks else [HELD_OUT, *experiment.evaluation.tasks]
+    protocols = experiment.evaluation.protocols
+    tasks = options.tasks.split(",") if options.tasks else [HELD_OUT, *experiment.evaluation.tasks, *protocols]
     if HELD_OUT in tasks and IS_FIRST_RANK:
         measure(experiment, folders)
-    if asked := [task for task in tasks if task != HELD_OUT]:
+    if asked := [task for task in tasks if task != HELD_OUT and task not in protocols]:
         ask(experiment, folders, asked, options.submission, options.retrieval)
+    if (varied := [task for task in tasks if task in protocols]) and not options.retrieval:
+        vary(experiment, folders, varied)
 
 
 def measure(experiment: Experiment, folders: dict[str, Path]) -> None:
@@ -77,6 +82,31 @@ def ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], subm
     if IS_FIRST_RANK:
         with progress("comparing the models"):
             compare_models(experiment)
+
+
+def vary(experiment: Experiment, folders: dict[str, Path], names: list[str]) -> None:
+    """Ask each model in all ways that evaluation.protocols names."""
+    from qilin_med.evaluate import harness, protocols
+
+    settings = {name: experiment.evaluation.protocols[name] for name in names}
+    for name in names:  # a wrong name or path is reported before any model is loaded
+        for questions in protocols.protocols_of(name, settings[name]).values():
+            harness.describe_task(name, questions)
+    for model, folder in folders.items():
+        opened = harness.ModelUnderTest(experiment, model, folder)
+        for name in names:
+            with progress(f"{model} {name}"):
+                found = protocols.run_protocols(opened, name, settings[name])
+            show(f"{model} {name}", found)
+
+
+def show(title: str, found: dict[str, Any]) -> None:
+    for way, scores in found.get("ways", {}).items():
+        value, low, high = (scores["accuracy"][key] for key in ("value", "low", "high"))
+        print(f"{title}: {way}: accuracy {value:.3f} [{low:.3f}, {high:.3f}], flips {scores['flips']:.3f}")
+    if found.get("ways"):
+        print(f"{title}: {found['questions']} questions; from lowest to highest {found['spread']:.3f};"
+              f" {found['flips']:.1%} of the answers depend on the protocol", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

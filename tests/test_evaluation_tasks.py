@@ -25,7 +25,7 @@ from tiny_models import write_model
 from tokenizers.processors import TemplateProcessing
 
 from qilin_med.artifact import Artifact
-from qilin_med.config.experiment import Experiment, TaskSettings
+from qilin_med.config.experiment import Experiment, ProtocolSettings, TaskSettings
 from qilin_med.data.rows import prepare_rows
 from qilin_med.errors import UserError
 from qilin_med.evaluate import held_out as held_out_module
@@ -41,6 +41,7 @@ from qilin_med.evaluate.harness import (
 )
 from qilin_med.evaluate.held_out import held_out_sets, measure_held_out
 from qilin_med.evaluate.lm import SharedPrefixLM
+from qilin_med.evaluate.protocols import protocols_of, run_protocols, summarise_protocols
 from qilin_med.evaluate.results import read_samples, write_result
 from qilin_med.evaluate.tasks.questions import load_questions
 from qilin_med.evaluate.tasks.scoring import favourite
@@ -647,6 +648,54 @@ def test_options_in_another_order_have_their_letters_with_them(tmp_path):
 def test_a_favourite_letter_is_told():
     samples = [{"answer": letter, "score": {"accuracy": 0}} for letter in "AAAAAAAAAB"]
     assert favourite(samples) == {"letter": "A", "share": 0.9} and favourite(samples[1:]) == {}
+
+
+# ------------------------------------------------------------------------------------------------------- protocols
+
+
+def test_one_exam_in_several_ways(world, models):
+    questions = world.evaluation.tasks["cmexam_letters"].model_copy(update={"max_new_tokens": 12})
+    settings = ProtocolSettings(
+        questions=questions, answers=["letters", "options", "generate"], shots=[0, 1], prompts={"ours": "{{ exam_prompt }}\n",
+        "bare": "{{ stem }}\n{{ options_text }}\n"}, rotate=[0, 1], shuffle=[3], chat=[True, False], combine="one_at_a_time",
+    )  # fmt: skip
+    ways = list(protocols_of("cmexam_letters", settings))
+    assert len(ways) == 8 and ways[0] == "letters, chat, 0 examples, ours"
+    assert len(protocols_of("x", settings.model_copy(update={"combine": "all"}))) == 3 * 2 * 2 * 2 * 3
+    found = run_protocols(models["sft"], "cmexam_letters", settings)
+    assert (
+        list(found["ways"]) == sorted(ways, key=ways.index) and found["questions"] == 18
+    )  # those with one right letter
+    plain = {sample["id"]: sample for sample in samples_of(models["sft"], "cmexam_letters")}
+    first = found["ways"][ways[0]]
+    assert (
+        first["accuracy"]["value"] == sum(s["score"]["accuracy"] for s in plain.values()) / 18 and first["flips"] == 0
+    )
+    [rotated] = [way for way in ways if "rotate 1" in way]
+    folder = f"protocols/cmexam_letters/{rotated.replace(', ', '-').replace(' ', '_')}"
+    flips = 0
+    for sample in samples_of(models["sft"], folder):
+        texts = dict(line.split(" ", 1) for line in sample["question"].splitlines()[1:])
+        before = dict(line.split(" ", 1) for line in plain[sample["id"]]["question"].splitlines()[1:])
+        flips += texts[sample["answer"]] != before[plain[sample["id"]]["answer"]]
+    assert found["ways"][rotated]["flips"] == flips / 18
+    assert json.loads((models["sft"].results / "protocols/cmexam_letters.json").read_text(encoding="utf-8")) == found
+
+
+def test_what_protocols_say_together():
+    """Options 0, 1, 2; the second way shows them as 1, 2, 0. Right are option 0, option 1; A is chosen always."""
+
+    def samples(order, *gold):
+        told = {"answer": "A", "order": order, "output": ""}
+        return {n: {**told, "gold": g, "score": {"accuracy": int(g == "A")}} for n, g in enumerate(gold)}
+
+    ways = {"as it is": samples({"A": 0, "B": 1, "C": 2}, *"AB"), "rotated": samples({"A": 1, "B": 2, "C": 0}, *"CA")}
+    found = summarise_protocols(ways)
+    assert [way["accuracy"]["value"] for way in found["ways"].values()] == [0.5, 0.5]
+    assert (found["spread"], found["flips"], found["ways"]["rotated"]["flips"]) == (0, 1, 1)
+    assert found["places"] == {
+        "A": {"right": 0.5, "chosen": 1}, "B": {"right": 0.25, "chosen": 0}, "C": {"right": 0.25, "chosen": 0},
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- real files

@@ -264,6 +264,25 @@ class TaskSettings(QuestionSettings):
         return self.model_dump(mode="json", include=set(QuestionSettings.model_fields), exclude_defaults=True)
 
 
+class ProtocolSettings(Section):
+    questions: TaskSettings
+    """The exam, as an entry of evaluation.tasks. The lists below stand in for what it says of the same."""
+    answers: Annotated[list[AnswerForm], Field(min_length=1)] = ["letters"]
+    """Ways to answer."""
+    chat: Annotated[list[bool], Field(min_length=1)] = [False]
+    """In the chat template (true), in plain text (false)."""
+    shots: Annotated[list[int], Field(min_length=1)] = [0]
+    """Numbers of worked examples."""
+    prompts: dict[str, str] = {}
+    """Templates of the question with its options, by names of yours. {}: the task's own."""
+    rotate: Annotated[list[int], Field(min_length=1)] = [0]
+    """Places by which options move up; all from 0 to one less than there are options show a liking for a place."""
+    shuffle: list[int] = []
+    """Seeds of further orders of the options."""
+    combine: Literal["all", "one_at_a_time"] = "all"
+    """"all": every combination. "one_at_a_time": the first of each list together, then each other one in its place."""
+
+
 class EvaluationConfig(Section):
     documents: dict[str, list[Source]] = {}
     """Held-out texts by name (for example medical, general). Every model's perplexity is measured on each."""
@@ -275,6 +294,8 @@ class EvaluationConfig(Section):
     """Rows measured, or questions answered, at once."""
     tasks: dict[str, TaskSettings] = {}
     """Question sets; results bear their names. A name is that of a task in configs/tasks, or `task` names one."""
+    protocols: dict[str, ProtocolSettings] = {}
+    """Exams asked in several ways, by names of yours: how much of a score is the model's, how much the way of asking."""
     chat: list[Literal["base", "pretraining", "sft", "dpo"]] = ["sft", "dpo"]
     """Models that are asked in their tokenizer's chat template; the others are asked in plain text."""
     backend: Literal["hf", "vllm"] = "hf"

@@ -16,6 +16,7 @@ EXPERIMENT: dict[str, type[Section]] = {
     "pretraining.lora, sft.lora, dpo.lora": experiment.LoraSettings, "evaluation": experiment.EvaluationConfig,
     "evaluation.tasks, by the task's name": experiment.TaskSettings,
     "further keys of evaluation.tasks, and `metadata` of configs/tasks": experiment.QuestionSettings,
+    "evaluation.protocols, by a name of yours": experiment.ProtocolSettings,
     "an entry of averages": experiment.Average,
     "retrieval": experiment.RetrievalConfig, "retrieval.dense": experiment.DenseSettings,
     "retrieval.reranker": experiment.RerankerSettings,

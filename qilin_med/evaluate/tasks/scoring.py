@@ -25,7 +25,8 @@ from qilin_med.evaluate.tasks.questions import Row, lettered
 
 Results = list[Any]
 Sample = dict[str, Any]
-"""`answer` (what the model chose or wrote), `gold`, `score` (numbers by name), `facets` (value by name)."""
+"""`answer` (what the model chose or wrote), `gold`, `score` (numbers by name), `facets` (value by name), `order`
+(each option's place in the file by its letter)."""
 
 RULES: dict[str, Callable[[str, Row], str]] = {
     "letters": lambda text, row: extract_letters(text, lettered(row), row["stem"]),
@@ -87,7 +88,7 @@ def make_sample(raw: dict[str, Any]) -> Sample:
         "facets": dict(row["facets"]),
         "sources": row["sources"],
         "cut": row["cut"],
-        "order": row["order"],
+        "order": dict(zip(row["letters"], row["order"], strict=True)),
     }
 
 
