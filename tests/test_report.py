@@ -1,11 +1,13 @@
 """The report and the model cards of a small run with numbers known by hand."""
 
+import csv
 import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from huggingface_hub import ModelCard
@@ -15,10 +17,20 @@ from qilin_med.config.experiment import Experiment, load_experiment
 from qilin_med.config.paper import EXPERIMENT_FILE, SCORES, STATED, differences
 from qilin_med.evaluate.results import model_folders
 from qilin_med.evaluate.results import write_result as publish_result
+from qilin_med.report import samples
 from qilin_med.report.collect import Run, collect_run
-from qilin_med.report.curves import BUCKETS, draw_curves, gather, ticks
+from qilin_med.report.figures import BUCKETS, draw_curves, gather
 from qilin_med.report.pages import write_cards, write_report
-from qilin_med.report.tables import describe_held_out, describe_result, draw_questions, markdown_table, paper_tables
+from qilin_med.report.samples import draw_questions
+from qilin_med.report.tables import (
+    markdown_table,
+    notes,
+    panels,
+    paper_dots,
+    paper_tables,
+    score_table,
+    verdict,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -44,10 +56,12 @@ def write_result(run: Path, model: str, name: str, metrics: dict, fingerprint: s
         "by_facet": {"Difficulty level": {HOSTILE: {**measure(0.5), "questions": 7}}},
     }  # fmt: skip
     sample = {
-        "id": "a:1", "question": HOSTILE, "prompt": "", "output": [["甲", -1.0], [HOSTILE, -0.5]], "answer": "B",
+        "id": "a:1", "question": HOSTILE, "prompt": HOSTILE, "output": [["甲", -1.0], [HOSTILE, -0.5]], "answer": "B",
         "gold": "B", "score": {"accuracy": 1}, "sources": ["corpus#7@0-9"] if "retrieval" in changes else [],
+        "facets": {"Difficulty level": HOSTILE},
     }  # fmt: skip
-    publish_result(Artifact(run / "eval" / model / name, inputs), scores, [sample])
+    other = {"id": "a:2", "answer": "A", "score": {"accuracy": 0}, "facets": {}} if model == "base" else {"id": "a:2"}
+    publish_result(Artifact(run / "eval" / model / name, inputs), scores, [sample, sample | other])
 
 
 def compared(task: str, first: str, second: str, metric: str, **values: object) -> dict:
@@ -65,10 +79,12 @@ def run(tmp_path) -> Run:
         write_result(folder, model, "exam", {"accuracy": measure(accuracy)}, prints[model])
     write_result(folder, "sft", "exam_retrieval", {"accuracy": measure(0.6)}, prints["sft"], retrieval="r" * 64)
     subjects = {"average": measure(0.25), "physician": measure(0.5), "accuracy": measure(0.3)}
-    write_result(folder, "sft", "ceval", subjects, prints["sft"], task="ceval_letters", shots=5)
+    for name, known in (("ceval", "C-Eval test"), ("ceval_val", "C-Eval val"), ("ceval_letters", None)):
+        write_result(folder, "sft", name, subjects, prints["sft"], task="ceval_letters", shots=5, known_as=known)
     names = ("bleu1", "bleu4", "rouge1", "rouge2", "rougeL")
     texts = {f"{name}_{unit}": measure(1.5) for name in names for unit in ("char", "word")}
-    write_result(folder, "sft", "told", texts, prints["sft"], task="cmexam_reasoning")
+    texts |= {f"{name}_published": measure(2.5) for name in names}
+    write_result(folder, "sft", "told", texts, prints["sft"], task="cmexam_reasoning", known_as="CMExam test")
     for model, perplexity, share in (("base", 3.0, 0.54), ("pretraining", 12.5, 0.32)):
         measures = {
             "perplexity general": {"value": perplexity},
@@ -119,44 +135,81 @@ def publish(experiment: Experiment, stage: str) -> str:
 # ------------------------------------------------------------------------------------------------------ contents
 
 
-def test_sentences_say_what_changed_by_how_much_and_how_sure(run):
-    said = {(r.model, r.name): describe_result(run, r) for r in run.results}
-    assert said["sft", "exam"] == (
-        "SFT answers 58.1% of 432 questions of exam right [53.1, 63.1], 9.2 points more than CPT (McNemar p = 0.0004)."
-    )
-    assert said["sft", "exam_retrieval"] == (
-        "SFT with retrieval answers 60.0% of 432 questions of exam right [55.0, 65.0], 1.9 points more than without"
-        " retrieval, which may be chance (McNemar p = 0.31)."
-    )
-    assert said["base", "exam"] == "base answers 24.0% of 432 questions of exam right [19.0, 29.0]."
-    run.results[0].contents["counts"]["unparsed"] = 7
-    assert describe_result(run, run.results[0]) == (
-        "base answers 24.0% of 432 questions of exam right [19.0, 29.0] (7 answers name no option and count as wrong)."
-    )
-    assert "25.0% on average over the subjects of ceval" in said["sft", "ceval"]
-    assert describe_held_out(run, "pretraining") == [
-        "The price, on held-out data worse than base: perplexity general 12.50 (was 3.00);"
-        " preference accuracy 0.320 ± 0.035 (was 0.540 ± 0.035; McNemar p < 0.0001)."
-    ]
+def test_the_picture_and_the_verdict_say_what_changed_by_how_much_and_how_sure(run):
+    shown = {panel.title: panel for panel in panels(run)}
+    exam, preferences = shown["exam by options"], shown["preference accuracy"]
+    assert exam.words == "432 questions; not a published set"
+    assert [(dot.label, *(round(number, 9) for number in dot[1:4]), *dot[4:]) for dot in exam.dots] == [
+        ("base", 24.0, 19.0, 29.0, "", 0), ("CPT", 48.9, 43.9, 53.9, "", 0), ("SFT", 58.1, 53.1, 63.1, "+9.2, p = 0.0004", 0),
+        ("SFT + retrieval", 60.0, 55.0, 65.0, "+1.9, p = 0.31", 1),
+    ]  # fmt: skip
+    assert preferences.dots[1] == ("CPT", 0.32, 0.32 - 1.96 * 0.035, 0.32 + 1.96 * 0.035, "-0.220, p < 0.0001", 0)
+    assert verdict(run) == "Against base, SFT is better on exam by options (24.0 → 58.1 % right)."
+    exam_of_sft = next(r for r in run.results if (r.model, r.name) == ("sft", "exam"))
+    exam_of_sft.contents["metrics"]["accuracy"]["low"] = 0.28  # base reaches up to 29
+    assert verdict(run) == "Against base, SFT is not clearly different on exam by options (24.0 → 58.1 % right)."
+    for perplexity, side in ((12.5, "worse"), (3.1, "not clearly different"), (2.8, "better")):
+        run.held_out["sft"] = {"measures": {"perplexity general": {"value": perplexity}}}
+        assert f"{side} on perplexity general (3.00 → {perplexity:.2f})" in verdict(run).replace(
+            "exam by options (24.0 → 58.1 % right), ", ""
+        )
 
 
-def test_our_rows_stand_below_the_published_ones_and_may_be_empty(run):
-    tables = dict(zip(SCORES, (rows for _, rows in paper_tables(run)), strict=True))
-    published = {task: [row for row in rows if row["protocol"] == "published"] for task, rows in tables.items()}
-    assert published == {task: [{**row, "protocol": "published"} for row in rows] for task, (_, rows) in SCORES.items()}
-    ours = {task: rows[len(published[task]) :] for task, rows in tables.items()}
-    assert list(published["ceval"][6].values())[:5] == ["Qilin-Med SFT", "40.1", "48.5", "55.5", "43.4"]
-    assert list(published["cmexam"][13].values())[:7] == ["Qilin-Med RAG", "42.8", "", "", "", "", ""]
-    [row] = [row for row in ours["ceval"] if row.get("average") == "25.0 [20.0, 30.0]"]
-    assert row["model"] == "ours: SFT" and row["physician"] == "50.0 [45.0, 55.0]"
-    assert not row["clinical medicine"] and not row["basic medicine"]
-    assert row["protocol"].startswith("ceval (ceval_letters); 432 questions; 5 examples; chat")
-    told = [row for row in ours["cmexam"] if "told" in row["protocol"]]
-    assert [[row[c] for c in list(SCORES["huatuo"][1][0])[1:]] for row in told] == [["1.50"] * 5] * 2
-    assert not any(row.get("accuracy") for row in told)
-    assert "characters" in told[0]["protocol"] and "jieba words" in told[1]["protocol"]
-    names = [f"ours: {name}" for name in ("base", "CPT", "SFT", "DPO")]
-    assert ours["huatuo"] == [{"model": name, "protocol": "not run"} for name in names]
+def test_what_changed_is_a_table_of_the_headlines(run):
+    rows = rows_of(write_report(run, "c.json", []))
+    exact = ["60 / 20", "McNemar, exact"]
+    assert ["exam by options", "accuracy", "CPT → SFT", "+9.2", *exact, "0.0004", "432"] in rows
+    assert ["exam by options", "accuracy", "SFT → SFT + retrieval", "+1.9", *exact, "0.31", "432"] in rows
+    assert ["held out", "preference accuracy", "base → CPT", "-22.0", *exact, "1e-05", "432"] in rows
+
+
+def test_what_was_skipped_cut_or_unread_stands_beside_the_score(run):
+    base, cpt, sft = (result for result in run.results if result.name == "exam")
+    base.contents["counts"] |= {"questions": 1, "without_gold": 0, "skipped": {"no answer": 1412}, "unparsed": 7}
+    sft.contents["counts"]["favourite"] = {"letter": "A", "share": 0.93}
+    cpt.contents["counts"]["favourite"] = {"letter": "A", "share": 0.89}
+    assert notes([base, cpt, sft]) == [
+        "base: 1,412 of 1,413 questions skipped: no answer", "base: 7 answers name no option and count as wrong",
+        "CPT, SFT: 2 questions without a known answer left out", "SFT: answers A to 93% of the questions",
+    ]  # fmt: skip
+    assert notes([cpt]) == ["2 questions without a known answer left out"]
+    page = write_report(run, "c.json", []).read_text(encoding="utf-8")
+    assert "<p>base: 1,412 of 1,413 questions skipped: no answer</p>" in page
+
+
+def test_only_published_sets_stand_beside_the_papers_figures(run):
+    tables = dict(paper_tables(run))
+    titles = [f"The paper's {title}" for title, _ in (SCORES["ceval"], SCORES["cmexam"])]
+    assert list(tables) == [*titles, "C-Eval val, of which the paper reports nothing"]  # none for Huatuo-26M
+    ceval, cmexam, val = tables.values()
+    for (_, published), rows in zip((SCORES["ceval"], SCORES["cmexam"]), (ceval, cmexam), strict=True):
+        assert rows[:-1] == [{**row, "protocol": "published"} for row in published]
+    assert [row["model"] for row in ceval if row["average"] == "25.0 [20.0, 30.0]"] == ["ours: SFT"]
+    assert (ceval[-1]["physician"], ceval[-1]["basic medicine"]) == ("50.0 [45.0, 55.0]", "")
+    assert ceval[-1]["protocol"].startswith("C-Eval test by letters; 432 questions; 5 examples; chat template")
+    assert cmexam[-1]["BLEU-1"] == "2.5 [2.5, 2.5]" and not cmexam[-1]["accuracy"]  # as published, not on characters
+    assert len(val) == 1 and val[0]["protocol"].startswith("C-Eval val by letters")
+    columns = dict(paper_dots(ceval))
+    assert list(columns) == ["average", "physician"] and columns["average"][-1][:4] == ("SFT", 25.0, 20.0, 30.0)
+    assert (columns["average"][0].label, columns["average"][0].value) == ("ChatGLM-6B", 38.0)
+    run.results[:] = [result for result in run.results if result.name.startswith("exam")]
+    assert "None of this run's sets" in write_report(run, "c.json", []).with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_sets_have_human_names_and_the_demos_are_called_invented(run, tmp_path):
+    named = {result.name: (result.title, result.origin) for result in run.results if result.model == "sft"}
+    assert named["ceval_letters"] == ("exam in subjects by letters", "not a published set")
+    assert named["told"] == ("CMExam test explanations", "CMExam test")
+    columns = list(score_table(run)[2])  # of SFT
+    assert columns[:3] == ["model", "exam by options, % right", "C-Eval test by letters, % right, mean of subjects"]
+    write(tmp_path / "demo/manifest.json", {"planted": {}})
+    files = {"test": {str(tmp_path / "demo/raw/exams/test.csv"): "0" * 64}}
+    write_result(tmp_path / "run", "base", "world", {"accuracy": measure(0.2)}, "f" * 64, files=files)
+    again = collect_run(run.experiment)
+    assert not run.is_invented and again.is_invented
+    page = write_report(again, "c.json", [])
+    assert "432 questions; invented" in page.read_text(encoding="utf-8")
+    assert "**Invented: " in page.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_paper_settings_are_those_of_the_papers_experiment_file():
@@ -198,11 +251,13 @@ def test_the_report_says_what_each_stage_read(run):
 
 def test_curves_keep_every_value_within_their_bounds():
     rows = [{"step": n, "loss": float(n % 2)} for n in range(1, 1001)]
-    line = gather(rows, lambda row: row["loss"])
+    line = gather(rows, "loss")
     assert len(line) <= BUCKETS and math.isclose(line[0][1], 5 / 9) and line[0][2:] == (0.0, 1.0)
-    assert [title for title, _, _ in draw_curves(rows)] == ["Loss, nats per token"]
-    assert ticks(0, 9.3) == [0, 2, 4, 6, 8] and ticks(-8, 0) == [-8, -6, -4, -2, 0]
-    assert list(draw_curves([{"step": 1, "loss": math.nan}])) == []
+    assert [title for title, _ in draw_curves(rows)] == ["Loss, nats per token"]
+    assert draw_curves([{"step": 1, "loss": math.nan}]) == []
+    [(_, svg)] = draw_curves([{"step": n, "loss": 2 + 1 / n} for n in range(1, 100)])
+    assert svg == draw_curves([{"step": n, "loss": 2 + 1 / n} for n in range(1, 100)])[0][1] and "var(--line0)" in svg
+    assert ">2.00<" not in svg and ">0<" not in svg.split("optimizer step")[1]  # the loss axis begins near its values
 
 
 def test_questions_are_drawn_by_their_ids_alone():
@@ -215,7 +270,9 @@ def test_questions_are_drawn_by_their_ids_alone():
 def test_a_result_of_an_older_model_is_named(run):
     assert run.outdated == []
     run.manifests["sft"]["fingerprint"] = "0" * 64
-    assert run.outdated == ["sft ceval", "sft exam", "sft exam_retrieval", "sft told"]
+    assert run.outdated == [
+        f"sft {name}" for name in ("ceval", "ceval_letters", "ceval_val", "exam", "told", "exam_retrieval")
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- pages
@@ -225,10 +282,17 @@ def test_text_from_data_stays_text(run):
     run.results[0].contents["by_facet"] = {HOSTILE: {"## b": {**measure(0.5), "questions": 7}}}
     page = write_report(run, "c.json", ["name=```"])
     html, markdown = page.read_text(encoding="utf-8"), page.with_suffix(".md").read_text(encoding="utf-8")
-    assert "<script" not in html and "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;|`*_[x](y)<br># 甲" in html
+    ours = ['<script type="text/plain" class="samples"', "<script>\n//"]
+    assert (
+        html.count("<script") == sum(map(html.count, ours))
+        and "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;|`*_[x](y)<br># 甲" in html
+    )
     assert "<script" not in markdown and "\n# 甲" not in markdown and html.count("<h2") == 8
-    assert "### " not in html and "**" not in html and "| " not in html.replace("|`*_[x](y)", "")  # all of it was read
-    assert html.count("<a ") == html.count("<h2")  # those of the contents
+    read = html.partition("<script")[0].replace("|`*_[x](y)", "")
+    assert "### " not in read and "**" not in read and "| " not in read  # all of it was read
+    links = [link.split('"')[0] for link in html.split('<a href="')[1:]]
+    files = [page.parent / unquote(link) for link in links if link.startswith("report/tables/")]
+    assert len(files) + html.count("<h2") + 1 == len(links) and all(file.is_file() for file in files)
     row = markdown_table([{"a": "x|y\nz<b>", "n": 1234}]).splitlines()[2]
     assert row == "| x\\|y<br>z&lt;b> | 1,234 |"
     assert markdown_table([{"a": "x\u2028y\r\n\\|"}]).splitlines()[2] == "| x<br>y<br>\\\\\\| |"
@@ -248,26 +312,81 @@ def test_cards_leave_manifest_and_fingerprint_alone(run):
     assert any("kept" in line for line in write_cards(run)) and card.read_text() == "mine"
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}")
-def test_the_page_opens_alone_and_fits_a_phone(run):
-    page = write_report(run, "c.json", [])
-    playwright = pytest.importorskip("playwright.sync_api").sync_playwright()
-    with playwright as play:
+def test_tables_are_there_as_csv_and_latex(run):
+    folder = write_report(run, "c.json", []).parent / "report/tables"
+    with (folder / "exam-by-options-all-metrics-to-100.csv").open(encoding="utf-8") as file:
+        accuracy, questions, _ = csv.DictReader(file)
+    assert (accuracy["base"], accuracy["base low"], accuracy["base high"]) == ("24.0", "19.0", "29.0")
+    assert questions["SFT"] == "432"
+    latex = (folder / "exam-by-options-accuracy-by-difficulty-level.tex").read_text(encoding="utf-8")
+    assert r"\toprule" in latex and r"\_[x](y)" in latex and "50.0 [45.0, 55.0]" in latex
+    with (folder / "what-each-stage-read.csv").open(encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["records"] == "1200"
+
+
+@pytest.fixture
+def browser():
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}")
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
-        tab = browser.new_page(viewport={"width": 390, "height": 844})
-        messages, requests = [], []
-        tab.on("console", lambda message: messages.append(message.text))
-        tab.on("pageerror", lambda error: messages.append(str(error)))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(page.as_uri())
-        tab.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
-        wide, shown = tab.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
-        tables, charts = tab.locator("table").count(), tab.locator("svg polyline").count()
-        browser.close()
+        yield playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+
+
+def test_the_page_opens_alone_and_fits_a_phone_and_paper(run, browser):
+    page = write_report(run, "c.json", [])
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    messages, requests = [], []
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(page.as_uri())
+    folded = tab.locator("details table").first
+    assert not folded.evaluate("table => table.checkVisibility()")
+    tab.emulate_media(media="print")
+    assert folded.evaluate("table => table.checkVisibility()")
+    tab.emulate_media(media="screen")
+    tab.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    wide, shown = tab.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    smallest = tab.evaluate("""Math.min(...[...document.querySelectorAll("body *")].map(element => {
+        const picture = element.closest("svg"), scale = picture ? picture.getBoundingClientRect().width / 350 : 1;
+        return parseFloat(getComputedStyle(element).fontSize) * scale }))""")
     assert requests == [page.as_uri()] and not messages
-    assert wide <= shown == 390
-    assert tables >= 12 and charts == 6
+    assert wide <= shown == 390 and smallest >= 12
+    assert tab.locator("table").count() >= 12 and tab.locator("svg").count() >= 12
+
+
+@pytest.mark.parametrize("in_one_file", [20_000, 3])
+def test_the_browser_of_samples_filters_and_shows_text_as_text(run, browser, monkeypatch, in_one_file):
+    monkeypatch.setattr(samples, "IN_ONE_FILE", in_one_file)
+    page = write_report(run, "c.json", [])
+    tab = browser.new_page()
+    tab.goto(page.as_uri())
+    choose = {
+        label: tab.get_by_label(label, exact=True)
+        for label in ("set", "model", "answer", "against another model", "facet")
+    }
+    count = tab.get_by_role("status")
+    sets = choose["set"].locator("option").all_text_contents()
+    if in_one_file == 3:  # four answers a question: each question has a file of its own
+        assert sets[:2] == ["exam by options, questions 1 to 1", "exam by options, questions 2 to 2"]
+        assert len(list((page.parent / "report/samples").iterdir())) == len(sets)
+        choose["set"].select_option(sets[1])
+    whole = 2 if in_one_file > 3 else 1
+    count.filter(has_text=f"{whole} of {whole} questions").wait_for()
+    choose["model"].select_option("base")
+    choose["answer"].select_option("wrong")
+    count.filter(has_text=f"1 of {whole} questions").wait_for()
+    choose["answer"].select_option("any")
+    choose["model"].select_option("SFT + retrieval")
+    choose["against another model"].select_option("right where base is wrong")
+    count.filter(has_text=f"1 of {whole} questions").wait_for()
+    tab.locator(".browser summary").first.click()
+    shown = tab.locator(".browser details").first
+    assert HOSTILE in shown.locator(".text").first.inner_text() and "passages: corpus#7@0-9" in shown.inner_text()
+    assert shown.locator("td.number").nth(1).inner_text() == "37.8%" == f"{1 / (1 + 2.718281828**0.5):.1%}"
+    choose["against another model"].select_option("wrong where base is right")
+    count.filter(has_text=f"0 of {whole} questions").wait_for()
 
 
 def test_scripts_tell_what_is_missing_and_print_differences(tmp_path):

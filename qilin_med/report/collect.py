@@ -1,6 +1,8 @@
 """The files of a run, read for its report; what is missing is left out."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from qilin_med.train.metrics import read_metrics
 
 LABELS = {"base": "base", "pretraining": "CPT", "sft": "SFT", "dpo": "DPO"}
 HEADLINES = ("average", "accuracy", "rougeL_char")  # only C-Eval has an average, over subjects
+# A set that is not a published one is called by what its task asks for, or by its key where the user gave it one.
+_KINDS = {"cmexam": "exam", "ceval": "exam in subjects", "huatuo26m": "consultations"}
+_WAYS = {"letters": "by letters", "options": "by options", "generate": "by generation", "reasoning": "explanations"}
 # Words of earlier versions that manifests may have.
 _RENAMED = {
     "set_aside": "skipped", "rows_set_aside": "rows_skipped", "dropped": "rejected", "updates": "optimizer_steps",
@@ -26,14 +31,22 @@ class Result:
     name: str
     set: str
     """Name of the questions, the same with and without retrieval."""
+    title: str
+    """The set as a person says it, for example "C-Eval test by letters"."""
+    origin: str
+    """The published set that it is, or "invented", or "not a published set"."""
     label: str
-    """The model and how passages were found for it, for example "SFT with retrieval without exams"."""
+    """The model and how passages were found for it, for example "SFT + retrieval without exams"."""
     headline: str | None
     """The metric that stands for all; None where no answer is known."""
     questions: int
     """Those whose answer is known."""
     contents: dict[str, Any]
     """As `evaluate.results.read_result`."""
+
+    @property
+    def has_retrieval(self) -> bool:
+        return self.set != self.name
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,10 @@ class Run:
     """How many trained each finished stage."""
 
     @property
+    def is_invented(self) -> bool:
+        return any(result.origin == "invented" for result in self.results)
+
+    @property
     def outdated(self) -> list[str]:
         """Results of a model that was made again since: "sft cmexam_options"."""
         measured = [(r.model, r.name, r.contents) for r in self.results]
@@ -73,10 +90,16 @@ def collect_run(experiment: Experiment) -> Run:
     for model, name, contents in ((model, *named) for model, sets in measured.items() for named in sets.items()):
         questions = name.partition(RETRIEVAL)[0] if contents["retrieval"] else name
         variant = name.removeprefix(questions).strip("_").replace("_", " ")
-        label = f"{LABELS[model]} with {variant}" if variant else LABELS[model]
+        label = f"{LABELS[model]} + {variant}" if variant else LABELS[model]
         headline = next((metric for metric in HEADLINES if metric in contents["metrics"]), None)
         known = contents["counts"]["questions"] - contents["counts"]["without_gold"]
-        results.append(Result(model, name, questions, label, headline, known, contents))
+        files, published = contents.get("files", {}).get("test", ()), contents.get("known_as")
+        origin = published or ("invented" if is_invented(files) else "not a published set")
+        called = _title(questions, contents["task"], published)
+        results.append(Result(model, name, questions, called, origin, label, headline, known, contents))
+    titles = Counter({result.set: result.title for result in results}.values())
+    results.sort(key=lambda result: result.has_retrieval)
+    results = [r if titles[r.title] == 1 else replace(r, title=f"{r.title}, {r.set}") for r in results]
     comparisons = {}
     for entry in read_json(path) if (path := folder / "eval/comparisons.json").exists() else []:
         is_with_itself = entry["second"] not in models
@@ -102,6 +125,18 @@ def collect_run(experiment: Experiment) -> Run:
     if not (run.manifests or run.held_out or run.results):
         raise UserError(f"{folder}: no finished stage and no results; run a stage and scripts/evaluate.py first")
     return run
+
+
+def is_invented(files: Iterable[str]) -> bool:
+    """Does any of these files lie in the demo's world? Its manifest says what was planted in it."""
+    manifests = {folder / "manifest.json" for file in files for folder in Path(file).parents}
+    return any("planted" in read_json(path) for path in manifests if path.is_file())
+
+
+def _title(name: str, task: str, published: str | None) -> str:
+    family, _, way = task.partition("_")
+    called = published or (_KINDS.get(family, name) if name == task else name)
+    return f"{called.replace('_', ' ')} {_WAYS.get(way, way)}".strip()
 
 
 def _renamed(value: Any) -> Any:

@@ -3,29 +3,36 @@
 import json
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import pandas
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from markupsafe import Markup
 
 from qilin_med.artifact import differences as changes_between
 from qilin_med.config.experiment import STAGES, StageName
 from qilin_med.config.paper import BASE_MODEL, CORPUS, HUB_BASE_MODEL
 from qilin_med.evaluate.results import HELD_OUT
-from qilin_med.report import tables
+from qilin_med.report import figures, samples, tables
 from qilin_med.report.collect import LABELS, Run
-from qilin_med.report.curves import draw_curves
 
 MARK = "<!-- Written by scripts/report.py. Without this line it will not be written again. -->"
 _TASK_TYPES = {"average": "multiple-choice", "accuracy": "multiple-choice", "rougeL_char": "text-generation"}
 _SCRIPTS = {"pretraining": "run_pt.sh", "sft": "run_sft.sh", "dpo": "run_dpo.sh"}
-_UNBROKEN = re.compile(r"\[-?[\d.,]+, -?[\d.,]+\]|\bp (=|<|&lt;) \d\S*|\d ± \d")  # an interval or a p-value
-_LONG = 44  # characters of a cell from which on it breaks into lines
+# Rows of tables are passed over: on paper their cells have to break.
+_UNBROKEN = re.compile(
+    r"^\|.*$|\[-?[\d.,]+, -?[\d.,]+\]|\bp (=|<|&lt;) \d\S*|\d ± \d", re.MULTILINE
+)  # an interval or a p-value
+_LONG = 39  # characters of a cell from which on it breaks into lines
 
 
 def _fence(text: str) -> Markup:
@@ -40,8 +47,9 @@ ENVIRONMENT = Environment(
 )  # fmt: skip
 ENVIRONMENT.filters["fenced"] = _fence
 ENVIRONMENT.globals.update(
-    tables=tables, table=tables.markdown_table, header=tables.header, row=tables.row, labels=LABELS
-)
+    tables=tables, table=tables.markdown_table, header=tables.header, row=tables.row, labels=LABELS, figures=figures,
+    samples=samples,
+)  # fmt: skip
 
 
 def _fill(template: str, **contents: Any) -> str:
@@ -50,23 +58,34 @@ def _fill(template: str, **contents: Any) -> str:
 
 
 def write_report(run: Run, config: str, overrides: list[str]) -> Path:
-    """Write report.html and report.md into the run folder; returns the first. Config and overrides go into commands."""
+    """Write report.html, report.md and the folder report/ (tables, and samples that are too many for the page) into the run
+    folder; returns the first. Config and overrides go into commands."""
     settings, in_file, base = run.settings, run.experiment.model_dump(mode="json"), run.models["base"]
     # As the first stage found it, else as it was measured.
     prints = [m["parent"]["fingerprint"] for m in run.manifests.values() if m["parent"]["folder"] == str(base)]
     prints += [result.contents["model"]["fingerprint"] for result in run.results if result.model == "base"]
     contents = {
-        "run": run, "now": time.strftime("%Y-%m-%d %H:%M %z"), "summary": tables.summarise(run), "stages": STAGES,
+        "run": run, "now": time.strftime("%Y-%m-%d %H:%M %z"), "stages": STAGES,
+        "changed_by": " and ".join(", ".join(LABELS[model] for model in list(run.models)[1:]).rsplit(", ", 1)),
         "is_papers_base": base.name.lower() == BASE_MODEL, "base_fingerprint": prints[0] if prints else "",
-        "draw_curves": draw_curves, "published": CORPUS, "commands": _commands(run, config, overrides),
+        "published": CORPUS, "commands": _commands(run, config, overrides),
         "differences": tables.difference_table(settings, run.ranks),
         "changed_since": changes_between({s: settings[s] for s in run.manifests}, {s: in_file[s] for s in run.manifests}),
         "settings": json.dumps(settings, ensure_ascii=False, indent=2),
     }  # fmt: skip
-    path = Path(run.experiment.output_dir) / "report.html"
-    path.with_suffix(".md").write_text(_fill("report.md.jinja", **contents, with_pictures=False), encoding="utf-8")
-    page = _to_html(_fill("report.md.jinja", **contents, with_pictures=True), run.experiment.name)
-    path.write_text(page, encoding="utf-8")
+    return write_pages("report.md.jinja", contents, Path(run.experiment.output_dir), run)
+
+
+def write_pages(template: str, contents: dict[str, Any], folder: Path, run: Run | None = None) -> Path:
+    """Fill report.md without pictures, report.html with them and with the answers of `run`; returns the second."""
+    path, beside = folder / "report.html", folder / "report"
+    shutil.rmtree(beside, ignore_errors=True)  # of an earlier report
+    parts = samples.pack_answers(run, beside / "samples") if run else []
+    path.with_suffix(".md").write_text(_fill(template, **contents, with_pictures=False), encoding="utf-8")
+    markdown = _fill(template, **contents, with_pictures=True)
+    body, sections = _to_html(markdown, beside / "tables")
+    page, title = ENVIRONMENT.get_template("page.html.jinja"), re.search(r"^# (.+)", markdown, flags=re.MULTILINE)[1]
+    path.write_text(page.render(title=title, sections=sections, body=body, parts=parts), encoding="utf-8")
     return path
 
 
@@ -80,23 +99,58 @@ def _commands(run: Run, config: str, overrides: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _to_html(markdown: str, title: str) -> str:
+def _to_html(markdown: str, files: Path) -> tuple[Markup, dict[str, str]]:
+    """The page's body, and its sections by anchor; every table that has a caption also goes into `files`."""
     parser = MarkdownIt("commonmark").enable("table")
     parser.add_render_rule("table_open", lambda *_: '<div class="scroll" tabindex="0"><table>\n')
-    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    unbroken = _UNBROKEN.sub(lambda match: match[0].replace(" ", "\u00a0"), markdown)
-    tokens, sections = parser.parse(unbroken), {}
-    for before, opening, inline in zip(tokens, tokens[1:], tokens[2:], strict=False):
+    parser.add_render_rule(
+        "table_close", lambda _, tokens, at, *__: "</table></div>\n" + tokens[at].meta.get("links", "")
+    )
+    unbroken = _UNBROKEN.sub(lambda m: m[0] if m[0].startswith("|") else m[0].replace(" ", "\u00a0"), markdown)
+    tokens, sections, caption = parser.parse(unbroken), {}, ""
+    for at, (before, opening, inline) in enumerate(zip(tokens, tokens[1:], tokens[2:], strict=False)):
         words = inline.content
         if (opening.type, opening.tag) == ("heading_open", "h2"):
             sections[anchor := words.lower().replace(" ", "-")] = words
             opening.attrSet("id", anchor)
+        elif opening.type == "paragraph_open":
+            caption = _plain(inline) if re.fullmatch(r"\*\*.+\*\*", words) else ""
+        elif opening.type == "table_open" and caption:
+            end = next(n for n in range(at, len(tokens)) if tokens[n].type == "table_close")
+            tokens[end].meta["links"] = _write_table(tokens[at:end], caption, files)
+            caption = ""
         elif opening.type == "td_open" and words.startswith("ours: "):
             before.attrSet("class", "ours")
         elif opening.type == "td_open" and (words in ("✓ right", "✗ wrong") or len(words) > _LONG):
             opening.attrSet("class", words[2:] if len(words) <= _LONG else "long")
-    body = Markup(parser.renderer.render(tokens, parser.options, {}))
-    return ENVIRONMENT.get_template("page.html.jinja").render(title=title, sections=sections, body=body)
+    return Markup(parser.renderer.render(tokens, parser.options, {})), sections
+
+
+def _plain(inline: Token) -> str:
+    """Text as a reader sees it."""
+    text = "".join("\n" if child.type == "html_inline" else child.content for child in inline.children)
+    return text.replace("\u00a0", " ")
+
+
+def _write_table(tokens: list[Token], caption: str, folder: Path) -> str:
+    """A table as CSV, with scores apart from their intervals, and as LaTeX, as it is printed; returns links to both."""
+    cells = [_plain(inline) for cell, inline in pairwise(tokens) if cell.type in ("th_open", "td_open")]
+    width = sum(token.type == "th_open" for token in tokens)
+    printed = pandas.DataFrame([cells[n : n + width] for n in range(width, len(cells), width)], columns=cells[:width])
+    stem = re.sub(r"\W+", "-", caption.lower()).strip("-")[:60]
+    folder.mkdir(parents=True, exist_ok=True)
+    name = next(n for n in [stem, *(f"{stem}-{n}" for n in range(2, 1000))] if not (folder / f"{n}.csv").exists())
+    (folder / f"{name}.tex").write_text(printed.to_latex(index=False, escape=True), encoding="utf-8")
+    apart = {}
+    for column, values in printed.items():
+        numbers = values.str.replace(r"(?<=\d),(?=\d{3})", "", regex=True)
+        parts = numbers.str.extract(r"^([-+]?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]$")
+        apart[column] = parts[0].fillna(numbers)
+        if parts[0].notna().any():
+            apart |= {f"{column} low": parts[1], f"{column} high": parts[2]}
+    pandas.DataFrame(apart).to_csv(folder / f"{name}.csv", index=False)
+    links = {kind: f"{folder.parent.name}/{folder.name}/{quote(name)}.{kind}" for kind in ("csv", "tex")}
+    return f'<p class="files"><a href="{links["csv"]}">CSV</a> <a href="{links["tex"]}">LaTeX</a></p>\n'
 
 
 # --------------------------------------------------------------------------------------------------- model cards

@@ -1,31 +1,42 @@
-"""What the report says of a run: tables in Markdown, numbers as they are printed, sentences, sample answers."""
+"""What the report says of a run: tables in Markdown, numbers as they are printed, sentences."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from qilin_med.artifact import digest
 from qilin_med.config.paper import SCORES, differences
-from qilin_med.evaluate.results import HELD_OUT, read_samples, result_folder
-from qilin_med.report.collect import LABELS, Result, Run
+from qilin_med.evaluate.results import HELD_OUT
+from qilin_med.report.collect import HEADLINES, LABELS, Result, Run
+from qilin_med.report.figures import Dot
+from qilin_med.train.metrics import checkpoint_cost
 
 Table = list[dict[str, Any]]
 """Rows, each with its cells by column; a cell that a row lacks is empty."""
 
 SHORT = 12  # characters of a fingerprint that are shown
-SAMPLES_SHOWN = 3  # questions of a set
 # Beginnings count: "49.5 [44.9, 54.2]", "0.92 ± 0.02" and "1,024" are numbers.
 _NUMBER = re.compile(r"[-+−<]? ?\d[\d,.]*(e-?\d+)?%?( [\[±(].*)?$")
-_CHANCE = 0.05  # p-values from here on are called chance
+PAPER_SETS = {"ceval": "C-Eval test", "cmexam": "CMExam test", "huatuo": "Huatuo-26M test"}
+"""By how SCORES calls them, the sets of the paper's Tables 4 to 6: no other is set beside its figures."""
 _PLACES = {"perplexity": 2, "answer loss": 3, "preference accuracy": 3}
-_UNITS = {"average": "subject average %", "accuracy": "% right", "rougeL_char": "ROUGE-L", None: "no answers"}
-_STATEMENTS = {
-    "accuracy": "{model} answers {share}% of {questions:,} questions of {set} right {interval}",
-    "average": "{model} reaches {share}% on average over the subjects of {set} ({questions:,} questions) {interval}",
-    "rougeL_char": "{model} answers {questions:,} questions of {set} with ROUGE-L {share} on characters {interval}",
+UNITS = {
+    "average": "% right, mean of subjects",
+    "accuracy": "% right",
+    "rougeL_char": "ROUGE-L on characters",
+    None: "no answers",
+}
+_ONE_LETTER = 0.9  # share of questions from which on a model is said to answer one letter
+_ASIDES = {
+    "without_gold": "{:,} questions without a known answer left out",
+    "several_answers": "{:,} questions with several right answers left out",
+    "shortened_passages": "{:,} prompts with shortened passages",
+    "cut_prompts": "{:,} prompts cut",
+    "unparsed": "{:,} answers name no option and count as wrong",
+    "empty": "{:,} answers are empty",
 }
 
 # ------------------------------------------------------------------------------------------------------ markdown
@@ -92,73 +103,105 @@ def score(metric: str | None, measured: Mapping[str, dict[str, float]]) -> str:
 
 def held_out(name: str, measured: dict[str, Any]) -> str:
     """ "0.917 ± 0.021" (standard error)."""
-    places = next(places for prefix, places in _PLACES.items() if name.startswith(prefix))
+    places = _decimals(name)
     error = f" ± {measured['standard_error']:.{places}f}" if "standard_error" in measured else ""
     return f"{measured['value']:,.{places}f}{error}"
 
 
+def _decimals(name: str) -> int:
+    return next(places for prefix, places in _PLACES.items() if name.startswith(prefix))
+
+
 def probability(test: dict[str, Any]) -> str:
-    """ "McNemar p = 0.0004"."""
-    p = test["p"]
-    return f"{test['test'].split(',')[0]} " + ("p < 0.0001" if p < 0.0001 else f"p = {p:.2g}")
+    return "p < 0.0001" if test["p"] < 0.0001 else f"p = {test['p']:.2g}"
 
 
 # ------------------------------------------------------------------------------------------------------ sentences
 
 
-def summarise(run: Run) -> dict[str, list[str]]:
-    """By heading, sentences on what each stage changed, by how much and how sure."""
-    summary = {}
-    for model in list(run.models)[1:]:
-        heading = f"{LABELS[model]} ({model})" if model == "pretraining" else LABELS[model]
-        plain = [r for r in run.results if r.model == model and r.headline and r.set == r.name]
-        summary[heading] = [*(describe_result(run, result) for result in plain), *describe_held_out(run, model)]
-    with_retrieval = [result for result in run.results if result.headline and result.set != result.name]
-    summary["Retrieval"] = [describe_result(run, result) for result in with_retrieval]
-    return {heading: sentences for heading, sentences in summary.items() if sentences}
+class Panel(NamedTuple):
+    """What one picture shows: a set of questions, or a held-out measure."""
+
+    title: str
+    words: str
+    unit: str
+    places: int
+    dots: list[Dot]
+    """Of the models in order; those with passages in a second colour, after the others."""
+    notes: list[str]
 
 
-def describe_result(run: Run, result: Result) -> str:
-    """One sentence: the score with its interval, and the change against the model before, or against no retrieval."""
-    metric, unread = result.headline, result.contents["counts"].get("unparsed")
-    value, interval = score(metric, result.contents["metrics"]).split(" ", 1)
-    text = _STATEMENTS[metric].format(
-        model=result.label, share=value, questions=result.questions, set=result.set, interval=interval
-    )
-    if unread:
-        text += f" ({unread:,} answers name no option and count as wrong)"
-    has_retrieval = result.set != result.name
-    entry = run.comparisons.get((result.name, result.model, has_retrieval))
+def panels(run: Run) -> Iterator[Panel]:
+    """Every set and every held-out measure of every model. Intervals of the latter are 1.96 standard errors, if any."""
+    for name in dict.fromkeys(result.set for result in run.results if result.headline):
+        dots, results = [], [result for result in run.results if result.set == name and result.headline]
+        for result in results:
+            metric, entry = result.headline, run.comparisons.get((result.name, result.model, result.has_retrieval))
+            scores = [points(metric, result.contents["metrics"][metric][key]) for key in ("value", "low", "high")]
+            dots.append(Dot(result.label, *scores, _step(entry, metric, 1), int(result.has_retrieval)))
+        words = f"{results[0].questions:,} questions"
+        words += "" if results[0].title.startswith(results[0].origin) else f"; {results[0].origin}"
+        yield Panel(results[0].title, words, UNITS[results[0].headline], 1, dots, notes(results))
+    for name in dict.fromkeys(name for result in run.held_out.values() for name in result["measures"]):
+        dots, places = [], _decimals(name)
+        for model, measured in ((m, r["measures"][name]) for m, r in run.held_out.items() if name in r["measures"]):
+            value, error = measured["value"], 1.96 * measured.get("standard_error", math.nan)
+            step = _step(run.comparisons.get((HELD_OUT, model, False)), name, places)
+            dots.append(Dot(LABELS[model], value, value - error, value + error, step))
+        yield Panel(name, "held out", "", places, dots, [])
+
+
+def _step(entry: dict[str, Any] | None, metric: str, places: int) -> str:
+    """ "+9.2, p = 0.0004", or "" without a test."""
     if entry is None or metric not in entry["metrics"]:
-        return f"{text}."
-    test, other = entry["metrics"][metric], "without retrieval" if has_retrieval else LABELS[entry["first"]]
-    difference = points(metric, test["difference"])
-    change = f"{abs(difference):.1f} points {'more' if difference > 0 else 'fewer'} than {other}"
-    if change.startswith("0.0 "):
-        change = f"as much as {other}"
-    elif test["p"] >= _CHANCE:
-        change += ", which may be chance"
-    return f"{text}, {change} ({probability(test)})."
+        return ""
+    test = entry["metrics"][metric]
+    difference = points(metric, test["difference"]) if metric in HEADLINES else test["difference"]
+    return f"{difference:+.{places}f}, {probability(test)}"
 
 
-def describe_held_out(run: Run, model: str) -> list[str]:
-    """What is better and what is worse on held-out data than in the model before: gain and cost of the stage."""
-    names = list(run.held_out)
-    if model not in names[1:]:
-        return []
-    previous = names[names.index(model) - 1]
-    before, after = (run.held_out[name]["measures"] for name in (previous, model))
-    tests = run.comparisons.get((HELD_OUT, model, False), {"metrics": {}})["metrics"]
-    better, worse = [], []
-    for name in [name for name in after if name in before and after[name]["value"] != before[name]["value"]]:
-        change = f"{name} {held_out(name, after[name])} (was {held_out(name, before[name])}"
-        if name in tests:
-            change += f"; {'may be chance, ' if tests[name]['p'] >= _CHANCE else ''}{probability(tests[name])}"
-        # Losses are better when lower, accuracies when higher.
-        is_better = (after[name]["value"] > before[name]["value"]) == ("accuracy" in name)
-        (better if is_better else worse).append(f"{change})")
-    sides = {"On held-out data better": better, "The price, on held-out data worse": worse}
-    return [f"{words} than {LABELS[previous]}: {'; '.join(changes)}." for words, changes in sides.items() if changes]
+def verdict(run: Run) -> str:
+    """One sentence: the last model beside the first one. They differ clearly if their intervals do not meet, or, where
+    there is none (losses: lower is better), if one is 5% more than the other."""
+    models = [
+        LABELS[m] for m in run.models if m in run.held_out or any(r.model == m and r.headline for r in run.results)
+    ]
+    sides: dict[str, list[str]] = {"better on": [], "worse on": [], "not clearly different on": []}
+    for panel in panels(run):
+        of_model = {dot.label: dot for dot in panel.dots}
+        if models[0] == models[-1] or not {models[0], models[-1]} <= of_model.keys():
+            continue
+        old, new = of_model[models[0]], of_model[models[-1]]
+        low, high, worst, best = new.low, new.high, old.low, old.high
+        if math.isnan(new.low):
+            low, high, worst, best = -new.value, -new.value, -old.value * 1.05, -old.value / 1.05
+        side = "better on" if low > best else "worse on" if high < worst else "not clearly different on"
+        values = " → ".join(f"{dot.value:,.{panel.places}f}" for dot in (old, new))
+        sides[side].append(f"{panel.title} ({values} {panel.unit}".strip() + ")")
+    said = [f"{words} {', '.join(named)}" for words, named in sides.items() if named]
+    return f"Against {models[0]}, {models[-1]} is {'; '.join(said)}." if said else ""
+
+
+def notes(results: list[Result]) -> list[str]:
+    """What must stand beside the scores of a set: what was left out, cut or not understood, and of whom."""
+    said: dict[str, list[str]] = {}
+    for result in results:
+        for aside in asides(result):
+            said.setdefault(aside, []).append(result.label)
+    everyone = [result.label for result in results]
+    return [aside if labels == everyone else f"{', '.join(labels)}: {aside}" for aside, labels in said.items()]
+
+
+def asides(result: Result) -> list[str]:
+    """Of one score; counts that a result of an earlier version lacks are passed over."""
+    counts = result.contents["counts"]
+    skipped, favourite = counts.get("skipped") or {}, counts.get("favourite") or {"share": 0}
+    total = counts["questions"] + sum(skipped.values())
+    said = [f"{number:,} of {total:,} questions skipped: {reason}" for reason, number in skipped.items()]
+    said += [words.format(counts[name]) for name, words in _ASIDES.items() if counts.get(name)]
+    if favourite["share"] >= _ONE_LETTER:
+        said.append(f"answers {favourite['letter']} to {favourite['share']:.0%} of the questions")
+    return said
 
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -172,28 +215,48 @@ def pivot(first: str, cells: Iterable[tuple[str, str, Any]]) -> Table:
     return list(rows.values())
 
 
-def answer_table(run: Run) -> Table:
-    """The headline score of every model, with and without retrieval, on every set of questions."""
-    headlines = {result.set: result.headline for result in run.results if result.headline}
-    columns = {result: f"{result.set}, {_UNITS[headlines.get(result.set)]}" for result in run.results}
-    models = [(LABELS[model], "model", LABELS[model]) for model in run.models]
-    scores = [(r.label, column, score(r.headline, r.contents["metrics"])) for r, column in columns.items()]
-    return pivot("model", models + scores)
+def score_table(run: Run) -> Table:
+    """The numbers of all `panels`."""
+    cells = []
+    for panel in panels(run):
+        for dot in panel.dots:
+            value, low, high = (f"{number:,.{panel.places}f}" for number in dot[1:4])
+            span = "" if math.isnan(dot.low) else f" [{low}, {high}]"
+            cells.append((dot.label, f"{panel.title}, {panel.unit}", value + span))
+    return pivot("model", cells)
 
 
 def held_out_table(measured: dict[str, dict[str, Any]]) -> Table:
     """One row per model, one column per held-out measure."""
     measures = [(model, *measure) for model, result in measured.items() for measure in result["measures"].items()]
-    return pivot("model", ((model, name, held_out(name, value)) for model, name, value in measures))
+    return pivot("model", ((LABELS[model], name, held_out(name, value)) for model, name, value in measures))
+
+
+def paired_table(run: Run, headlines: bool) -> Table:
+    """Every paired test, in points: of the metrics that stand for all, or of the others."""
+    results, table = {(result.model, result.name): result for result in run.results}, []
+    for (task, model, with_itself), entry in run.comparisons.items():
+        result, name = results.get((model, task)), LABELS[model]
+        title, second, headline = (result.title, result.label, result.headline) if result else ("held out", name, None)
+        first = name if with_itself else LABELS[entry["first"]] + second.removeprefix(name)
+        for metric, test in entry["metrics"].items():
+            if (headline in (metric, None)) == headlines:
+                spans = [f"{points(metric, test[key]):.1f}" for key in ("low", "high") if key in test]
+                table.append({
+                    "set": title, "metric": metric, "step": f"{first} → {second}",
+                    "difference": f"{points(metric, test['difference']):+.1f}" + (f" [{', '.join(spans)}]" if spans else ""),
+                    "gained / lost": f"{test['gained']} / {test['lost']}" if "gained" in test else "",
+                    "test": test["test"], "p": f"{test['p']:.2g}", "questions": entry["questions"],
+                })  # fmt: skip
+    return table
 
 
 def metric_table(results: list[Result]) -> Table:
-    """All metrics of one set of questions."""
-    rows = []
-    for result in results:
-        metrics = result.contents["metrics"]
-        rows.append({"model": result.label, "questions": result.questions, **{m: score(m, metrics) for m in metrics}})
-    return rows
+    """All metrics of one set of questions, a column for each model, and what stands beside them."""
+    cells = [(name, r.label, score(name, r.contents["metrics"])) for r in results for name in r.contents["metrics"]]
+    cells += [("questions", result.label, result.questions) for result in results]
+    cells += [("left out, cut or unread", r.label, "; ".join(asides(r))) for r in results if asides(r)]
+    return pivot("metric", cells)
 
 
 def facet_tables(results: list[Result]) -> Iterator[tuple[str, Table]]:
@@ -207,35 +270,65 @@ def facet_tables(results: list[Result]) -> Iterator[tuple[str, Table]]:
         yield facet, pivot(facet, cells)
 
 
+def facet_bars(table: Table) -> dict[str, list[float | None]]:
+    """The shares of a `facet_tables` by model, in the order of its rows."""
+    _, _, *models = table[0]
+    return {m: [float(cells[m].split()[0]) if cells.get(m) else None for cells in table] for m in models}
+
+
 def paper_tables(run: Run) -> Iterator[tuple[str, Table]]:
-    """Tables 4 to 6 of the paper by title, with our rows below the published ones."""
+    """Tables 4 to 6 of the paper by title with our rows below the published ones, each where a model answered its set; then
+    C-Eval's val split by itself, which the paper does not report."""
     for task, (title, published) in SCORES.items():
-        rows = [{**published_row, "protocol": "published"} for published_row in published]
-        columns = list(published[0])[1:]
-        for model in run.models:
-            results = [r for r in run.results if r.model == model and r.contents["task"].startswith(task)]
-            rows += [our_row for result in results for our_row in _our_rows(result, columns)]
-            if not results:
-                rows.append({"model": f"ours: {LABELS[model]}", "protocol": "not run"})
-        yield f"The paper's {title}", rows
+        if rows := _our_rows(run, PAPER_SETS[task], list(published[0])[1:]):
+            yield f"The paper's {title}", [*({**row, "protocol": "published"} for row in published), *rows]
+    if rows := _our_rows(run, "C-Eval val", list(SCORES["ceval"][1][0])[1:]):
+        yield "C-Eval val, of which the paper reports nothing", rows
 
 
-def _our_rows(result: Result, columns: list[str]) -> Iterator[dict[str, str]]:
-    """One; two of texts, whose scores are on characters and on words."""
-    contents, measured = result.contents, result.contents["metrics"]
-    is_text = "rougeL_char" in measured
-    for unit, words in (("_char", "; characters"), ("_word", "; jieba words")) if is_text else (("", ""),):
-        # As our metrics are called: "BLEU-1" is bleu1_char or bleu1_word, "basic medicine" basic_medicine.
-        metrics = {c: c.replace("BLEU-", "bleu").replace("ROUGE-", "rouge").replace(" ", "_") + unit for c in columns}
-        cells = {c: score(metric, measured) for c, metric in metrics.items()}
-        if is_text:
-            cells = {c: f"{measured[metric]['value']:.2f}" for c, metric in metrics.items() if metric in measured}
-        named = result.name if result.set == contents["task"] else f"{result.name} ({contents['task']})"
-        yield {
-            "model": f"ours: {result.label}", **cells,
-            "protocol": f"{named}; {result.questions:,} questions; {contents['shots']} examples;"
-            f" {'chat template' if contents['chat'] else 'plain text'}{words}; model {contents['model']['fingerprint'][:SHORT]}",
-        }  # fmt: skip
+def _our_rows(run: Run, origin: str, columns: list[str]) -> Table:
+    """Results on that set; none of those that measured nothing that the paper reports."""
+    # As our metrics are called: "BLEU-1" is bleu1_published, "basic medicine" basic_medicine.
+    names = {
+        c: re.sub(r"^(bleu|rouge)-(.)$", r"\1\2_published", c.replace(" ", "_"), flags=re.IGNORECASE) for c in columns
+    }
+    names = {c: name.replace("BLEU", "bleu").replace("ROUGE", "rouge") for c, name in names.items()}
+    rows = []
+    for result in [result for result in run.results if result.origin == origin]:
+        c, cells = result.contents, {column: score(name, result.contents["metrics"]) for column, name in names.items()}
+        protocol = [result.title, f"{result.questions:,} questions", f"{c['shots']} examples",
+                    "chat template" if c["chat"] else "plain text", *asides(result)]  # fmt: skip
+        rows += (
+            [{"model": f"ours: {result.label}", **cells, "protocol": "; ".join(protocol)}]
+            if any(cells.values())
+            else []
+        )
+    return rows
+
+
+def paper_dots(table: Table) -> Iterator[tuple[str, list[Dot]]]:
+    """(column, its dots) of each column of a `paper_tables` that we measured: published scores, then ours."""
+    for column in list(table[0])[1:-1]:
+        dots = []
+        for row in [row for row in table if row[column]]:
+            numbers = map(float, re.findall(r"-?[\d.]+", row[column]))
+            dots.append(
+                Dot(row["model"].removeprefix("ours: "), *numbers, series=None if row["protocol"] == "published" else 1)
+            )
+        if any(dot.series for dot in dots):
+            yield column, dots
+
+
+def time_table(run: Run) -> Table:
+    """Where the time of each stage went, as its log has it."""
+    table = []
+    for stage, rows in run.metrics.items():
+        seconds, waited = sum(row.get("seconds", 0) for row in rows), checkpoint_cost(rows)
+        table.append({
+            "stage": LABELS[stage], "minutes": f"{seconds / 60:,.1f}", "waiting for checkpoints": f"{waited['share']:.1%}",
+            "checkpoints": waited["number"], "tokens per second": round(sum(row["tokens"] for row in rows) / (seconds or 1)),
+        })  # fmt: skip
+    return table
 
 
 def skipped_table(run: Run) -> Table:
@@ -258,40 +351,3 @@ def version_table(run: Run) -> Table:
     columns = {LABELS[stage]: manifest["versions"] for stage, manifest in run.manifests.items()}
     columns |= {"evaluation": run.results[-1].contents["versions"]} if run.results else {}
     return pivot("library", ((name, of, v) for of, versions in columns.items() for name, v in versions.items()))
-
-
-# ------------------------------------------------------------------------------------------------ sample answers
-
-
-def draw_samples(run: Run) -> Iterator[tuple[str, list[list[tuple[str, dict[str, Any]]]]]]:
-    """(set, a few of its questions as every model answered them): as the paper's Figures 3 and 4."""
-    for name in dict.fromkeys(result.set for result in run.results):
-        answered = {}
-        for result in [result for result in run.results if result.set == name]:
-            samples = {s["id"]: s for s in read_samples(result_folder(run.experiment, result.model, result.name))}
-            answered |= {result.label: samples} if samples else {}
-        if drawn := draw_questions(list(answered.values())):
-            yield name, [[(label, samples[question]) for label, samples in answered.items()] for question in drawn]
-
-
-def draw_questions(answered: list[dict[str, Any]]) -> list[str]:
-    """Ids that are in all of them, the smallest sha256 first: a draw that no answer can influence."""
-    shared = set.intersection(*map(set, answered)) if answered else set()
-    return sorted(shared, key=digest)[:SAMPLES_SHOWN]
-
-
-def answer_of(sample: dict[str, Any]) -> str:
-    """What a model wrote, or the letters and the text of the option that it found most likely."""
-    output = sample["output"]
-    if isinstance(output, str):
-        return output.strip() or "(nothing)"
-    option = max(output, key=lambda choice: choice[1])[0]
-    return sample["answer"] if option == sample["answer"] else f"{sample['answer']} {option}"
-
-
-def verdict(sample: dict[str, Any]) -> str:
-    if not sample["gold"]:
-        return ""
-    if "accuracy" in sample["score"]:
-        return "✓ right" if sample["score"]["accuracy"] else "✗ wrong"
-    return f"ROUGE-L {sample['score']['rougeL_char']:.1f}"
