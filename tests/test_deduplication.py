@@ -1,6 +1,7 @@
 """Deduplication against brute force: what is rejected, what is kept, and that neither order nor shards change it."""
 
 import re
+import tracemalloc
 import unicodedata
 from itertools import combinations
 from random import Random
@@ -175,14 +176,30 @@ def test_repeats_are_those_of_the_definition(tmp_path):
     for shard in (0, 1):
         mine = range(shard, 40, 2)
         work.write(shard, [{"id": str(d)} for d in mine], [ranks[d] for d in mine])
-        tokens = np.concatenate([documents[d] for d in mine]).astype(np.uint32)
-        dedup.save_windows(work, 6, shard, list(range(20)), [len(documents[d]) for d in mine], tokens)
+        pieces = [(0, 20)] if shard else [(0, 7), (7, 8), (8, 20)]
+        dedup.save_windows(work, 6, shard, ((range(a, b), [documents[d] for d in mine[a:b]]) for a, b in pieces))
     for part in range(3):
         dedup.find_repeats(work, part)
     found = work.load_parts("repeats")
     places = {(r >> 32, r & 0xFFFFFFFF, t) for r, t in found[["record", "token"]].tolist()}
     expected = {(*numbers[d], i) for d, i in repeated_windows(documents, ranks, 6)}
     assert places == expected and len(expected) > 100
+
+
+def test_a_shard_of_any_length_is_tokenised_in_the_memory_of_a_piece(tmp_path):
+    work, peaks = Workspace(tmp_path, ("pretraining",), 3), []
+    for number in (0, 2, 20):
+        pieces = (([n], [[n] * 10_000]) for n in range(number))
+        tracemalloc.start()
+        dedup.save_windows(work, 6, 0, pieces)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        dealt = [work.dealt("windows", 0, part) for part in range(3)]
+        assert sum(map(len, dealt)) == number * 9995
+        assert sorted(at for some in dealt for at in some["at"].tolist()) == [
+            n * 10_000 + i for n in range(number) for i in range(9995)
+        ]
+    assert peaks[0] < peaks[1] and peaks[2] < 1.1 * peaks[1]
 
 
 def test_cutting_leaves_what_lies_around():

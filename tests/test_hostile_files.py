@@ -22,7 +22,7 @@ from reading import chat, content, read, records, source, write_rows
 from qilin_med.config.experiment import KINDS
 from qilin_med.data.read import files
 from qilin_med.data.read.readers import READERS, raw_files, read_raw
-from qilin_med.data.read.tables import Elements
+from qilin_med.data.read.tables import JSON_SIGN, Elements
 from qilin_med.errors import UserError
 from qilin_med.records import Chat, Skipped
 
@@ -148,6 +148,22 @@ def test_a_broken_element_of_an_array_costs_itself_alone(tmp_path, bad, between)
     path.write_text("[" + between.join([*LINES[:3], bad, *LINES[3:]]) + "]")
     good = [text for text in outcome(path) if text.startswith("问")]
     assert good == ["问0", "问1", "问2", "问3", "问4"] and "broken JSON" in outcome(path)
+
+
+@pytest.mark.parametrize(
+    "bad", ['{"c": [{"v": "一"}]', '{"c": [{"v": "一"}', '{"c": [{"v": "一}]}', '{"c": [{"v": "一"]}', '{"c": [], ']
+)
+def test_damage_costs_time_for_what_it_damages_alone(tmp_path, monkeypatch, bad):
+    """50 damaged elements among 5,000: the others are read, and nowhere near 50 times in search of an end."""
+    signs, next_sign, path = [], Elements._next_sign, tmp_path / "rows.json"
+    monkeypatch.setattr(Elements, "_next_sign", lambda self: signs.append(next_sign(self)) or signs[-1])
+    good = [f"第{n}问" for n in range(5000)]
+    rows = [json.dumps({"c": [{"v": text}, {"v": "答" * 200}]}, ensure_ascii=False) for text in good]
+    rows[50::100], good[50::100] = [bad] * 50, ["broken JSON"] * 50
+    path.write_text(f"[{', '.join(rows)}]")
+    found = records("chat", path, question="c[0].v", answer="c[1].v")
+    found = [content(record)[0] if isinstance(record, Chat) else record.reason for record in found]
+    assert found == good and len(signs) < 3 * sum(map(len, (JSON_SIGN.findall(row) for row in rows)))
 
 
 def test_nan_surrogates_and_depth_cost_their_elements_alone(tmp_path):

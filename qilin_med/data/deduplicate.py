@@ -9,7 +9,7 @@ number of workers changes what is kept.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -37,6 +37,7 @@ from qilin_med.data.shards import (
 from qilin_med.prompt.wording import without_frame
 
 SIGNED_AT_ONCE = 2000  # records
+TOKENISED_AT_ONCE = 1 << 20  # characters
 EXACT, NEAR = "exact duplicate", "near-duplicate"
 DUPLICATE = np.dtype([("record", np.uint64), ("kept", np.uint64), ("similarity", np.float32)])
 """A record that is rejected, the record that is kept for it, and their similarity."""
@@ -93,7 +94,7 @@ def save_exact_keys(work: Workspace, shard: int, keys: list[bytes]) -> None:
     halves = np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
     items = np.empty(len(keys), LONG_KEYED)
     items["key"], items["at"] = halves, np.arange(len(keys))
-    work.deal("keys", shard, items, halves[:, 0] % np.uint64(work.parts))
+    work.deal("keys", shard, [(items, halves[:, 0] % np.uint64(work.parts))])
 
 
 def find_exact(work: Workspace, part: int) -> None:
@@ -128,7 +129,7 @@ def sign_shard(work: Workspace, settings: DeduplicationSettings, shard: int) -> 
         keys.append(matching.sign(texts, settings.shingle, settings.bands, settings.rows_per_band) ^ salts[:, None])
     signatures = np.concatenate(keys, axis=1).ravel()
     items = np.rec.fromarrays([signatures, np.tile(np.array(rows, np.uint32), settings.bands)], KEYED)
-    work.deal("near/keys", shard, items, signatures % np.uint64(work.parts))
+    work.deal("near/keys", shard, [(items, signatures % np.uint64(work.parts))])
 
 
 def pair_candidates(work: Workspace, part: int) -> None:
@@ -140,7 +141,7 @@ def pair_candidates(work: Workspace, part: int) -> None:
     pairs = np.stack([np.concatenate([heads, members - 1]), np.concatenate([members, members])], axis=1)
     pairs = np.unique(numbers[pairs], axis=0)
     parts = matching.mix(pairs[:, 0] ^ matching.mix(pairs[:, 1])) % np.uint64(work.parts)
-    work.deal("near/pairs", part, pairs, parts)
+    work.deal("near/pairs", part, [(pairs, parts)])
 
 
 def verify_pairs(work: Workspace, width: int, thresholds: Sequence[float], part: int) -> None:
@@ -220,24 +221,36 @@ def tokenise_shard(work: Workspace, settings: CorpusSettings, shard: int) -> Non
     tokenizer = load_tokenizer(settings.tokenizer)
     gone = duplicates_of_shard(work, settings.deduplication, shard)
     left = ((index, row["text"]) for index, row in enumerate(work.rows(shard)) if index not in gone)
-    rows, lengths, ids = [], [], [np.empty(0, np.uint32)]
-    for chunk in batched(left, SIGNED_AT_ONCE):
-        encodings = tokenizer.encode_batch_fast([text for _, text in chunk], add_special_tokens=False)
-        found = [encoding.ids for encoding in encodings]
-        ids.append(np.fromiter(chain.from_iterable(found), np.uint32))
-        rows += [index for index, _ in chunk]
-        lengths += map(len, found)
-    save_windows(work, settings.deduplication.substring_tokens, shard, rows, lengths, np.concatenate(ids))
+
+    def pieces() -> Iterator[tuple[list[int], list[list[int]]]]:
+        for some in batched(left, TOKENISED_AT_ONCE, lambda one: len(one[1])):
+            rows, texts = zip(*some, strict=True)
+            yield rows, [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    save_windows(work, settings.deduplication.substring_tokens, shard, pieces())
 
 
-def save_windows(work: Workspace, width: int, shard: int, rows: list[int], lengths: list[int], ids: np.ndarray) -> None:
-    ends = np.cumsum(lengths, dtype=np.int64)
-    at = np.flatnonzero(matching.within(ends, width)).astype(np.uint32)
-    items = np.empty(len(at), KEYED)
-    items["key"], items["at"] = matching.hash_windows(ids, width)[at], at
-    work.deal("windows", shard, items, items["key"] % np.uint64(work.parts))
+def save_windows(
+    work: Workspace, width: int, shard: int, pieces: Iterable[tuple[Sequence[int], list[list[int]]]]
+) -> None:
+    """`pieces` of a shard: rows, and the token ids of each."""
+    rows: list[int] = []
+    lengths: list[int] = []
+
+    def windows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for some, ids in chain([((), [])], pieces):  # nothing may be left of a shard
+            ends, before = np.cumsum([*map(len, ids)], dtype=np.int64), sum(lengths)
+            at = np.flatnonzero(matching.within(ends, width))
+            items = np.empty(len(at), KEYED)
+            items["key"] = matching.hash_windows(np.fromiter(chain.from_iterable(ids), np.uint32), width)[at]
+            items["at"] = at + before
+            rows.extend(some)
+            lengths.extend(map(len, ids))
+            yield items, items["key"] % np.uint64(work.parts)
+
+    work.deal("windows", shard, windows())
     save(work.path("tokens/rows", shard), np.array(rows, np.uint32))
-    save(work.path("tokens/ends", shard), ends)
+    save(work.path("tokens/ends", shard), np.cumsum(lengths, dtype=np.int64))
 
 
 def find_repeats(work: Workspace, part: int) -> None:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 ROW_FORMAT = 2  # raise it whenever the same inputs and settings give other rows
 ROWS, SKIPPED = "rows.arrow", "skipped.jsonl"
 JOB_BYTES = 2 * 2**20  # of a file, read and tokenised together by one process
-JOB_RECORDS = 1000  # the same, of a file that cannot be cut
+RECORD_BYTES = 2 * 2**10  # that a record of a file which cannot be cut counts for at least
 PARALLEL_BYTES = 16 * 2**20  # less is done before further processes would be at work
 CHUNK_ROWS = 1000
 KINDS: dict[StageName, Kind] = {"pretraining": "text", "sft": "chat", "dpo": "preference"}
@@ -308,14 +308,10 @@ def _jobs(stage: StageName, number: int, file: Path, source: DataSource) -> Iter
         for span in spans or [None]:
             yield Job(stage, number, file, source, size // max(len(spans), 1), span)
         return
-    records, characters = [], 0
-    for record in read_training_file(kind, file, source):
-        records.append(record)
-        characters += len(record.text) if isinstance(record, Document) else 0
-        if len(records) == JOB_RECORDS or characters >= JOB_BYTES:
-            yield Job(stage, number, file, source, 0, records=records)
-            records, characters = [], 0
-    yield Job(stage, number, file, source, size, records=records)
+    records = read_training_file(kind, file, source)
+    for some in batched(records, JOB_BYTES, lambda record: max(RECORD_BYTES, len(getattr(record, "text", "")))):
+        yield Job(stage, number, file, source, 0, records=some)
+    yield Job(stage, number, file, source, size, records=[])
 
 
 def _encode(encode: Encoder, job: Job) -> Encoded:

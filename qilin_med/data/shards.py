@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,16 @@ class JsonLines:
         return orjson.loads(self._lines[start:end].tobytes())
 
 
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
+def batched(items: Iterable[Any], size: int, weight: Callable[[Any], int] = lambda item: 1) -> Iterator[list[Any]]:
+    """Items in lists that each weigh as much, or more by less than their last item; what is left at the end comes last."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += weight(item)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
         yield batch
 
 
@@ -146,17 +152,20 @@ class Workspace:
 
         return lambda number: lines_of(number >> ROW_BITS)[number & ROW_MASK]
 
-    def deal(self, step: str, task: int, items: np.ndarray, parts: np.ndarray) -> None:
-        """Save a task's items, each for the part that `parts` says."""
-        order = np.argsort(parts.astype(np.uint16), kind="stable")
-        save(self.path(step, task), items[order])
-        borders = np.concatenate(([0], np.cumsum(np.bincount(parts, minlength=self.parts))))
-        save(self.path(step, task, "borders.npy"), borders)
+    def deal(self, step: str, task: int, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Save a task's items, each for the part that the second array of a piece says."""
+        borders = []
+        for items, parts in pieces:
+            order = np.argsort(parts.astype(np.uint16), kind="stable")
+            save(self.path(step, task, f"{len(borders)}.npy"), items[order])
+            borders.append(np.concatenate(([0], np.cumsum(np.bincount(parts, minlength=self.parts)))))
+        save(self.path(step, task, "borders.npy"), np.stack(borders))
 
     def dealt(self, step: str, task: int, part: int) -> np.ndarray:
         """The items that a task has saved for a part."""
-        first, end = load(self.path(step, task, "borders.npy"))[part : part + 2]
-        return np.array(load(self.path(step, task))[first:end])
+        borders = load(self.path(step, task, "borders.npy"))[:, part : part + 2].tolist()
+        saved = [load(self.path(step, task, f"{piece}.npy"))[slice(*ends)] for piece, ends in enumerate(borders)]
+        return np.array(np.concatenate(saved))
 
     def found(self, step: str, shard: int) -> np.ndarray:
         """What the tasks of a step, one for each part, have found of a shard. They save it in the order of records."""

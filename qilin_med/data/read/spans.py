@@ -116,7 +116,8 @@ def _between_elements(part: Part, targets: list[int]) -> Iterator[Border]:
     target = next(left, None)
     # As Latin-1, each byte is a character.
     with io.TextIOWrapper(part.open_bytes(), encoding="latin-1", newline="\n") as stream:
-        for index, (start, text, ended) in enumerate(Elements(stream)):
+        found = (element for element in Elements(stream) if element[2] is not None)
+        for index, (start, text, ended) in enumerate(found):
             if not ended or parse_json(text.encode("latin-1"))[1]:
                 return  # where a reader resumes is not known here
             while target is not None and start >= target:

@@ -30,6 +30,7 @@ from qilin_med.errors import UserError
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
 READ_CHARACTERS = 1 << 20
+DOUBTED = 1 << 13  # characters from which an element of a JSON array may be one that lacks its end
 # A quoted cell that is longer, in characters or lines, comes from a quotation mark that is never closed.
 CELL_CHARACTERS, CELL_LINES = 1 << 22, 1000
 csv.field_size_limit(CELL_CHARACTERS)
@@ -136,19 +137,26 @@ def _json_elements(part: Part, opening: str, keyed: bool) -> Iterator[RawRow]:
     the file ends before its array does, or goes on behind it.
     """
     shapes: set[Any] = set()
+    index = part.first
     with open_text(part) as stream:
         if keyed or opening == "[":
             elements = Elements(stream, bool(part.span and part.span.start), not part.span or part.span.is_last)
         else:
             elements = [(0, stream.read(LONGEST), not stream.read(1))]
-        for index, (start, text, ended) in enumerate(elements, part.first):
+        for start, text, ended in elements:
+            goes_on = ended is None
+            begin = start + len(text) - len(text.lstrip())
+            if goes_on and (opening != "[" or not (elements.never_ends(begin) or _is_broken(text))):
+                continue
             text = f"{{{text}}}" if keyed and text.strip() else text
             value, fault = (None, f"an element {TOO_LONG}") if len(text) >= LONGEST else parse_json(text)
             if ended and not fault:
                 shapes |= {_shape(value)} if len(shapes) < 1000 else set()
-            elif opening == "[" and (resumed := _next_element(text, shapes)):
+            elif opening == "[" and (resumed := _next_element(elements, start, text, shapes, goes_on)):
                 elements.resume_at(start + resumed)
                 text, value, fault = text[:resumed], None, fault or "broken JSON: Extra data"
+            elif goes_on:
+                continue
             elif len(text) < LONGEST and (opening != "[" or not ended) and (error := _end_error(text, opening)):
                 if part.span:  # only the whole file tells the line
                     deque(_json_elements(replace(part, span=None), opening, keyed), maxlen=0)
@@ -158,22 +166,40 @@ def _json_elements(part: Part, opening: str, keyed: bool) -> Iterator[RawRow]:
                     " expected one array of objects, one object, or an object a line"
                 ) from None
             yield RawRow(f"{part.place}#{index}", value, text if fault else None, fault)
+            index += 1
 
 
 def _shape(value: Any) -> Any:
     return frozenset(value) if isinstance(value, dict) else type(value)
 
 
-def _next_element(text: str, shapes: set[Any]) -> int:
-    """Where in a broken text an element begins that is whole and shaped like those seen before; 0: nowhere."""
+def _next_element(elements: "Elements", start: int, text: str, shapes: set[Any], goes_on: bool) -> int:
+    """Where in a broken text an element begins that is whole and shaped like those seen before; 0: nowhere, or not known
+    from a text that goes on."""
     for boundary in islice(JSON_BOUNDARY.finditer(text), 10_000):
         try:
             value, _ = JSON_DECODER.raw_decode(text, boundary.end())
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
+            if goes_on and _is_cut(error, text) and not elements.never_ends(start + boundary.end()):
+                return 0
             continue
         if not shapes or _shape(value) in shapes:
             return boundary.end()
     return 0
+
+
+def _is_broken(text: str) -> bool:
+    """Whether no continuation makes JSON of it."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return isinstance(error, json.JSONDecodeError) and not _is_cut(error, text)
+    return False
+
+
+def _is_cut(error: Exception, text: str) -> bool:
+    at_end = getattr(error, "pos", 0) >= len(text.rstrip())
+    return at_end or (isinstance(error, json.JSONDecodeError) and error.msg.startswith("Unterminated"))
 
 
 def _end_error(text: str, opening: str) -> json.JSONDecodeError | None:
@@ -181,8 +207,7 @@ def _end_error(text: str, opening: str) -> json.JSONDecodeError | None:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        cut = error.msg.startswith("Unterminated") or error.pos >= len(text.rstrip())
-        return error if cut or opening != "[" or not text.rstrip().endswith("]") else None
+        return error if _is_cut(error, text) or opening != "[" or not text.rstrip().endswith("]") else None
     except (ValueError, RecursionError):
         return None
     return json.JSONDecodeError("Extra data, or an end that is missing", text, len(text))
@@ -190,36 +215,53 @@ def _end_error(text: str, opening: str) -> json.JSONDecodeError | None:
 
 class Elements:
     """(offset, text, whether it has ended) of what the commas of a JSON array or object divide. What has not ended is too
-    long, or all that is left where the file ends early or goes on behind the array."""
+    long, or all that is left where the file ends early or goes on behind the array.
+
+    A long element, or what lies behind the array, comes several times, each time twice as much of it, with None: whoever
+    finds it broken resumes early, so that damage takes time for what it damages, not for all that follows."""
 
     def __init__(self, stream: TextIO, inside: bool = False, ends: bool = True):
         """`inside`: the stream begins after a comma; unless it `ends`, it stops at one."""
         self._stream, self._at_end, self._ends = stream, False, ends
         self._text, self._offset = "", 0  # what is in memory, and where in the file it begins
         self._start = self._scanned = 0
-        self._depth = int(inside)
+        self._open, self._doubted = [0] * inside, DOUBTED  # where the brackets stand that are open
+        self._unclosed: set[int] = set()
         self._in_string = self._resumed = False
 
     def resume_at(self, offset: int) -> None:
         """An element begins there, within the text that came last."""
         self._start = self._scanned = offset - self._offset
-        self._depth, self._in_string, self._resumed = 1, False, True
+        self._open, self._in_string, self._resumed = [0], False, True
+        self._doubted = DOUBTED
 
-    def __iter__(self) -> Iterator[tuple[int, str, bool]]:
-        count, is_lost = self._depth, False  # lost: the rest of an element that is too long
+    def never_ends(self, offset: int) -> bool:
+        """Whether an earlier scan has shown that a bracket is never closed, or not for so long that another does not pay."""
+        return offset in self._unclosed
+
+    def __iter__(self) -> Iterator[tuple[int, str, bool | None]]:
+        count, is_lost = len(self._open), False  # lost: the rest of an element that is too long
         while True:
             self._start = self._scanned if is_lost else self._start
             sign = self._next_sign()
             if sign in ("[", "{"):
-                self._depth += 1
-                self._start = self._scanned if self._depth == 1 else self._start
+                self._open.append(self._offset + self._scanned - 1)
+                self._start = self._scanned if len(self._open) == 1 else self._start
                 continue
-            if sign and self._depth > 1:
-                self._depth -= sign != ","
+            if sign and len(self._open) > 1:
+                if sign != ",":
+                    self._open.pop()
+                if not is_lost and self._scanned - self._start >= self._doubted:
+                    self._doubted *= 2
+                    yield self._offset + self._start, self._text[self._start : self._scanned], None
+                    self._resumed = False
                 continue
             text = self._text[self._start : self._scanned - len(sign)]
             if not sign and self._at_end and not self._ends and not text.strip():
                 return
+            if not sign:
+                reached = self._offset + self._scanned - LONGEST // 2
+                self._unclosed = {place for place in self._open if self._at_end or place <= reached}
             # Between brackets there may be nothing at all.
             if not is_lost and (sign in ("", ",") or count or text.strip()):
                 yield self._offset + self._start, text, sign != ""
@@ -230,14 +272,23 @@ class Elements:
             if not sign and self._at_end:
                 return
             is_lost = not sign
-            self._start = self._scanned
+            self._start, self._doubted = self._scanned, DOUBTED
             if sign in ("]", "}"):
-                self._read_on(LONGEST)
-                if rest := self._text.strip():
-                    yield self._offset, self._text, False
-                if not (rest and self._resumed):
+                yield from self._behind()
+                if not self._resumed:
                     return
                 self._resumed = False
+
+    def _behind(self) -> Iterator[tuple[int, str, bool | None]]:
+        is_all = False
+        while not (is_all or self._resumed):
+            while len(self._text) - self._start < self._doubted and self._read_on(READ_CHARACTERS):
+                pass
+            text = self._text[self._start : self._start + self._doubted]
+            is_all = len(text) < self._doubted or len(text) >= LONGEST
+            if text.strip():
+                yield self._offset + self._start, text, False if is_all else None
+            self._doubted *= 2
 
     def _next_sign(self) -> str:
         """The next bracket or comma outside strings, up to which is then scanned; "" at the end of the file or where an
