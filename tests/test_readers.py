@@ -249,12 +249,16 @@ def test_questions_that_cannot_be_used(write_lines, row, reason):
     assert isinstance(question, Question) and (rows, record.id, record.reason) == (1, f"{path}:2", reason)
 
 
-def test_answers_by_number_count_from_where_the_file_shows(write_lines):
+@pytest.mark.parametrize("written", [int, float, "{}.0".format])
+def test_answers_by_number_count_from_where_the_file_shows(write_lines, written):
+    def write(answers):
+        return write_lines(*({"question": "题", "options": ["一", "二", "三"], "answer": written(n)} for n in answers))
+
     for answers, letters in (([2, 0, 1], "CAB"), ([1, 3, 2], "ACB")):
-        path = write_lines(*({"question": "题", "options": ["一", "二", "三"], "answer": n} for n in answers))
+        path = write(answers)
         assert "".join(record.answer for record in records("exam", path)) == letters
     for answers in ([1, 2], [0, 3]):
-        path = write_lines(*({"question": "题", "options": ["一", "二", "三"], "answer": n} for n in answers))
+        path = write(answers)
         assert {record.reason for record in records("exam", path)} == {"answer is a number, counted from 0 or from 1"}
         told = records("exam", path, answer="letter(answer, `0`)", stage="question")
         assert told[0].answer == "ABC"[answers[0]] and told[0].facets == (("stage", "题"),)

@@ -35,7 +35,8 @@ class _Functions(functions.Functions):
     @functions.signature({"types": ["number", "string"]}, {"types": ["number"]})
     def _func_letter(self, index: float | str, start: float) -> str | None:
         """Of an answer's index, counted from `start`."""
-        place = int(index) - int(start) if str(index).strip().isdigit() else -1
+        number = str(index).strip().removesuffix(".0")
+        place = int(number) - int(start) if number.isdigit() else -1
         return LETTERS[place] if 0 <= place < len(LETTERS) else None
 
 

@@ -23,7 +23,7 @@ MARKED = re.compile(r"\s*([A-JＡ-Ｊ])[.．、:：)）]\s*(.*)", re.DOTALL)
 # Several options on a line, at best with something between them.
 INLINE = (re.compile(r"(?:^|[\s;；,，|/])([A-JＡ-Ｊ])[.．、:：)）]"), re.compile(r"([A-JＡ-Ｊ])[.．、:：)）]"))
 COLUMN = re.compile(r"(?:op|opt|option|choice|选项)[ _-]?([A-J])|([A-J])", re.IGNORECASE)
-NUMBER = re.compile(r"\d{1,9}")
+NUMBER = re.compile(r"(\d{1,9})(?:\.0+)?")  # "1.0" in a column of numbers with gaps
 SEPARATORS = re.compile(r"[\s,，、;；.．。/|]+")
 LABELS, TEXTS = ("key", "label", "letter", "id", "option"), ("value", "text", "content")
 
@@ -48,11 +48,11 @@ def _survey(part: Part, source: RawFiles) -> tuple[bool, int | None]:
             if row.fault or not isinstance(fields, dict) or (answer := _answer_of(fields)) in ("", []):
                 continue
             answered = True
-            numbers = [_cell(part) for part in (answer if isinstance(answer, list) else [answer])]
-            if not all(map(NUMBER.fullmatch, numbers)):
+            told = [NUMBER.fullmatch(_cell(part)) for part in (answer if isinstance(answer, list) else [answer])]
+            if not all(told):
                 return True, None
-            seen |= {0 for number in numbers if int(number) == 0}
-            seen |= {1 for number in numbers if int(number) == len(_options(fields))}
+            numbers = {int(number[1]) for number in told}
+            seen |= ({0} & numbers) | ({1} if len(_options(fields)) in numbers else set())
     return answered, seen.pop() if len(seen) == 1 else None
 
 
@@ -199,10 +199,11 @@ def _letters_of(part: Any, options: Options, first: int | None) -> str:
         return letters
     if len(told) > 1:
         raise UnusableRow("answer is the text of several options")
-    if NUMBER.fullmatch(text) and not (told and isinstance(part, str)):
+    if (number := NUMBER.fullmatch(text)) and not (told and isinstance(part, str)):
         if first is None:
             raise UnusableRow("answer is a number, counted from 0 or from 1")
-        counted = options[int(text) - first][0] if 0 <= int(text) - first < len(options) else ""
+        place = int(number[1]) - first
+        counted = options[place][0] if 0 <= place < len(options) else ""
         if not counted or told not in ("", counted):
             raise UnusableRow("answer is not among the options")
         return counted
