@@ -194,4 +194,5 @@ def test_batches_of_pairs():
     assert batch["labels"].tolist() == [[_, _, 7, 2], [_, _, 8, _]]
     assert batch["sequence_index"].tolist()[1][:3] == [1, 1, 1]
     assert (batch["items"], batch["tokens"], batch["rows"].tolist()) == (1, 7, [3])
+    assert (batch["samples"], batch["loss_tokens"]) == (1, 3)
     assert collate([])["items"] == 0

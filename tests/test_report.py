@@ -125,6 +125,9 @@ def publish(experiment: Experiment, stage: str) -> str:
         "data": {"fingerprint": "d" * 64, "counts": counts}, "ranks": 2, steps: 10, "versions": {"torch": "2"},
         "created": "2026-11-22 10:00:00 +0000", "commit": "c" * 40,
     }  # fmt: skip
+    if stage == "sft":
+        manifest["trained"] = {"samples": 80, "tokens": 2400, "loss_tokens": 2100, "epochs": 80 / 300}
+        manifest["overrides"] = ["sft.max_steps=10"]
     metrics = [{"step": n, "loss": 1 / n, "learning_rate": 1e-4, "tokens": 100, "seconds": 0.5} for n in range(1, 11)]
     (folder.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     fingerprint = commit_folder(temporary, MANIFEST, manifest)["fingerprint"]
@@ -244,8 +247,9 @@ def test_a_corpus_is_set_beside_the_papers_tables(run):
 
 def test_the_report_says_what_each_stage_read(run):
     rows = rows_of(write_report(run, "c.json", []))
+    trained = {"CPT": ["", "", ""], "SFT": ["2,400", "2,100", "0.267"]}  # an earlier version did not say
     for stage in ("CPT", "SFT"):
-        assert [stage, "1,200", "1,195", "5", "300", "9,000", "8,000", "0", "0", "10", "2"] in rows
+        assert [stage, "1,200", "1,195", "5", "300", "9,000", "0", "0", "10", *trained[stage], "2"] in rows
         assert [stage, "a.jsonl", "1,200", "1,195", "5", "abababababab"] in rows
 
 
@@ -298,12 +302,42 @@ def test_text_from_data_stays_text(run):
     assert markdown_table([{"a": "x\u2028y\r\n\\|"}]).splitlines()[2] == "| x<br>y<br>\\\\\\| |"
 
 
+def test_a_card_says_what_the_run_says(run, tmp_path):
+    """Base, data, language and training: of the run; names of data sets from its corpus, if it was built."""
+    texts = {
+        "cpt.txt": "高血压患者应当低盐饮食。",
+        "sft.jsonl": json.dumps({"question": "what is it", "answer": "the flu of this year"}),
+    }
+    for (name, text), stage in zip(texts.items(), run.manifests, strict=True):
+        (tmp_path / name).write_text(f"{text}\n", encoding="utf-8")
+        run.settings[stage] |= {"data": [{"path": str(tmp_path / name)}]}
+    list(write_cards(run))
+    data = {stage: ModelCard.load(run.models[stage] / "README.md").data for stage in run.manifests}
+    assert (data["pretraining"].language, data["pretraining"].datasets) == (["zh"], ["cpt"])
+    assert (data["sft"].language, data["sft"].datasets, data["sft"].base_model) == (
+        ["zh", "en"],
+        ["cpt", "sft"],
+        "base",
+    )
+    assert data["sft"].model_name == "demo-sft"
+    text = (run.models["sft"] / "README.md").read_text(encoding="utf-8")
+    assert "base, trained further for medicine by continued pre-training of all parameters, then supervised" in text
+    row = ["SFT", "1,200", "1,195", "9,000", "10", "2,400", "2,100", "0.267"]
+    assert row in rows_of(run.models["sft"] / "README.md")
+    assert ["overrides on the command line", "sft.max_steps=10"] in rows_of(run.models["sft"] / "README.md")
+    run.manifests["pretraining"]["parent"]["folder"] = "models/Baichuan-7B"
+    other = replace(run, corpus={"sources": [{"name": "CMExam", "stage": "sft"}, {"name": "x", "stage": "dpo"}]})
+    list(write_cards(other))
+    data = ModelCard.load(run.models["sft"] / "README.md").data
+    assert (data.base_model, data.datasets) == ("baichuan-inc/Baichuan-7B", ["CMExam"])
+
+
 def test_cards_leave_manifest_and_fingerprint_alone(run):
     before = {stage: fingerprint_model(run.models[stage]) for stage in run.manifests}
     assert len(list(write_cards(run))) == 2
     card = run.models["sft"] / "README.md"
     data = ModelCard.load(card).data
-    assert (data.language, data.library_name, data.pipeline_tag) == ("zh", "transformers", "text-generation")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert {(r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results} >= {("exam", "accuracy", 58.1)}
     assert before["sft"] in card.read_text(encoding="utf-8") and "58.1 [53.1, 63.1]" in card.read_text(encoding="utf-8")
     assert {stage: fingerprint_model(run.models[stage]) for stage in run.manifests} == before

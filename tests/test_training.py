@@ -33,9 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from qilin_med.artifact import MANIFEST, verify_folder
 from qilin_med.config.experiment import load_experiment
+from qilin_med.data.rows import open_rows
 from qilin_med.errors import UserError
 from qilin_med.launch.agent import count_ranks
 from qilin_med.train.checkpoints import COMPLETE, find_checkpoints, step_of
+from qilin_med.train.job import Job
+from qilin_med.train.metrics import trained_on
 from qilin_med.train.stage import prepare_job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,8 +165,6 @@ def test_merged_equals_parent_with_adapter(finished):
 
 def test_cached_reference_equals_a_frozen_copy(world, finished):
     """The log-probabilities cached beside the rows, against the SFT model's own, computed without any of our code."""
-    from qilin_med.data.rows import open_rows
-    from qilin_med.train.job import Job
     from qilin_med.train.reference_log_probs import ReferenceLogProbs
 
     job = Job.load(finished / "dpo" / "job.json")
@@ -180,6 +181,31 @@ def test_cached_reference_equals_a_frozen_copy(world, finished):
                 log_probs = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
             by_hand = log_probs[-len(answer) :].gather(1, torch.tensor(answer).unsqueeze(1)).sum().item()
             assert math.isclose(cached[index, column], by_hand, abs_tol=1e-3)
+
+
+def test_a_stage_says_what_it_trained_on(finished):
+    """In one epoch on all of its rows; a pair's prompt is read with either answer."""
+    for stage in SCRIPTS:
+        manifest = verify_folder(finished / stage / "merged")
+        counts, rows = manifest["data"]["counts"], open_rows(Job.load(finished / stage / "job.json").rows).dataset
+        prompts = sum(map(len, rows["prompt_ids"])) if stage == "dpo" else 0
+        assert manifest["trained"] == {
+            "optimizer_steps": len(metrics(finished / stage)), "samples": counts["rows"], "epochs": 1.0,
+            "tokens": counts["tokens"] + prompts, "loss_tokens": counts["trained_tokens"],
+        }  # fmt: skip
+        assert manifest["overrides"] == []
+
+
+def test_a_short_run_claims_no_more_than_it_did(world, finished):
+    trainer = trainer_here(world, "sft", ["sft.max_steps=3"])
+    trained(trainer)
+    rows = trainer.train_dataset[trainer.step_sampler.order(0)[:12]]
+    found = trained_on(metrics(trainer.job.folder), trainer.job.schedule)
+    assert found == {
+        "optimizer_steps": 3, "samples": 12, "tokens": sum(map(len, rows["input_ids"])), "epochs": 12 / 85,
+        "loss_tokens": sum(label != -100 for labels in rows["labels"] for label in labels),
+    }  # fmt: skip
+    assert trained_on(metrics(trainer.job.folder)[:2], trainer.job.schedule) is None
 
 
 def test_running_again_is_safe(world, finished):
@@ -237,7 +263,9 @@ def test_killed_anywhere_ends_like_an_uninterrupted_run(world, finished, stage, 
     assert losses(folder) == losses(finished / stage)  # bitwise: fp32 on a CPU
     ours, theirs = (load_file(path / stage / "merged" / "model.safetensors") for path in (tmp_path / "run", finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    verify_folder(folder / "merged")
+    manifest = verify_folder(folder / "merged")
+    assert manifest["trained"] == verify_folder(finished / stage / "merged")["trained"]
+    assert manifest["overrides"] == arguments
 
 
 def test_sigterm_saves_a_checkpoint_first(world, finished, tmp_path):

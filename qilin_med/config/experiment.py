@@ -390,6 +390,13 @@ class Experiment(Section):
     retrieval: RetrievalConfig = RetrievalConfig()
     """Passages that are put before a question at inference."""
 
+    _overrides: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Those of the command line that this was read with; not among the settings, which have them already."""
+        return self._overrides
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Experiment":
         if not any(getattr(self, stage) for stage in STAGES):
@@ -431,7 +438,9 @@ def load_experiment(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     A file may extend one other (`"extends": "other.json"`, relative to itself), one level deep: its keys replace the
     other's, section by section. UserError names every unknown, missing or impossible key in one line.
     """
-    return read_settings(Experiment, path, overrides)
+    experiment = read_settings(Experiment, path, overrides)
+    experiment._overrides = tuple(overrides)
+    return experiment
 
 
 def experiment_parser(description: str) -> argparse.ArgumentParser:

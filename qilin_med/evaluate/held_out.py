@@ -68,7 +68,7 @@ def measure_held_out(experiment: Experiment, name: str, folder: Path) -> dict[st
         measures[held_out.name] = measure(model, rows, experiment.evaluation.batch_size)
         if held_out.stage == "pretraining":
             measures[held_out.name]["value"] = math.exp(measures[held_out.name]["value"])
-    artifact.facts = {"experiment": experiment.model_dump(mode="json")}
+    artifact.facts = {"experiment": experiment.model_dump(mode="json"), "overrides": experiment.overrides}
     return write_result(artifact, {"measures": measures})
 
 

@@ -18,6 +18,8 @@ from torch.utils.data import Sampler
 
 from qilin_med.prompt.template import IGNORED
 
+COUNTED = ("samples", "tokens", "loss_tokens")
+"""Of a batch, and logged of each step: rows, tokens read (a pair's prompt with either answer), tokens with a loss."""
 PAD_ID = 0  # any id will do: padding is never seen and never a target
 _MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -142,7 +144,7 @@ class Collator:
     hidden_size: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """ "items" counts what the loss is a mean of, targets or pairs; "tokens" all but padding."""
+        """ "items" counts what the loss is a mean of, targets or pairs; the other counts are those of `COUNTED`."""
         are_pairs = bool(rows) and "prompt_ids" in rows[0]
         if are_pairs:  # the prompts with their chosen answers, then with their rejected ones
             answers = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
@@ -154,9 +156,10 @@ class Collator:
         ends = np.cumsum([0, *map(len, units)]).tolist()
         groups = [[i for unit in group for i in range(ends[unit], ends[unit + 1])] for group in self.group(lengths)]
         batch = lay_out(sequences, groups, self.varlen)
-        items = len(rows) if are_pairs else int((batch["labels"] != IGNORED).sum())
+        targets = int((batch["labels"] != IGNORED).sum())
         indices = torch.tensor([row["index"] for row in rows], dtype=torch.long)
-        return {**batch, "rows": indices, "items": items, "tokens": sum(lengths)}
+        counts = dict(zip(COUNTED, (len(rows), sum(lengths), targets), strict=True))
+        return {**batch, "rows": indices, "items": len(rows) if are_pairs else targets, **counts}
 
     def group(self, lengths: Sequence[int]) -> list[list[int]]:
         """Units, by their lengths in tokens, as the rows of a batch."""

@@ -5,8 +5,10 @@ import re
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from contextlib import suppress
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,14 +21,20 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 from qilin_med.artifact import differences as changes_between
-from qilin_med.config.experiment import STAGES, StageName
+from qilin_med.config.experiment import STAGES, DataSource, StageName
 from qilin_med.config.paper import BASE_MODEL, CORPUS, HUB_BASE_MODEL
+from qilin_med.data.read.readers import find_files, read_training_file
+from qilin_med.data.rows import KINDS
+from qilin_med.errors import UserError
 from qilin_med.evaluate.results import HELD_OUT
 from qilin_med.report import figures, samples, tables
 from qilin_med.report.collect import LABELS, Run
 
 MARK = "<!-- Written by scripts/report.py. Without this line it will not be written again. -->"
 _TASK_TYPES = {"average": "multiple-choice", "accuracy": "multiple-choice", "rougeL_char": "text-generation"}
+_METHODS = {
+    "pretraining": "continued pre-training", "sft": "supervised fine-tuning", "dpo": "direct preference optimisation",
+}  # fmt: skip
 _SCRIPTS = {"pretraining": "run_pt.sh", "sft": "run_sft.sh", "dpo": "run_dpo.sh"}
 # Rows of tables are passed over: on paper their cells have to break.
 _UNBROKEN = re.compile(
@@ -171,11 +179,26 @@ def write_cards(run: Run) -> Iterator[str]:
         yield f"model card: {path}"
 
 
+def _languages(run: Run, stages: list[StageName]) -> list[str]:
+    """Those of the first records of each stage's data: Chinese characters against pairs of Latin words. [] if it is gone."""
+    marks = Counter()
+    for stage in stages:
+        with suppress(UserError):
+            file, source = find_files([DataSource(**data) for data in run.settings[stage]["data"]])[0]
+            text = "".join(map(repr, islice(read_training_file(KINDS[stage], file, source), 100)))
+            marks.update(zh=len(re.findall("[一-鿿]", text)), en=len(re.findall("[a-z]{2} [a-z]{2}", text)))
+    return [language for language, count in marks.items() if count > marks.total() / 5]
+
+
 def _model_card(run: Run, stage: StageName) -> ModelCard:
     stages = list(run.manifests)[: list(run.manifests).index(stage) + 1]
     results = [r for r in run.results if r.model == stage and f"{stage} {r.name}" not in run.outdated]
     is_measured = stage in run.held_out and f"{stage} {HELD_OUT}" not in run.outdated
     sources = [source for source in (run.corpus["sources"] if run.corpus else []) if source["stage"] in stages]
+    read = [Path(source["path"]).stem for stage in stages for source in run.settings[stage]["data"]]
+    base = Path(run.manifests[stages[0]]["parent"]["folder"])
+    # Of a stage without the section every weight is trained.
+    how = [f"{_METHODS[s]} {'with LoRA' if run.settings[s]['lora'] else 'of all parameters'}" for s in stages]
     made_by = {"seed", "model", "launch", *stages}
     differences = tables.difference_table(run.settings, run.ranks)
     scored = []
@@ -184,15 +207,15 @@ def _model_card(run: Run, stage: StageName) -> ModelCard:
         kind, name = _TASK_TYPES[result.headline], result.name
         scored.append(EvalResult(kind, name, name, metric_type=result.headline, metric_value=round(value, 2)))
     metadata = ModelCardData(
-        language="zh", license="other", license_name="that-of-the-base-model-and-the-data",
+        language=_languages(run, stages) or None, license="other", license_name="that-of-the-base-model-and-the-data",
         library_name="transformers", pipeline_tag="text-generation", tags=["medical", "qilin-med", LABELS[stage].lower()],
-        base_model=HUB_BASE_MODEL if run.models["base"].name.lower() == BASE_MODEL else None,
-        datasets=list(dict.fromkeys(source["name"] for source in sources)) or None,
+        base_model=HUB_BASE_MODEL if base.name.lower() == BASE_MODEL else base.name,
+        datasets=list(dict.fromkeys([source["name"] for source in sources] or read)),
         model_name=f"{run.experiment.name}-{stage}" if scored else None, eval_results=scored or None,
     )  # fmt: skip
     card = _fill(
         "card.md.jinja", run=run, stage=stage, stages=stages, manifest=run.manifests[stage], mark=Markup(MARK),
-        metadata=Markup(metadata.to_yaml()), datasets=metadata.datasets, results=results,
+        metadata=Markup(metadata.to_yaml()), datasets=metadata.datasets, base=metadata.base_model, how=how, results=results,
         measured={stage: run.held_out[stage]} if is_measured else {},
         differences=[row for row in differences if row["setting"].split(".")[0] in made_by],
     )  # fmt: skip

@@ -25,7 +25,7 @@ from qilin_med.launch.agent import LAUNCHED_HERE, STOPPED, find_cluster, launch_
 from qilin_med.launch.rank import Ranks, begin_rank, end_rank, errors_handed_on, is_rank
 from qilin_med.train.checkpoints import COMPLETE, convert_checkpoint, find_checkpoints, newest_complete, step_of
 from qilin_med.train.job import Job
-from qilin_med.train.metrics import checkpoint_cost, read_metrics
+from qilin_med.train.metrics import checkpoint_cost, read_metrics, trained_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -228,11 +228,13 @@ class Stage:
                 merged.facts = {  # enough to trace every number measured on it
                     "stage": job.stage,
                     "experiment": job.experiment.model_dump(mode="json"),
+                    "overrides": self.experiment.overrides,
                     "job": job.fingerprint(),
                     "parent": {"folder": str(job.parent), "fingerprint": job.parent_fingerprint},
                     "data": {"fingerprint": rows["fingerprint"], "counts": read_counts(job.rows)},
                     "ranks": job.schedule.ranks,
                     "optimizer_steps": job.schedule.steps,
+                    "trained": trained_on(metrics, job.schedule),
                     "final_metrics": metrics[-1] if metrics else None,
                     "checkpoints": cost,
                 }

@@ -16,7 +16,7 @@ from qilin_med.artifact import disk_errors_explained
 from qilin_med.config.experiment import InstructionConfig
 from qilin_med.console.progress import progress
 from qilin_med.data.rows import open_rows, row_costs
-from qilin_med.model.batches import Collator, StepSampler, model_inputs
+from qilin_med.model.batches import COUNTED, Collator, StepSampler, model_inputs
 from qilin_med.model.losses import (
     check_isolation,
     forward_through_head,
@@ -46,7 +46,7 @@ class RowTrainer(Trainer):
         collator = Collator(self.packing, varlen, model.config.get_text_config().hidden_size)
         self.step_metrics: dict[str, torch.Tensor] = {}
         self.seen_rows: list[torch.Tensor] = []
-        self.step_tokens = 0
+        self.step_counts: dict[str, int] = {}
         self.stop_requested = self.stop_agreed = self.save_agreed = False
         self.save_is_due: Callable[[], bool] = lambda: False  # by rank 0's clock
         rows = open_rows(job.rows).dataset
@@ -77,11 +77,12 @@ class RowTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.seen_rows = [batch["rows"] for batch in batches]
         self.step_metrics = {}
-        counts = [sum(b["items"] for b in batches), sum(b["tokens"] for b in batches)]
+        counts = [sum(batch[name] for batch in batches) for name in ("items", *COUNTED)]
         # One small exchange a step also lets all ranks agree on stopping and saving after the same one.
         wishes = [int(self.stop_requested), int(self.save_is_due())]
         totals = self.accelerator.reduce(torch.tensor(counts + wishes, device=device), "sum")
-        items, self.step_tokens, self.stop_agreed, self.save_agreed = totals.tolist()
+        items, *counted, self.stop_agreed, self.save_agreed = totals.tolist()
+        self.step_counts = dict(zip(COUNTED, counted, strict=True))
         return batches, max(items, 1)
 
     def share_of_step(self, total: torch.Tensor, items: int) -> torch.Tensor:
@@ -90,7 +91,7 @@ class RowTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["tokens"] = self.step_tokens
+            logs.update(self.step_counts)
             if self.step_metrics:
                 totals = self.accelerator.reduce(torch.stack(list(self.step_metrics.values())), "sum").tolist()
                 logs.update(zip(self.step_metrics, totals, strict=True))
