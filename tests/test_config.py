@@ -100,6 +100,9 @@ def test_overrides_and_extends(tmp_path):
     mine = load_experiment(tmp_path / "mine.json", ['sft.data=["a.jsonl"]', "output_dir=runs/x"])
     assert (mine.seed, mine.sft.epochs, mine.sft.learning_rate, mine.output_dir) == (7, 2, 2e-5, "runs/x")
     assert mine.sft.data[0].path == "a.jsonl"
+    copy = mine.model_copy(update={"seed": 8})
+    assert copy.overrides == mine.overrides == ('sft.data=["a.jsonl"]', "output_dir=runs/x")
+    assert "overrides" not in mine.model_dump_json()
     (tmp_path / "third.json").write_text(json.dumps({"extends": "mine.json"}))
     with pytest.raises(UserError, match="only one level"):
         load_experiment(tmp_path / "third.json")

@@ -272,7 +272,7 @@ def test_results_name_what_made_them(results, world, models):
     assert result["model"]["fingerprint"] == models["sft"].facts["model"]["fingerprint"]
     assert result["chat"] and not results["base", "cmexam_letters"]["chat"]
     assert (result["version"], result["shots"], result["experiment"]["name"]) == (2, 0, "evaluation")
-    assert {"lm_eval", "sacrebleu", "torch"} <= set(result["versions"])
+    assert {"lm_eval", "sacrebleu", "torch"} <= set(result["versions"]) and result["overrides"] == []
 
 
 @pytest.mark.parametrize("adds", [True, False], ids=["tokenizer adds BOS", "it does not"])

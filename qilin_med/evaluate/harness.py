@@ -164,6 +164,7 @@ def run_task(
         return {}
     [asked] = answered["samples"].values()
     artifact.facts = {"versions": versions(*LIBRARIES), "experiment": model.experiment.model_dump(mode="json")}
+    artifact.facts["overrides"] = model.experiment.overrides
     samples = [make_sample(raw) for raw in sorted(asked, key=lambda raw: raw["doc_id"])]
     return write_result(artifact, _scores(model, inputs, samples, task.dataset), samples)
 

@@ -55,7 +55,7 @@ def write_result(artifact: Artifact, scores: dict[str, Any], samples: list[dict[
 def read_result(folder: Path) -> dict[str, Any]:
     """Scores together with what they were made from, and with which libraries. UserError: the manifest is damaged."""
     manifest = read_manifest(folder)
-    made_with = {key: manifest.get(key) for key in ("versions", "commit", "experiment")}
+    made_with = {key: manifest.get(key) for key in ("versions", "commit", "experiment", "overrides")}
     return {**manifest["inputs"], **read_json(folder / "result.json"), **made_with}
 
 
