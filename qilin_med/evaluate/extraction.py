@@ -6,7 +6,8 @@ A letter counts only where it stands for an option: never inside a word or term 
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 Options = Sequence[tuple[str, str]]
 
@@ -51,10 +52,7 @@ ANSWER_LINE = re.compile(r"^\s*[【\[]?答案[】\]]?\s*[:：]?[A-JＡ-Ｊ、，
 LAST_LINE = re.compile(rf"^{OPEN}{RUN}[^\w\n]*\Z", re.MULTILINE)
 EXPLANATION = re.compile(r"解释|解析|explanation", re.IGNORECASE)
 CHAINED = re.compile("所以答案是(.+?)。")
-CEVAL = [
-    re.compile(form.replace("*", "([ABCD])"))
-    for form in ("*是正确的", "选项*正确", "答案为*", "答案是*", "答案*", "选择*", "答案：*", "答：*", "选择答案*")
-]
+CEVAL = "*是正确的 选项*正确 答案为* 答案是* 答案* 选择* 答案：* 答：* 选择答案*".replace("*", "([ABCD])").split()
 SHORTER = re.compile(r"(.*[A-Ja-j])[ \t,、;/和及与&+]+[A-Ja-j]")
 
 PUNCTUATION = re.compile(r"$|[\n,.:;、。!?)\]}】\"'”’》」』*|$<\\]")
@@ -74,34 +72,27 @@ def extract_letters(output: str, options: Options, stem: str = "") -> str:
     # A bracketed letter keeps a blank on each side, so that "(A)(C)" is a run of letters.
     text = unicodedata.normalize("NFKC", output).replace("\\boxed", "").replace("\\text", "")
     text = BRACKETED.sub(r" \1 ", text).strip()
-    clauses = [clause for clause in CLAUSE_ENDS.split(stem) if clause.strip()]
-    asks_for_wrong = bool(clauses and NEGATIVE.search(clauses[-1]))
-    found = asks_for_wrong and _read(text, options, RIGHT, (FINAL, GIVEN, NAMED_WRONG, ANSWER, ENGLISH))
-    # Elsewhere what is named as wrong is no answer, unless there is no other.
-    found = found or _read(NAMED_WRONG.sub("", text), options) or _read(text, options)
-    return "".join(sorted(found))
+    last_clause = next((clause for clause in reversed(CLAUSE_ENDS.split(stem)) if clause.strip()), "")
+    readings = chain(
+        _readings(text, options, RIGHT) if NEGATIVE.search(last_clause) else (),
+        _readings(NAMED_WRONG.sub("", text), options, WRONG),  # what is named as wrong, only if there is no other
+        _readings(text, options, WRONG),
+    )
+    return "".join(sorted(next(filter(None, readings), "")))
 
 
-def _read(
-    text: str,
-    options: Options,
-    denied: re.Pattern[str] = WRONG,
-    explicit: Sequence[re.Pattern[str]] = (FINAL, ANSWER, ENGLISH),
-) -> Iterable[str]:
-    """`denied`: what stands behind a letter that is not chosen."""
-    found = next(filter(None, (_first(pattern, text, options, denied) for pattern in explicit)), "")
-    found = (
-        found
-        or _at_start(text, options, denied)
-        or (denied is RIGHT and (_first(PICKED, text, options, denied) or _odd_ones(text, options)))
-    )
-    return (
-        found
-        or _first(CHOOSE, text, options, denied)
-        or _all(CORRECT, text, options, WRONG)
-        or _first(LAST_LINE, text, options, denied)
-        or _by_text(text, options, denied)
-    )
+def _readings(text: str, options: Options, denied: re.Pattern[str]) -> Iterator[Iterable[str]]:
+    """The letters by each rule. `denied`: what stands behind one that is not chosen, RIGHT where the wrong one is asked for."""
+    explicit = (FINAL, GIVEN, NAMED_WRONG, ANSWER, ENGLISH) if denied is RIGHT else (FINAL, ANSWER, ENGLISH)
+    yield from (_first(pattern, text, options, denied) for pattern in explicit)
+    yield _at_start(text, options, denied)
+    if denied is RIGHT:
+        yield _first(PICKED, text, options, denied)
+        yield _odd_ones(text, options)
+    yield _first(CHOOSE, text, options, denied)
+    yield _all(CORRECT, text, options, WRONG)
+    yield _first(LAST_LINE, text, options, denied)
+    yield _by_text(text, options, denied)
 
 
 def split_explanation(output: str) -> str:
@@ -126,7 +117,7 @@ def ceval_answer(output: str, options: Options) -> str:
     text = f"答：{output}".strip()
     if (chained := CHAINED.findall(text)) and chained[-1] in dict(options):
         return chained[-1]
-    if named := next(filter(None, (pattern.search(text) for pattern in CEVAL)), None):
+    if named := next(filter(None, (re.search(form, text) for form in CEVAL)), None):
         return named[1]
     letters = re.findall("[ABCD]", text)
     return letters[0] if len(letters) == 1 else _only_quoted(text, options)
@@ -143,8 +134,7 @@ def _first(pattern: re.Pattern[str], text: str, options: Options, denied: re.Pat
 
 
 def _all(pattern: re.Pattern[str], text: str, options: Options, denied: re.Pattern[str]) -> set[str]:
-    matches = pattern.finditer(text)
-    return {letter for match in matches for letter in _letters(match, options, denied, strict=False)}
+    return {letter for match in pattern.finditer(text) for letter in _letters(match, options, denied, strict=False)}
 
 
 def _odd_ones(text: str, options: Options) -> set[str]:
@@ -178,9 +168,8 @@ def _by_text(text: str, options: Options, denied: re.Pattern[str]) -> str:
     if len(longest) != 1:
         return ""
     before, _, after = answer.partition(quoted[longest[0]])
-    is_denied = re.search(r"(?:不是|不选|不应|排除|并非|而非)\W*$", before) if denied is WRONG else None
-    is_denied = is_denied or denied.match(after)
-    return "" if is_denied else longest[0]
+    is_excluded = denied is WRONG and re.search(r"(?:不是|不选|不应|排除|并非|而非)\W*$", before)
+    return "" if is_excluded or denied.match(after) else longest[0]
 
 
 def _letters(match: re.Match[str], options: Options, denied: re.Pattern[str], strict: bool = True) -> str:

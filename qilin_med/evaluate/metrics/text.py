@@ -21,44 +21,37 @@ from qilin_med.evaluate.metrics.statistics import Score, mean_score
 
 jieba.setLogLevel(logging.WARNING)
 
-UNITS = ("char", "word")
 BLEU_ORDERS = (1, 4)
 _BLEU = BLEU(tokenize="none", force=True, smooth_method="none")
 
 Row = dict[str, Any]
 
 
-def split_text(text: str, unit: str) -> list[str]:
-    """Characters or jieba's words, without white space."""
-    return [token for token in (text if unit == "char" else jieba.lcut(text)) if not token.isspace()]
+def split_text(text: str, convention: str) -> tuple[list[str], list[str]]:
+    """What BLEU and what ROUGE counts."""
+    if convention != "published":
+        tokens = [token for token in (text if convention == "char" else jieba.lcut(text)) if not token.isspace()]
+        return tokens, tokens
+    # sacrebleu would pass over white space, so it gets a name.
+    words = [f"<{word.encode().hex()}>" if word.isspace() else word for word in jieba.lcut(text)]
+    # The paper's script joins characters by blanks and splits them again, so that a blank is two empty tokens.
+    return words, " ".join(text).split(" ") if text else []
 
 
 def score_text(prediction: str, reference: str) -> Row:
     """One row by metric name: ROUGE, and the counts that corpus BLEU is made of (`bleu_of_counts`)."""
     row: Row = {}
-    for unit in UNITS:
-        tokens, expected = split_text(prediction, unit), split_text(reference, unit)
-        f1 = {name: _f_measure(*shares) for name, shares in _rouge(tokens, expected).items()}
-        row |= {f"{name}_{unit}": value for name, value in (_bleu_counts(tokens, expected) | f1).items()}
-    return row | {f"{name}_published": value for name, value in _score_as_published(prediction, reference).items()}
-
-
-def _score_as_published(prediction: str, reference: str) -> Row:
-    """By metric. The paper's script takes blanks out of answers alone; all other white space counts."""
-    texts = prediction.replace(" ", ""), reference
-    # sacrebleu would pass over white space, so it gets a name.
-    words = ([f"<{word.encode().hex()}>" if word.isspace() else word for word in jieba.lcut(text)] for text in texts)
-    # The script joins characters by blanks and splits them again, so that a blank is two empty tokens.
-    shares = _rouge(*(" ".join(text).split(" ") if text else [] for text in texts))
-    precision, recall = shares["rougeL"]
-    scores = {name: _f_measure(*pair) for name, pair in shares.items()}
-    return _bleu_counts(*words) | scores | {"rougeL": _f_measure(precision, recall, precision / (recall or 1))}
-
-
-def _bleu_counts(tokens: Sequence[str], expected: Sequence[str]) -> Row:
-    found = _BLEU.corpus_score([" ".join(tokens)], [[" ".join(expected)]])
-    counts = {n: [found.sys_len, found.ref_len, *found.counts[:n], *found.totals[:n]] for n in BLEU_ORDERS}
-    return {f"bleu{order}": row for order, row in counts.items()}
+    for convention in ("char", "word", "published"):
+        # The paper's script takes blanks out of answers, not out of references.
+        answer = prediction.replace(" ", "") if convention == "published" else prediction
+        (words, tokens), (wanted_words, wanted) = (split_text(text, convention) for text in (answer, reference))
+        bleu = _BLEU.corpus_score([" ".join(words)], [[" ".join(wanted_words)]])
+        for n in BLEU_ORDERS:
+            row[f"bleu{n}_{convention}"] = [bleu.sys_len, bleu.ref_len, *bleu.counts[:n], *bleu.totals[:n]]
+        for name, (precision, recall) in _rouge(tokens, wanted).items():
+            beta = precision / recall if recall and (name, convention) == ("rougeL", "published") else 1.0
+            row[f"{name}_{convention}"] = _f_measure(precision, recall, beta)
+    return row
 
 
 def _rouge(tokens: Sequence[str], expected: Sequence[str]) -> dict[str, tuple[float, float]]:
