@@ -17,7 +17,7 @@ from qilin_med.config.experiment import Experiment, load_experiment
 from qilin_med.config.paper import EXPERIMENT_FILE, SCORES, STATED, differences
 from qilin_med.evaluate.results import model_folders
 from qilin_med.evaluate.results import write_result as publish_result
-from qilin_med.report import samples
+from qilin_med.report import samples, tables
 from qilin_med.report.collect import Run, collect_run
 from qilin_med.report.figures import BUCKETS, draw_curves, gather
 from qilin_med.report.pages import write_cards, write_report
@@ -93,6 +93,16 @@ def run(tmp_path) -> Run:
         inputs = {"model": {"fingerprint": prints[model]}}
         publish_result(Artifact(folder / "eval" / model / "heldout", inputs), {"measures": measures})
     mcnemar = {"test": "McNemar, exact", "gained": 60, "lost": 20}
+    asked = {"unparsed": 0, "favourite": {}}
+    ways = {
+        "letters, plain": {"accuracy": measure(0.5), "flips": 0.0, "ece": 0.125, "bins": [], **asked},
+        "generate, plain": {"accuracy": measure(0.3), "flips": 0.4, **asked},
+    }  # fmt: skip
+    places = {"A": {"right": 0.2, "chosen": 0.7}, "B": {"right": 0.8, "chosen": 0.3}}
+    write(
+        folder / "eval/sft/protocols/ways.json",
+        {"questions": 200, "ways": ways, "spread": 0.2, "flips": 0.4, "places": places},
+    )
     write(folder / "eval/comparisons.json", [
         compared("exam", "pretraining", "sft", "accuracy", difference=0.092, p=0.0004, **mcnemar),
         compared("exam_retrieval", "sft", "sft with retrieval", "accuracy", difference=0.019, p=0.31, **mcnemar),
@@ -136,6 +146,17 @@ def publish(experiment: Experiment, stage: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ contents
+
+
+def test_what_the_way_of_asking_decides(run):
+    [told] = tables.protocol_notes(run.protocols["ways"])
+    assert told.startswith(
+        "SFT: 20.0 points from the lowest to the highest score on the same 200 questions; 40% of the answers"
+    )
+    assert told.endswith("A is chosen in 70% of the answers and right in 20%")
+    assert [list(row.values()) for row in tables.protocol_table(run.protocols["ways"])] == [
+        ["letters, plain", "50.0 [45.0, 55.0]", "0.0", "0.125"], ["generate, plain", "30.0 [25.0, 35.0]", "40.0", ""],
+    ]  # fmt: skip
 
 
 def test_the_picture_and_the_verdict_say_what_changed_by_how_much_and_how_sure(run):
@@ -291,7 +312,7 @@ def test_text_from_data_stays_text(run):
         html.count("<script") == sum(map(html.count, ours))
         and "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;|`*_[x](y)<br># 甲" in html
     )
-    assert "<script" not in markdown and "\n# 甲" not in markdown and html.count("<h2") == 8
+    assert "<script" not in markdown and "\n# 甲" not in markdown and html.count("<h2") == 9
     read = html.partition("<script")[0].replace("|`*_[x](y)", "")
     assert "### " not in read and "**" not in read and "| " not in read  # all of it was read
     links = [link.split('"')[0] for link in html.split('<a href="')[1:]]

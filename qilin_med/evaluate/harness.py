@@ -266,7 +266,7 @@ def check_room(name: str, inputs: dict[str, Any], positions: int, folder: Path) 
 
 
 def _scores(
-    model: ModelUnderTest, inputs: dict[str, Any], samples: list[Sample], found: dict[str, Any]
+    model: ModelUnderTest, inputs: dict[str, Any], samples: list[Sample], read: dict[str, Any]
 ) -> dict[str, Any]:
     """Metrics with their intervals, whole and by facet, of the questions whose answers are known; and counts."""
     known = [sample for sample in samples if sample["gold"]]
@@ -275,20 +275,20 @@ def _scores(
     counts = {
         "questions": len(samples),
         "without_gold": len(samples) - len(known),
-        "several_answers": found["several_answers"],
+        "several_answers": read["several_answers"],
         "cut_prompts": sum(len(model.lm.tok_encode(sample["prompt"])) > room for sample in samples),
         "shortened_passages": sum(sample["cut"] for sample in samples),
-        "skipped": found["skipped"],
+        "skipped": read["skipped"],
         "favourite": favourite(samples),
     }
     for name in {"unparsed", "empty"} & samples[0]["score"].keys():
         counts[name] = sum(sample["score"][name] for sample in samples)
     return {
-        "known_as": found["known_as"],
-        "split": found["split"],
+        "known_as": read["known_as"],
+        "split": read["split"],
         "metrics": {name: score.with_interval() for name, score in scores.items()},
         "by_facet": accuracy_by_facet(known),
-        "calibration": calibration(known) if known else {},
+        **({"calibration": found} if known and (found := calibration(known)) else {}),
         "counts": counts,
     }
 

@@ -13,10 +13,8 @@ from qilin_med.config.experiment import ProtocolSettings, TaskSettings
 from qilin_med.console.progress import progress
 from qilin_med.evaluate.harness import ModelUnderTest, run_task
 from qilin_med.evaluate.metrics.statistics import mean_score
-from qilin_med.evaluate.results import read_samples
+from qilin_med.evaluate.results import PROTOCOLS, read_samples
 from qilin_med.evaluate.tasks.scoring import Sample, calibration, favourite
-
-FOLDER = "protocols"
 
 
 def protocols_of(name: str, settings: ProtocolSettings) -> dict[str, TaskSettings]:
@@ -48,14 +46,14 @@ def run_protocols(model: ModelUnderTest, name: str, settings: ProtocolSettings) 
     Each way is a result of its own below the folder of that name. {} on all ranks but the first."""
     asked = {}
     for way, questions in protocols_of(name, settings).items():
-        folder = f"{FOLDER}/{name}/{way.replace(', ', '-').replace(' ', '_')}"
+        folder = f"{PROTOCOLS}/{name}/{way.replace(', ', '-').replace(' ', '_')}"
         with progress(f"{name}: {way}"):
             if run_task(model, folder, questions):
                 asked[way] = {sample["id"]: sample for sample in read_samples(model.results / folder)}
     if not asked:
         return {}
     summary = summarise_protocols(asked)
-    write_json(model.results / FOLDER / f"{name}.json", summary)
+    write_json(model.results / PROTOCOLS / f"{name}.json", summary)
     return summary
 
 

@@ -15,6 +15,7 @@ from qilin_med.errors import UserError
 
 HELD_OUT = "heldout"
 RETRIEVAL = "_retrieval"  # ends the names of results with passages before each question
+PROTOCOLS = "protocols"  # folder of what evaluation.protocols asks
 WITHOUT_EXAMS = f"{RETRIEVAL}_without_exams"
 
 

@@ -9,7 +9,15 @@ from typing import Any
 from qilin_med.artifact import MANIFEST, read_manifest
 from qilin_med.config.experiment import STAGES, Experiment
 from qilin_med.errors import UserError
-from qilin_med.evaluate.results import HELD_OUT, RETRIEVAL, model_folders, read_json, read_results
+from qilin_med.evaluate.results import (
+    HELD_OUT,
+    PROTOCOLS,
+    RETRIEVAL,
+    model_folders,
+    read_json,
+    read_results,
+    result_folder,
+)
 from qilin_med.train.metrics import read_metrics
 
 LABELS = {"base": "base", "pretraining": "CPT", "sft": "SFT", "dpo": "DPO"}
@@ -59,6 +67,8 @@ class Run:
     metrics: dict[str, list[dict[str, Any]]]
     held_out: dict[str, dict[str, Any]]
     results: list[Result]
+    protocols: dict[str, dict[str, Any]]
+    """By entry of evaluation.protocols and model, as `evaluate.protocols.summarise_protocols` wrote them."""
     comparisons: dict[tuple[str, str, bool], dict[str, Any]]
     """By task, model, and whether its answers with retrieval are compared with those without, not with the model before."""
     corpus: dict[str, Any] | None
@@ -104,6 +114,10 @@ def collect_run(experiment: Experiment) -> Run:
     for entry in read_json(path) if (path := folder / "eval/comparisons.json").exists() else []:
         is_with_itself = entry["second"] not in models
         comparisons[entry["task"], entry["first" if is_with_itself else "second"], is_with_itself] = entry
+    protocols: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for path in sorted(result_folder(experiment, model, PROTOCOLS).glob("*.json")):
+            protocols.setdefault(path.stem, {})[model] = read_json(path)
     logs = {stage: experiment.stage_folder(stage) / "metrics.jsonl" for stage in stages}
     # A build (scripts/build_chimed.py) has its manifest beside the folders of its stages.
     sources = [Path(source.path) for stage in stages for source in experiment.stage(stage).data]
@@ -117,6 +131,7 @@ def collect_run(experiment: Experiment) -> Run:
         metrics={stage: rows for stage, path in logs.items() if path.exists() and (rows := read_metrics(path))},
         held_out=held_out,
         results=results,
+        protocols=protocols,
         comparisons=comparisons,
         corpus=next((_renamed(build) for build in builds if "sources" in build), None),
         settings=experiment.model_dump(mode="json") | trained,

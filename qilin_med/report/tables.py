@@ -259,6 +259,40 @@ def metric_table(results: list[Result]) -> Table:
     return pivot("metric", cells)
 
 
+def protocol_table(of_models: dict[str, Any]) -> Table:
+    """One exam in several ways: of each way the score, and the share of answers that are not those of the first way."""
+    cells = []
+    for model, found in of_models.items():
+        label = LABELS[model]
+        for way, scores in found["ways"].items():
+            cells.append((way, f"{label}: % right", score("accuracy", scores)))
+            cells.append((way, f"{label}: answers changed", f"{100 * scores['flips']:.1f}"))
+            cells.append((way, f"{label}: calibration error", f"{scores['ece']:.3f}" if "ece" in scores else ""))
+    return pivot("asked for", cells)
+
+
+def protocol_notes(of_models: dict[str, Any]) -> list[str]:
+    """What the ways of asking say together."""
+    said = []
+    for model, found in of_models.items():
+        if found["ways"]:
+            liked = max(found["places"].items(), key=lambda place: place[1]["chosen"] - place[1]["right"], default=None)
+            said.append(f"{LABELS[model]}: {100 * found['spread']:.1f} points from the lowest to the highest score on the same"
+                        f" {found['questions']:,} questions; {found['flips']:.0%} of the answers depend on the way of asking"
+                        + (f"; {liked[0]} is chosen in {liked[1]['chosen']:.0%} of the answers and right in"
+                           f" {liked[1]['right']:.0%}" if liked else ""))  # fmt: skip
+    return said
+
+
+def protocol_dots(of_models: dict[str, Any]) -> list[Dot]:
+    dots = []
+    for series, (model, found) in enumerate(of_models.items(), 1):
+        for way, scores in found["ways"].items():
+            numbers = (100 * scores["accuracy"][key] for key in ("value", "low", "high"))
+            dots.append(Dot(f"{LABELS[model]}: {way}", *numbers, series=series))
+    return dots
+
+
 def facet_tables(results: list[Result]) -> Iterator[tuple[str, Table]]:
     """Accuracy by each facet of one set's questions (department, discipline, difficulty, ...)."""
     for facet in dict.fromkeys(name for result in results for name in result.contents["by_facet"]):
