@@ -5,6 +5,7 @@ python scripts/benchmark.py corpus --help    # build and rows of a growing corpu
 python scripts/benchmark.py dedup --help     # near-deduplication alone
 python scripts/benchmark.py decontamination --help  # leaked evaluation questions
 python scripts/benchmark.py evaluate --help  # questions per second
+python scripts/benchmark.py retrieval --help # recall of each retriever
 """
 
 import argparse
@@ -14,7 +15,7 @@ from importlib import import_module
 from qilin_med.errors import user_errors_end_with_one_line
 
 BENCHMARKS = {"train": "training", "corpus": "corpus", "dedup": "dedup", "decontamination": "decontamination",
-              "evaluate": "evaluation"}  # fmt: skip
+              "evaluate": "evaluation", "retrieval": "retrieval"}  # fmt: skip
 
 
 def main() -> None:

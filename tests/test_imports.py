@@ -15,7 +15,7 @@ ROOMS = ["errors", "records", "console", "config", "artifact", "launch", "prompt
          "plan", "retrieve", "train",
          "evaluate", "check", "report", "chat"]  # fmt: skip
 WITHOUT_TORCH = ["config.experiment", "records", "errors", "console.progress", "artifact", "train.job",
-                 "prompt.template", "data.rows", "data.build", "retrieve.index", "retrieve.retriever", "retrieve.recall",
+                 "prompt.template", "data.rows", "data.build", "retrieve.index", "retrieve.retriever", "retrieve.models",
                  "evaluate.results", "report.pages", "plan.preflight", "plan.tables"]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Retrieval: chunks, BM25 and fusion against values worked by hand, the index folder, prompts, recall."""
 
+import argparse
 import json
 import math
 import random
@@ -16,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 from torch.nn import Identity
 
+from benchmarks.retrieval import add_arguments, measure, rank_of, read_pairs, run
 from qilin_med.artifact import MANIFEST, read_manifest
 from qilin_med.config.experiment import DenseSettings, RerankerSettings, load_experiment
 from qilin_med.errors import UserError
@@ -23,7 +25,6 @@ from qilin_med.prompt.wording import exam_prompt, with_passages
 from qilin_med.retrieve.cutting import cut, find_middle, group_sentences, split_sentences
 from qilin_med.retrieve.index import build, plan_index
 from qilin_med.retrieve.models import Encoder, Reranker, check_models
-from qilin_med.retrieve.recall import evaluate_retrieval, ranks_of_own
 from qilin_med.retrieve.retriever import Passage, Retriever, fill_prompt
 from qilin_med.retrieve.search import Bm25, Dense, build_bm25, build_dense, fuse
 
@@ -269,14 +270,13 @@ def test_vectors_are_those_of_sentence_transformers_with_the_prefixes(encoder, e
 def test_models_that_cannot_be_used_are_one_clear_line(embedding, cross_encoder, experiment, tmp_path, small_tokenizer):
     from transformers import BertForSequenceClassification
 
-    for model, words in ((tmp_path / "none", "no such folder; set retrieval.dense.model"),
-                         (cross_encoder, "no modules.json in it")):  # fmt: skip
-        with pytest.raises(UserError, match=words):
+    for model in (tmp_path / "none", cross_encoder):
+        with pytest.raises(UserError, match=r"expected modules\.json and \.safetensors .* set retrieval\.dense\.model"):
             check_models(experiment(retriever="dense", dense={"model": str(model)}).retrieval)
     pickled = tmp_path / "pickled"
     shutil.copytree(cross_encoder, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
     (pickled / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"no \.safetensors weights"):
+    with pytest.raises(UserError, match=r"expected config\.json and \.safetensors .* set retrieval\.reranker\.model"):
         check_models(experiment(reranker={"model": str(pickled)}).retrieval)
     (pickled / "model.safetensors").write_text("damaged")
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -528,28 +528,50 @@ def test_contexts_go_before_the_question_and_name_their_sources(experiment, writ
 
 def test_ranks_count_an_answer_once():
     found = [np.array([4, 4, 0]), np.array([1]), np.array([0, 3]), np.array([], int)]
-    assert ranks_of_own(found, [0, 1, 2, 3]).tolist() == [2, 1, np.inf, np.inf]
+    assert [rank_of(own, documents) for own, documents in enumerate(found)] == [2, 1, np.inf, np.inf]
 
 
-def test_recall_is_measured_and_written(experiment, write_lines, tmp_path):
-    pairs = [{"questions": [[f"第{n}型有什么表现？"]], "answers": [row(n)["text"]]} for n in range(12)]
-    pairs.append({"questions": [["hello"]], "answers": ["无关的回答。"]})
-    result = evaluate_retrieval(experiment(), write_lines(*pairs, name="pairs.jsonl"))
-    assert (result.pairs, result.recall[10]) == (13, pytest.approx(12 / 13))
-    assert [file.name for file in (tmp_path / "run" / "eval" / "retrieval").iterdir()] == ["pairs.json"]
-    contents = ["第3型有什么表现？", row(3)["text"], "谢谢", "不客气。"]
-    roles = ["user", "assistant"] * 2
-    chat = {"messages": [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]}
-    result = evaluate_retrieval(experiment(), write_lines(chat, name="chat.jsonl"), "chat")
-    assert result.recall[1] == 1  # the first answer to the first question
+def test_the_benchmark_measures_all_ways_on_questions_whose_answer_is_there(
+    base, embedding, cross_encoder, write_lines, tmp_path, capsys
+):
+    """Worked by hand for BM25: of 15 questions 12 find their own answer first, one second, one another's, one nothing. The
+    16th's answer repeats an exam question, and is not indexed."""
+    pairs = [{"questions": [[f"第{n}型有什么表现？"]], "answers": [row(n)["text"]]} for n in range(10, 22)]
+    pairs += [{"questions": [[question]], "answers": ["请休息。"]} for question in ("头晕乎乎", "头晕乎乎休息")]
+    pairs += [{"questions": [["hello"]], "answers": ["头晕乎乎"]}]
+    pairs += [{"questions": [["何药"]], "answers": [f"{EXAM['Question']}\n{EXAM['Options']}"]}]
+    file, output = write_lines(*pairs, name="pairs.jsonl"), tmp_path / "result.json"
+    exam = {"name": "exam", "kind": "exam", "paths": [str(write_lines(EXAM, name="exam.jsonl"))]}
+    settings = {"dense": {"model": str(embedding)}, "reranker": {"model": str(cross_encoder)},
+                "decontamination": {"files": [exam]}}  # fmt: skip
+    overrides = [f"model.path={base}", *(f"retrieval.{key}={quoted(value)}" for key, value in settings.items())]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    run(parser.parse_args([str(file), *overrides, "--output", str(output), "--threads", "1"]))
+    result = json.loads(output.read_text())
+    rows = {found["retriever"]: list(found.values())[1:5] for found in result["rows"]}
+    words, bm25, hnsw, flat, hybrid, reranked = rows
+    assert rows[bm25] == rows[words] == ["80.0%", "86.7%", "86.7%", "0.833"]  # 12/15, 13/15, (12 + 1/2) / 15
+    assert rows[flat] == rows[hnsw] != rows[hybrid] != rows[reranked]
+    assert (hnsw, reranked) == ("dense, hnsw", "hybrid, reranked")
+    assert "15 questions; 1 left out, whose answers the index does not hold" in result["notes"][0]
+    assert "HNSW finds 100.0% of flat's first 5 chunks" in result["notes"]
+    assert "| hybrid, reranked " in capsys.readouterr().out
+
+
+def test_bm25_finds_own_answers_of_huatuo(shared, experiment, tmp_path):
+    pairs = read_pairs(shared / "data" / "huatuo26m" / "huatuo26M_test.json", "huatuo")
+    settings = experiment(chunk_tokens=512)
+    cells, first = measure(settings, settings.retrieval, pairs, None, tmp_path)
+    assert len(first) == len(pairs) == 6000
+    recall = [float(cells[f"R@{cut}"].rstrip("%")) for cut in (1, 5, 10)]
+    assert 20 < recall[0] < 38 <= recall[1] < recall[2] and float(cells["MRR@10"]) > 0.3, cells
+    assert float(cells["questions/s"].replace(",", "")) > 500  # thousands on an idle core
+
+
+def test_a_file_without_pairs_is_said(write_lines):
     with pytest.raises(UserError, match="no question with an answer"):
-        evaluate_retrieval(experiment(), write_lines({"text": "甲"}, name="no.jsonl"))
-
-
-def test_bm25_finds_own_answers_of_huatuo(shared, experiment):
-    file = shared / "data" / "huatuo26m" / "huatuo26M_test.json"
-    result = evaluate_retrieval(experiment(chunk_tokens=512), file)
-    assert result.pairs == 6000
-    assert result.recall[5] >= 0.38, result
-    assert result.recall[1] < result.recall[5] < result.recall[10] and result.mrr > 0.3
-    assert result.questions_per_second > 500  # thousands on an idle core
+        read_pairs(write_lines({"text": "甲"}, name="no.jsonl"), "huatuo")
+    contents = ["第3型有什么表现？", "见书。", "谢谢", "不客气。"]
+    chat = {"messages": [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, contents, strict=True)]}
+    assert read_pairs(write_lines(chat, name="chat.jsonl"), "chat") == [tuple(contents[:2])]

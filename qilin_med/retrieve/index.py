@@ -193,7 +193,9 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
             f" evaluation questions and {documents['skipped']} are unusable; name other files"
         )
     save(out / OFFSETS, np.array(offsets, np.uint64))
-    by_source = save_sources(out, sources)
+    by_source = Counter(sources)
+    numbers = {name: number for number, name in enumerate(by_source)}
+    save(out / SOURCES, np.array([numbers[name] for name in sources], np.uint32))
     write_json_lines(out / LEFT_OUT, left_out)
     write_json_lines(out / SKIPPED, skipped)
     files = Counter(row["file"] for row in left_out)
@@ -206,11 +208,3 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
         "left_out_chunks": {name: sum(row["chunks"] for row in left_out if row["file"] == name) for name in files},
         "near_misses": near_misses,
     }
-
-
-def save_sources(folder: Path, sources: list[str]) -> Counter[str]:
-    """Write the source of each chunk as a number; returns the chunks by source, in the order of these numbers."""
-    by_source = Counter(sources)
-    numbers = {name: number for number, name in enumerate(by_source)}
-    save(folder / SOURCES, np.array([numbers[name] for name in sources], np.uint32))
-    return by_source

@@ -18,20 +18,15 @@ from qilin_med.errors import UserError, in_one_line
 
 def check_models(settings: RetrievalConfig) -> None:
     """UserError unless the folders that the settings name hold the files of such models."""
+    dense = settings.dense if settings.retriever != "bm25" else None
     # Without modules.json any model would be loaded, with a pooling that it was not trained for.
-    for key, model, needed in (
-        ("dense", None if settings.retriever == "bm25" else settings.dense, "modules.json"),
-        ("reranker", settings.reranker, "config.json"),
-    ):
-        if model is None:
-            continue
-        folder = Path(model.model)
-        if not (folder / needed).is_file():
-            kind = "embedding model" if key == "dense" else "cross-encoder"
-            found = f"no {needed} in it" if folder.is_dir() else "no such folder"
-            raise UserError(f"{folder}: {found}; set retrieval.{key}.model to a sentence-transformers {kind}")
-        if not any(folder.rglob("*.safetensors")):
-            raise UserError(f"{folder}: no .safetensors weights; pickled ones are not loaded, convert them first")
+    for key, model, needed in (("dense", dense, "modules.json"), ("reranker", settings.reranker, "config.json")):
+        folder = Path(model.model) if model else None
+        if folder and not ((folder / needed).is_file() and any(folder.rglob("*.safetensors"))):
+            raise UserError(
+                f"{folder}: expected {needed} and .safetensors weights (pickled ones are not loaded); set"
+                f" retrieval.{key}.model to the folder of a sentence-transformers model"
+            )
 
 
 def _load(kind: type, folder: str) -> Any:
@@ -48,8 +43,7 @@ class Encoder:
         from sentence_transformers import SentenceTransformer
 
         self._model, self._settings = _load(SentenceTransformer, settings.model), settings
-        self.most_tokens: float = self._model.max_seq_length or math.inf
-        """Of a text; the model does not see what comes after them."""
+        self.most_tokens = self._model.max_seq_length or math.inf
 
     def questions(self, texts: list[str]) -> np.ndarray:
         return self._encode(self._model.encode_query, texts, self._settings.query_prefix)
