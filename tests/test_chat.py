@@ -1,6 +1,7 @@
 """Chat asks and answers as evaluation does, in the terminal, from a pipe and on the page, with tiny random models."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from reading import write_rows
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 
-from qilin_med.chat.conversation import NOTICE, ChatModel, look_up
+from qilin_med.artifact import fingerprint_model
+from qilin_med.chat.conversation import GREEDY, NOTICE, ChatModel, Manner, look_up
 from qilin_med.chat.terminal import talk
 from qilin_med.config.experiment import Experiment, TaskSettings, load_experiment
 from qilin_med.errors import UserError
@@ -79,8 +81,8 @@ def model(name, experiment, folders) -> ChatModel:
     return ChatModel(experiment, name, folders[name], LENGTH)
 
 
-def whole(model: ChatModel, turns, asked: Prompt) -> str:
-    *_, answer = model.stream(model.prompt(turns, asked))
+def whole(model: ChatModel, turns, asked: Prompt, manner: Manner = GREEDY) -> str:
+    *_, answer = model.stream(model.prompt(turns, asked, manner.system), manner)
     return answer
 
 
@@ -130,6 +132,45 @@ def test_plain_text_goes_on_after_a_blank_line_and_ends_at_one(experiment, folde
     prompt = chat.prompt(TURNS[:1], Prompt("头痛", ()))
     assert prompt.ids == chat.tokenizer("发热\n量体温。\n\n头痛\n").input_ids
     assert prompt.until == "\n\n" and chat.prompt([], Prompt("头痛", ())).until is None
+
+
+def test_the_system_text_stands_before_everything(name, model):
+    prompt = model.prompt(TURNS[:1], Prompt("头痛", ()), " 你是医生。\n")
+    if name == "base":
+        assert prompt.ids == model.tokenizer("你是医生。\n\n发热\n量体温。\n\n头痛\n").input_ids
+    else:
+        written = "你是医生。<reserved_102>发热<reserved_103>量体温。</s><reserved_102>头痛<reserved_103>"
+        assert model.tokenizer.decode(prompt.ids).replace(" ", "") == written
+    assert model.prompt(TURNS[:1], Prompt("头痛", ()), " ") == model.prompt(TURNS[:1], Prompt("头痛", ()))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (0.5, 1.0, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),  # squares
+        (1.0, 0.9, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, expected):
+    sampling = Manner(temperature=temperature, top_p=top_p).sampling(torch.device("cpu"))
+    drawn = sampling(None, torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(40_000, 4)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=4) / 40_000
+    assert shares.tolist() == pytest.approx(expected, abs=0.01)  # four standard errors of a share of a half
+    assert expected[3] or not shares[3]
+
+
+def test_a_seed_decides_an_answer_alone_or_beside_others(model):
+    asked = Prompt("头痛", ())
+    first, again, other = (whole(model, [], asked, Manner("", 1.0, 0.95, seed)) for seed in (1, 1, 2))
+    assert first == again and len({first, other, whole(model, [], asked)}) == 3
+    both = [model.stream(model.prompt([], asked), Manner("", 1.0, 0.95, seed)) for seed in (1, 2)]
+    *_, last = zip_longest(*both)  # one may end earlier
+    assert first in last or other in last
+    assert whole(model, [], asked, Manner(seed=1)) == whole(model, [], asked, Manner(seed=2, top_p=0.5))
+    for wrong in ({"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(UserError, match="expected 0 \\(greedy\\) or more"):
+            Manner(**wrong)
 
 
 def test_closing_an_answer_stops_the_model(experiment, folders):
@@ -213,11 +254,13 @@ def command(settings, *arguments: str) -> list[str]:
 
 
 def test_a_pipe_gets_the_answers_and_errors_are_one_line(settings, experiment, folders, retriever):
-    arguments = command(settings, "--model", "sft", "--retrieval", "--max-new-tokens", str(LENGTH))
+    manner = Manner("请简短回答。", 0.8, 0.9, 7)
+    options = ["--system", manner.system, "--temperature", "0.8", "--top-p", "0.9", "--seed", "7"]
+    arguments = command(settings, "--model", "sft", "--retrieval", "--max-new-tokens", str(LENGTH), *options)
     run = subprocess.run(arguments, input=QUESTIONS[0].encode(), capture_output=True, timeout=300)
     asked = look_up(retriever, QUESTIONS[0])
     assert run.returncode == 0, run.stderr.decode()
-    assert run.stdout.decode() == whole(ChatModel(experiment, "sft", folders["sft"], LENGTH), [], asked) + "\n"
+    assert run.stdout.decode() == whole(ChatModel(experiment, "sft", folders["sft"], LENGTH), [], asked, manner) + "\n"
     # On a busy machine loading takes so long that the progress speaks up.
     told = [line for line in run.stderr.decode().splitlines() if not line.startswith("loading libraries")]
     assert told == [
@@ -264,44 +307,73 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(settings):
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
-def test_the_page_shows_two_answers_and_talks_to_no_one_else(experiment, folders, retriever):
+def test_the_page_keeps_two_answers_and_talks_to_no_one_else(experiment, folders, retriever):
     from playwright.sync_api import expect, sync_playwright
 
-    from qilin_med.chat.page import Models, build_page, launch
+    from qilin_med.chat.page import EXAMPLES, Models, build_page, launch
 
     connected: set[str] = set()
     sys.addaudithook(lambda event, details: connected.add(str(details[1][0])) if event == "socket.connect" else None)
     asked = look_up(retriever, QUESTIONS[1])
-    answers = [whole(ChatModel(experiment, name, folders[name], 12), [], asked) for name in folders]
+
+    def answers(manner: Manner) -> list[str]:
+        texts = (whole(ChatModel(experiment, name, folders[name], 12), [], asked, manner) for name in folders)
+        return [" ".join(text.split()) for text in texts]
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = build_page(Models(experiment, folders, 12), "sft", retriever)
+    page = build_page(Models(experiment, folders, 12, retriever), "sft")
     launch(page, "127.0.0.1", port)
     try:
         with pytest.raises(UserError, match="choose another --port"):
-            launch(build_page(Models(experiment, folders, 12), "sft", None), "127.0.0.1", port)
+            launch(build_page(Models(experiment, folders, 12, None), "sft"), "127.0.0.1", port)
         with (
             sync_playwright() as playwright,
             playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser,
         ):
-            shown = browser.new_page()
+            shown = browser.new_page(viewport={"width": 390, "height": 700}, locale="en-GB")
             shown.set_default_timeout(60_000)
             expect.set_options(timeout=60_000)
             requests: list[str] = []
             shown.on("request", lambda request: requests.append(request.url))
             shown.goto(f"http://127.0.0.1:{port}")
             expect(shown.get_by_text(NOTICE)).to_be_visible()
-            shown.locator("textarea").fill(QUESTIONS[1])
-            shown.locator("textarea").press("Enter")
-            for column, answer in enumerate(answers):
-                bot = shown.locator(".bot.message").nth(column)
-                expect(bot).to_have_text(" ".join(answer.split()))
+            expect(shown).to_have_title(f"{experiment.name} · Qilin-Med")
+            question, bots = shown.get_by_placeholder("Your question"), shown.locator(".bot.message")
+            expect(question).to_be_in_viewport(ratio=1)
+            shown.get_by_text(EXAMPLES[0]).click()
+            expect(question).to_have_value(EXAMPLES[0])
+            question.fill(QUESTIONS[1])
+            question.press("Enter")
+            expect(bots).to_have_text(answers(GREEDY))
+            shown.get_by_text("System text and sampling").click()
+            shown.get_by_label("System text").last.fill("请简短回答。")
+            shown.get_by_label("number input for Temperature").fill("0.7")
+            shown.get_by_label("number input for Temperature").press("Tab")
+            shown.get_by_label("Retry").first.click()
+            expect(bots).to_have_text(again := answers(Manner("请简短回答。", 0.7, 1.0, 43)))
+            shown.reload()
+            expect(bots).to_have_text(again)
+            shown.get_by_text("System text and sampling").click()
+            expect(shown.get_by_label("Seed")).to_have_value("43")
             shown.get_by_text(f"Passages ({len(asked.passages)})").click()
             expect(shown.get_by_text(CORPUS[1])).to_be_visible()
+            with shown.expect_download() as download:
+                shown.get_by_text("Export").click()
             shown.get_by_text("New conversation").click()
-            expect(shown.locator(".bot.message")).to_have_count(0)
+            expect(bots).to_have_count(0)
+            chinese = browser.new_page(locale="zh-CN")
+            chinese.goto(f"http://127.0.0.1:{port}")
+            expect(chinese.get_by_placeholder("请输入问题")).to_be_visible()
+            [made] = json.loads(download.value.path().read_text(encoding="utf-8"))
     finally:
         page.close()
     assert requests and all(url.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:")) for url in requests)
     assert connected <= {"127.0.0.1", "/"}
+    assert [" ".join(answer.pop("text").split()) for answer in made["answers"]] == again
+    assert made["answers"] == [{"model": n, "fingerprint": fingerprint_model(folders[n])} for n in folders]
+    assert [passage["id"] for passage in made["passages"]] == asked.sources
+    facts = {"question": QUESTIONS[1], "system": "请简短回答。", "temperature": 0.7, "top_p": 1, "seed": 43,
+             "max_new_tokens": 12, "run": experiment.name, "index": retriever.fingerprint, "note": ""}  # fmt: skip
+    assert {key: made[key] for key in facts} == facts

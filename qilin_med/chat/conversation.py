@@ -1,16 +1,18 @@
 """A conversation with one model: earlier turns and a question -> a prompt as in training and evaluation -> the answer as it
-grows, greedily, which is how evaluation asks."""
+grows, greedily, which is how evaluation asks, or drawn with a seed."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from typing import NamedTuple, TypeAlias
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
@@ -29,6 +31,36 @@ POSITIONS = 4096  # tokens of a conversation where the model's configuration nam
 LEAST_ROOM = 16  # tokens; a shorter question is none
 MERGES = 2  # tokens that a question may have more behind passages than alone
 BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How models are asked; at temperature 0 greedily. UserError: temperature or top_p is out of range."""
+
+    system: str = ""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self):
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
+            asked = f"temperature is {self.temperature} and top-p {self.top_p}"
+            raise UserError(f"{asked}; expected 0 (greedy) or more, and more than 0 to 1")
+
+    def sampling(self, device: torch.device) -> LogitsProcessorList:
+        """Scores whose greatest one is a draw from the softmax of those given (the Gumbel-max trick): with random numbers of
+        its own, an answer does not depend on what else the process draws, such as the one that grows beside it."""
+        if not self.temperature:
+            return LogitsProcessorList()
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores - torch.empty_like(scores).exponential_(generator=generator).log()
+
+        return LogitsProcessorList([TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p), draw])
+
+
+GREEDY = Manner()
 
 
 class ChatPrompt(NamedTuple):
@@ -56,15 +88,17 @@ class ChatModel:
         self._template = ChatTemplate(self.tokenizer) if name in experiment.evaluation.chat else None
         self._model = load_for_inference(folder, experiment.model, experiment.launch.device)
 
-    def prompt(self, turns: Sequence[Turn], asked: Prompt) -> ChatPrompt:
-        """The question, with its passages, after as many of the newest turns as there is room for. A turn without an answer,
-        stopped at once, is left out. UserError: it holds a role mark."""
+    def prompt(self, turns: Sequence[Turn], asked: Prompt, system: str = "") -> ChatPrompt:
+        """The question, with its passages, after the system text, if any, and as many of the newest turns as there is room
+        for. A turn without an answer, stopped at once, is left out. UserError: it holds a role mark."""
         turns = [(question, answer) for question, answer in turns if answer.strip()]
         if self._template:
-            encoded = self._template.encode_prompt([*messages(turns), Message("user", asked.text)], self._room)
+            before = [Message("system", system)] if system.strip() else []
+            conversation = [*before, *messages(turns), Message("user", asked.text)]
+            encoded = self._template.encode_prompt(conversation, self._room)
         else:
             for dropped in range(len(turns) + 1):
-                text = plain_dialogue(turns[dropped:], asked.text)
+                text = f"{system.strip()}\n\n".lstrip() + plain_dialogue(turns[dropped:], asked.text)
                 ids = self.tokenizer(text, split_special_tokens=True).input_ids
                 if len(ids) <= self._room:
                     break
@@ -79,11 +113,11 @@ class ChatModel:
         continues = not self._template and len(turns) > encoded.dropped_turns
         return ChatPrompt(encoded.ids, "\n\n" if continues else None, "; ".join(notes))
 
-    def room_beside(self, question: str) -> int:
+    def room_beside(self, question: str, system: str) -> int:
         """Tokens left for passages before a question; 0 or less if it fills the model alone."""
-        return self._room - len(self.prompt([], Prompt(question, ())).ids) - MERGES
+        return self._room - len(self.prompt([], Prompt(question, ()), system).ids) - MERGES
 
-    def stream(self, prompt: ChatPrompt) -> Iterator[str]:
+    def stream(self, prompt: ChatPrompt, manner: Manner = GREEDY) -> Iterator[str]:
         """The answer so far, again and again until it is whole. Closing the iterator stops the model."""
         texts, stopped = SimpleQueue(), Event()
         inputs = torch.tensor([prompt.ids], device=self._model.device)
@@ -105,6 +139,7 @@ class ChatModel:
                 ids = self._model.generate(
                     inputs, attention_mask=torch.ones_like(inputs), stopping_criteria=StoppingCriteriaList([watch]),
                     max_new_tokens=self._max_new_tokens, do_sample=False, use_cache=True,
+                    logits_processor=manner.sampling(self._model.device),
                     eos_token_id=[self.tokenizer.eos_token_id, *own_ends], pad_token_id=self.tokenizer.pad_token_id,
                 )  # fmt: skip
                 texts.put(decode(ids))
@@ -128,9 +163,10 @@ def messages(turns: Iterable[Turn]) -> list[Message]:
     return [Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
 
 
-def look_up(retriever: Retriever | None, question: str, models: Sequence[ChatModel] = ()) -> Prompt:
+def look_up(retriever: Retriever | None, question: str, models: Sequence[ChatModel] = (), system: str = "") -> Prompt:
     """The question after what the retriever, if any, finds for it and every model has room for."""
     if retriever is None:
         return Prompt(question, ())
     [passages] = retriever.search([question])
-    return retriever.fill_prompt(question, passages, min((m.room_beside(question) for m in models), default=None))
+    room = min((model.room_beside(question, system) for model in models), default=None)
+    return retriever.fill_prompt(question, passages, room)

@@ -1,5 +1,5 @@
 """A page on which two models of an experiment answer the same question side by side. Nothing is loaded from or sent to
-anywhere but this machine."""
+anywhere but this machine; the conversation is kept by the browser."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,32 +8,57 @@ from dataclasses import asdict
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 
-from qilin_med.chat.conversation import NOTICE, ChatModel, Turn, look_up, messages
+from qilin_med.artifact import fingerprint_model
+from qilin_med.chat.conversation import GREEDY, NOTICE, ChatModel, Manner, Turn, look_up, messages
 from qilin_med.config.experiment import Experiment
 from qilin_med.errors import UserError
-from qilin_med.retrieve.retriever import Passage, Retriever
+from qilin_med.retrieve.retriever import Retriever
 
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]  # of the reader's machine
 CSS = """
 #notice { border-left: 4px solid #d97706; padding: 2px 0 2px 12px; }
+.gradio-container { overflow: clip !important; }
+.form:has(#ask) { position: sticky; bottom: 0; z-index: 10; }
 .passages li { margin: 0 0 10px 18px; list-style: decimal; }
 .passages small { opacity: 0.65; overflow-wrap: anywhere; }
 """
+# By the browser's language; zh serves zh-CN and zh-TW.
+LABELS = gr.I18n(
+    en={"model": "Model", "ask": "Your question", "stop_answer": "Stop", "anew": "New conversation", "export": "Export (JSON)",
+        "examples": "Example questions", "manner": "System text and sampling", "system": "System text", "seed": "Seed",
+        "temperature": "Temperature (0: greedy)", "top_p": "Top-p", "passages": "Passages"},
+    zh={"model": "模型", "ask": "请输入问题", "stop_answer": "停止", "anew": "新对话", "export": "导出（JSON）",
+        "examples": "示例问题", "manner": "系统提示与采样", "system": "系统提示", "seed": "随机种子",
+        "temperature": "温度（0 为贪心解码）", "top_p": "Top-p", "passages": "检索到的资料"},
+)  # fmt: skip
+EXAMPLES = ["头痛、发热三天，应该怎么办？", "高血压患者饮食要注意什么？", "What are the symptoms of anaemia?"]
+# In the browser, so that no copy of the conversation is left on this machine.
+EXPORT = """(rounds) => {
+    const file = new Blob([JSON.stringify(rounds, null, 2)], {type: "application/json"});
+    Object.assign(document.createElement("a"), {href: URL.createObjectURL(file), download: "conversation.json"}).click();
+}"""
+
+Round: TypeAlias = dict[str, Any]
+"""A question, both answers, and all that decided them; JSON, as the browser keeps and exports it."""
 
 
 class Models:
     """The models of the page's two columns, each loaded once; no third one is in memory."""
 
-    def __init__(self, experiment: Experiment, folders: dict[str, Path], max_new_tokens: int):
+    def __init__(
+        self, experiment: Experiment, folders: dict[str, Path], max_new_tokens: int, retriever: Retriever | None
+    ):
         """`folders`: by the names that can be chosen."""
         self.experiment, self.folders, self.max_new_tokens = experiment, folders, max_new_tokens
+        self.retriever = retriever
         self._open: dict[str, ChatModel] = {}
+        self.fingerprints: dict[str, str] = {}
 
     def open(self, names: Sequence[str]) -> list[ChatModel]:
         """UserError as `ChatModel`."""
@@ -41,23 +66,44 @@ class Models:
         for name in names:
             if name not in self._open:
                 self._open[name] = ChatModel(self.experiment, name, self.folders[name], self.max_new_tokens)
+                self.fingerprints[name] = fingerprint_model(self.folders[name])
         return [self._open[name] for name in names]
 
-    def answer(
-        self, names: list[str], retriever: Retriever | None, question: str, turns: list[list[Turn]]
-    ) -> Iterator[tuple[Sequence[Passage], str, list[list[Turn]]]]:
-        """(passages, what did not fit, turns of both columns with the answers so far), again and again."""
+    def ask(self, question: str, left: str, right: str, rounds: list[Round], *manner: Any) -> Iterator[tuple[Any, ...]]:
+        """An empty box, and `update` with the answers so far, again and again."""
+        try:
+            if question := question.strip():
+                for longer in self.answer([left, right], question, rounds, Manner(*manner)):
+                    yield "", *update(longer)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    def answer(self, names: list[str], question: str, rounds: list[Round], manner: Manner) -> Iterator[list[Round]]:
+        """The rounds and one of this question with the answers so far, again and again."""
         opened = self.open(names)
-        asked = look_up(retriever, question, opened)
-        prompts = [model.prompt(earlier, asked) for model, earlier in zip(opened, turns, strict=True)]
-        note = "; ".join(f"{name}: {prompt.note}" for name, prompt in zip(names, prompts, strict=True) if prompt.note)
-        answers = ["", ""]
+        asked = look_up(self.retriever, question, opened, manner.system)
+        prompts = [model.prompt(turns(rounds, side), asked, manner.system) for side, model in enumerate(opened)]
+        this = {
+            "run": self.experiment.name,
+            "question": question,
+            "answers": [{"model": name, "fingerprint": self.fingerprints[name], "text": ""} for name in names],
+            **asdict(manner),
+            "max_new_tokens": self.max_new_tokens,
+            "note": "; ".join(f"{name}: {p.note}" for name, p in zip(names, prompts, strict=True) if p.note),
+            "index": self.retriever and self.retriever.fingerprint,
+            "passages": [{"text": p.text, "source": p.source, "id": p.id} for p in asked.passages],
+        }
         with ExitStack() as stack:
-            streams = [model.stream(prompt) for model, prompt in zip(opened, prompts, strict=True)]
+            streams = [model.stream(prompt, manner) for model, prompt in zip(opened, prompts, strict=True)]
             for grown in zip_longest(*[stack.enter_context(closing(stream)) for stream in streams]):
-                answers = [old if new is None else new for old, new in zip(answers, grown, strict=True)]
-                both = [[*t, (question, answer)] for t, answer in zip(turns, answers, strict=True)]
-                yield asked.passages, note, both
+                both = zip(this["answers"], grown, strict=True)
+                this = {**this, "answers": [old if text is None else {**old, "text": text} for old, text in both]}
+                yield [*rounds, this]
+
+
+def turns(rounds: list[Round], side: int) -> list[Turn]:
+    """What one of the two models was asked and has answered."""
+    return [(made["question"], made["answers"][side]["text"]) for made in rounds]
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:
@@ -66,55 +112,78 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-            footer_links=[], theme=theme, css=CSS,
+            footer_links=[], theme=theme, css=CSS, i18n=LABELS,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"the page cannot be served on {host}:{port} ({error}); choose another --port") from None
 
 
-def build_page(models: Models, name: str, retriever: Retriever | None) -> gr.Blocks:
-    """Starts with the model `name` on the right and the one before it on the left; both are loaded now.
+def update(rounds: list[Round]) -> tuple[Any, ...]:
+    """What the page shows of them, in the order of its `outputs`."""
+    note, found = (rounds[-1]["note"], rounds[-1]["passages"]) if rounds else ("", [])
+    shown = ({key: escape(text) for key, text in passage.items()} for passage in found)
+    items = ("<li>{text}<br><small>{source} · {id}</small></li>".format(**passage) for passage in shown)
+    chats = [[asdict(message) for message in messages(turns(rounds, side))] for side in range(2)]
+    told, fold = gr.Markdown(note, visible=bool(note)), gr.Accordion(f"{LABELS('passages')} ({len(found)})")
+    return *chats, rounds, told, fold, f"<ol class=passages>{''.join(items)}</ol>"
+
+
+def build_page(models: Models, name: str, manner: Manner = GREEDY) -> gr.Blocks:
+    """Starts with the model `name` on the right and the one before it on the left, both loaded now, and with `manner`.
 
     UserError: one of them cannot be loaded."""
-    names = list(models.folders)
+    names, run = list(models.folders), models.experiment.name
     shown = [names[max(names.index(name) - 1, 0)], name]
     models.open(shown)
 
-    def update(passages: Sequence[Passage], note: str, turns: list[list[Turn]]) -> tuple[Any, ...]:
-        """In the order of `outputs` below."""
-        items = (f"<li>{escape(p.text)}<br><small>{escape(p.source)} · {escape(p.id)}</small></li>" for p in passages)
-        label = f"Passages ({len(passages)})" if passages else "Passages"
-        chats = [[asdict(message) for message in messages(column)] for column in turns]
-        note = gr.Markdown(note, visible=bool(note))
-        return *chats, turns, note, gr.Accordion(label), f"<ol class=passages>{''.join(items)}</ol>"
+    def restore(rounds: list[Round]) -> tuple[Any, ...]:
+        """The last conversation of this browser, if its models are still there, with its settings."""
+        kept = rounds if rounds and all(answer["model"] in names for answer in rounds[-1]["answers"]) else []
+        last = kept[-1] if kept else {"answers": [{"model": name} for name in shown], **asdict(manner)}
+        return *(answer["model"] for answer in last["answers"]), *(last[key] for key in asdict(manner)), *update(kept)
 
-    def ask(question: str, left: str, right: str, turns: list[list[Turn]]) -> Iterator[tuple[Any, ...]]:
-        try:
-            for step in models.answer([left, right], retriever, question.strip(), turns) if question.strip() else ():
-                yield "", *update(*step)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+    def take_back(rounds: list[Round], temperature: float, seed: int) -> tuple[Any, ...]:
+        """The last question is back in its box; the next seed."""
+        return rounds[-1]["question"], seed + bool(temperature), *update(rounds[:-1])
 
-    with gr.Blocks(title="Qilin-Med", analytics_enabled=False) as page:
-        gr.Markdown("# Qilin-Med")
+    with gr.Blocks(title=f"{run} · Qilin-Med", analytics_enabled=False) as page:
+        gr.Markdown(f"# Qilin-Med · {escape(run)}")
         gr.Markdown(NOTICE, elem_id="notice")
-        turns, choices, chats = gr.State([[], []]), [], []
+        # With the library's random secret no conversation would outlive the server.
+        place = Path(models.experiment.output_dir).resolve()
+        kept = gr.BrowserState([], storage_key=f"Qilin-Med 1 {place}", secret="Qilin-Med")
+        choices, chats = [], []
         with gr.Row():
             for chosen in shown:
                 with gr.Column(min_width=320):
-                    choices.append(gr.Dropdown(names, value=chosen, label="Model"))
+                    choices.append(gr.Dropdown(names, value=chosen, label=LABELS("model")))
                     chats.append(gr.Chatbot(show_label=False, height="min(420px, 40vh)", render_markdown=False,
                                             buttons=["copy"], placeholder="　"))  # fmt: skip
         note = gr.Markdown(visible=False)
-        question = gr.Textbox(show_label=False, placeholder="问题 / question", submit_btn=True, autofocus=True)
+        question = gr.Textbox(label=LABELS("ask"), placeholder=LABELS("ask"), show_label=False, submit_btn=True,
+                              autofocus=True, elem_id="ask")  # fmt: skip
         with gr.Row():
-            stop, new = (gr.Button(label, size="sm", min_width=120) for label in ("Stop", "New conversation"))
-        with gr.Accordion("Passages", open=False, visible=retriever is not None) as fold:
+            labels = map(LABELS, ("stop_answer", "anew", "export"))
+            stop, new, export = (gr.Button(label, size="sm", min_width=90) for label in labels)
+        gr.Examples(EXAMPLES, question, label=LABELS("examples"))
+        with gr.Accordion(LABELS("manner"), open=manner != GREEDY), gr.Row():
+            system = gr.Textbox(manner.system, label=LABELS("system"))
+            temperature = gr.Slider(0, 2, manner.temperature, step=0.05, label=LABELS("temperature"))
+            top_p = gr.Slider(0.05, 1, manner.top_p, step=0.05, label=LABELS("top_p"))
+            seed = gr.Number(manner.seed, precision=0, label=LABELS("seed"))
+        with gr.Accordion(LABELS("passages"), open=False, visible=models.retriever is not None) as fold:
             passages = gr.HTML()
-        outputs = [*chats, turns, note, fold, passages]
+        controls, outputs = [system, temperature, top_p, seed], [*chats, kept, note, fold, passages]
         hidden = {"api_visibility": "private", "show_progress": "minimal"}
-        asking = question.submit(ask, [question, *choices, turns], [question, *outputs], **hidden)
-        stop.click(None, cancels=[asking])
-        anew = [new.click, *(chat.clear for chat in chats), *(choice.change for choice in choices)]
-        gr.on(anew, lambda: update((), "", [[], []]), None, outputs, cancels=[asking], **hidden)
+        page.load(restore, kept, [*choices, *controls, *outputs], **hidden)
+        inputs = [question, *choices, kept, *controls]
+        asking = question.submit(models.ask, inputs, [question, *outputs], **hidden)
+        retries = [chat.retry for chat in chats]
+        back = gr.on(retries, take_back, [kept, temperature, seed], [question, seed, *outputs], **hidden)
+        asking_again = back.then(models.ask, inputs, [question, *outputs], **hidden)
+        running = [asking, asking_again]
+        stop.click(None, cancels=running)
+        export.click(None, kept, js=EXPORT, **hidden)
+        anew = [new.click, *(chat.clear for chat in chats), *(choice.input for choice in choices)]
+        gr.on(anew, lambda: update([]), None, outputs, cancels=running, **hidden)
     return page

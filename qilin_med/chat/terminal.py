@@ -3,14 +3,14 @@
 import sys
 from contextlib import closing
 
-from qilin_med.chat.conversation import NOTICE, ChatModel, Turn, look_up
+from qilin_med.chat.conversation import GREEDY, NOTICE, ChatModel, Manner, Turn, look_up
 from qilin_med.errors import UserError
 from qilin_med.retrieve.retriever import Retriever
 
 HELP = "/new starts over, Ctrl-C stops an answer, Ctrl-D or /exit ends."
 
 
-def talk(model: ChatModel, retriever: Retriever | None) -> None:
+def talk(model: ChatModel, retriever: Retriever | None, manner: Manner = GREEDY) -> None:
     """Answer the lines of stdin until it ends or says /exit."""
     is_terminal = sys.stdin.isatty()
     say(NOTICE)
@@ -28,7 +28,7 @@ def talk(model: ChatModel, retriever: Retriever | None) -> None:
                 turns.clear()
                 say("(a new conversation)")
             elif question:
-                turns.append((question, answer(model, retriever, turns, question)))
+                turns.append((question, answer(model, retriever, turns, question, manner)))
         except EOFError:
             return
         except UserError as error:
@@ -43,17 +43,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def answer(model: ChatModel, retriever: Retriever | None, turns: list[Turn], question: str) -> str:
+def answer(model: ChatModel, retriever: Retriever | None, turns: list[Turn], question: str, manner: Manner) -> str:
     """Print the answer as it grows; return it, or what there is of it after Ctrl-C. UserError: the question cannot be asked."""
-    asked = look_up(retriever, question, [model])
-    prompt = model.prompt(turns, asked)
+    asked = look_up(retriever, question, [model], manner.system)
+    prompt = model.prompt(turns, asked, manner.system)
     if prompt.note:
         say(f"({prompt.note})")
     for number, passage in enumerate(asked.passages, 1):
         say(f"【{number}】{passage.text} ({passage.source}, {passage.id})")
     text = ""
     try:
-        with closing(model.stream(prompt)) as growing:
+        with closing(model.stream(prompt, manner)) as growing:
             for longer in growing:
                 print(longer[len(text) :], end="", flush=True)
                 text = longer

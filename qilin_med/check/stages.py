@@ -205,11 +205,8 @@ class Check:
                     if base and base.positions:
                         check_room(name, inputs, base.positions, base.folder)
                     task = load_task(name, inputs)
-                    asked = len(task.eval_docs)
-                    cells = [
-                        short_number(min(asked, settings.limit or asked)),
-                        f"{sum(task.dataset['skipped'].values()):,}",
-                    ]
+                    asked, skipped = len(task.eval_docs), sum(task.dataset["skipped"].values())
+                    cells = [short_number(min(asked, settings.limit or asked)), f"{skipped:,}"]
             yield [name, *cells, "-", ""]
 
     def check_retrieval(self) -> Iterator[list[str]]:
