@@ -84,7 +84,9 @@ def run(tmp_path) -> Run:
     names = ("bleu1", "bleu4", "rouge1", "rouge2", "rougeL")
     texts = {f"{name}_{unit}": measure(1.5) for name in names for unit in ("char", "word")}
     texts |= {f"{name}_published": measure(2.5) for name in names}
-    write_result(folder, "sft", "told", texts, prints["sft"], task="cmexam_reasoning", known_as="CMExam test")
+    write_result(
+        folder, "sft", "told", texts, prints["sft"], task="cmexam_reasoning", answers="text", known_as="CMExam test"
+    )
     for model, perplexity, share in (("base", 3.0, 0.54), ("pretraining", 12.5, 0.32)):
         measures = {
             "perplexity general": {"value": perplexity},
@@ -162,7 +164,7 @@ def test_what_the_way_of_asking_decides(run):
 def test_the_picture_and_the_verdict_say_what_changed_by_how_much_and_how_sure(run):
     shown = {panel.title: panel for panel in panels(run)}
     exam, preferences = shown["exam by options"], shown["preference accuracy"]
-    assert exam.words == "432 questions; not a published set"
+    assert exam.words == "432 questions; not known as a published set"
     assert [(dot.label, *(round(number, 9) for number in dot[1:4]), *dot[4:]) for dot in exam.dots] == [
         ("base", 24.0, 19.0, 29.0, "", 0), ("CPT", 48.9, 43.9, 53.9, "", 0), ("SFT", 58.1, 53.1, 63.1, "+9.2, p = 0.0004", 0),
         ("SFT + retrieval", 60.0, 55.0, 65.0, "+1.9, p = 0.31", 1),
@@ -222,8 +224,8 @@ def test_only_published_sets_stand_beside_the_papers_figures(run):
 
 def test_sets_have_human_names_and_the_demos_are_called_invented(run, tmp_path):
     named = {result.name: (result.title, result.origin) for result in run.results if result.model == "sft"}
-    assert named["ceval_letters"] == ("exam in subjects by letters", "not a published set")
-    assert named["told"] == ("CMExam test explanations", "CMExam test")
+    assert named["ceval_letters"] == ("exam in subjects by letters", "not known as a published set")
+    assert named["told"] == ("CMExam test as text", "CMExam test")
     columns = list(score_table(run)[2])  # of SFT
     assert columns[:3] == ["model", "exam by options, % right", "C-Eval test by letters, % right, mean of subjects"]
     write(tmp_path / "demo/manifest.json", {"planted": {}})
@@ -455,3 +457,42 @@ def test_scripts_tell_what_is_missing_and_print_differences(tmp_path):
     said = subprocess.check_output([*command, *overrides], cwd=ROOT, text=True).splitlines()
     assert [cell.strip() for cell in said[2].split("|")[1:5]] == ["dpo.global_batch_size", "32", "64", "the paper"]
     assert len(said) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- several runs
+
+
+def test_runs_are_compared_with_the_first_and_seeds_have_their_spread(tmp_path):
+    def make(name: str, right: int, *overrides: str) -> None:
+        folder = tmp_path / name
+        experiment = load_experiment(
+            ROOT / "configs/demo.json", [f"output_dir={folder}", "model.path=base", *overrides]
+        )
+        write(folder / "config.json", experiment.model_dump(mode="json"))
+        stages = [stage for stage in ("pretraining", "sft") if getattr(experiment, stage)]
+        prints = {"base": "f" * 64} | {stage: publish(experiment, stage) for stage in stages}
+        inputs = {"task": "exam_options", "shots": 0, "chat": False, "retrieval": None}
+        for model, known in (("base", 1), ("sft", right)):
+            samples = [{"id": str(n), "gold": "A", "answer": "AB"[n >= known], "score": {"accuracy": int(n < known)},
+                        "prompt": "", "output": "", "sources": []} for n in range(20)]  # fmt: skip
+            scores = {"counts": {"questions": 20, "without_gold": 0, "unparsed": known}, "by_facet": {},
+                      "metrics": {"accuracy": measure(known / 20)}}  # fmt: skip
+            made_of = inputs | {"model": {"name": model, "fingerprint": prints[model] if model == "base" else name}}
+            publish_result(Artifact(folder / "eval" / model / "exam", made_of), scores, samples)
+
+    make("whole", 12)
+    make("seed2", 14, "seed=2")
+    make("without_cpt", 3, "pretraining=null")
+    command = [sys.executable, "scripts/compare.py", *(str(tmp_path / n) for n in ("whole", "seed2", "without_cpt"))]
+    subprocess.run([*command, "--out", str(tmp_path / "all")], cwd=ROOT, check=True, capture_output=True)
+    rows = rows_of(tmp_path / "all/report.html")
+    same = ["exam by options", "SFT"]
+    assert [*same, "whole", "20", "60.0 [55.0, 65.0]", "", "", "", ""] in rows
+    assert [*same, "seed2", "20", "70.0 [65.0, 75.0]", "+10.0", "p = 0.5", "2 / 0", "20"] in rows
+    assert [*same, "without_cpt", "20", "15.0 [10.0, 20.0]", "-45.0", "p = 0.0039", "0 / 9", "20"] in rows
+    assert [*same, "whole, seed2", "2", "65.0", "7.1", "60.0", "70.0"] in rows  # (70 - 60) / sqrt(2)
+    assert not any("base" in row for row in rows)  # one and the same model in all
+    assert ["seed2", "seed", "42 -> 2"] in rows and ["without_cpt", "pretraining.epochs", "4.0 -> none"] in rows
+    (tmp_path / "none").mkdir()
+    ended = subprocess.run([*command, str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "config.json: not found" in ended.stderr

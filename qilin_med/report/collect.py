@@ -24,7 +24,7 @@ LABELS = {"base": "base", "pretraining": "CPT", "sft": "SFT", "dpo": "DPO"}
 HEADLINES = ("average", "accuracy", "rougeL_char")  # only C-Eval has an average, over subjects
 # A set that is not a published one is called by what its task asks for, or by its key where the user gave it one.
 _KINDS = {"cmexam": "exam", "ceval": "exam in subjects", "huatuo26m": "consultations"}
-_WAYS = {"letters": "by letters", "options": "by options", "generate": "by generation", "reasoning": "explanations"}
+_WAYS = {"letters": "by letters", "options": "by options", "generate": "by generation", "text": "as text"}
 # Words of earlier versions that manifests may have.
 _RENAMED = {
     "set_aside": "skipped", "rows_set_aside": "rows_skipped", "dropped": "rejected", "updates": "optimizer_steps",
@@ -42,7 +42,7 @@ class Result:
     title: str
     """The set as a person says it, for example "C-Eval test by letters"."""
     origin: str
-    """The published set that it is, or "invented", or "not a published set"."""
+    """The published set that it is, or "invented", or "not known as a published set"."""
     label: str
     """The model and how passages were found for it, for example "SFT + retrieval without exams"."""
     headline: str | None
@@ -104,8 +104,8 @@ def collect_run(experiment: Experiment) -> Run:
         headline = next((metric for metric in HEADLINES if metric in contents["metrics"]), None)
         known = contents["counts"]["questions"] - contents["counts"]["without_gold"]
         files, published = contents.get("files", {}).get("test", ()), contents.get("known_as")
-        origin = published or ("invented" if is_invented(files) else "not a published set")
-        called = _title(questions, contents["task"], published)
+        origin = published or ("invented" if is_invented(files) else "not known as a published set")
+        called = _title(questions, published, contents["task"], contents.get("answers"))
         results.append(Result(model, name, questions, called, origin, label, headline, known, contents))
     titles = Counter({result.set: result.title for result in results}.values())
     results.sort(key=lambda result: result.has_retrieval)
@@ -148,10 +148,10 @@ def is_invented(files: Iterable[str]) -> bool:
     return any("planted" in read_json(path) for path in manifests if path.is_file())
 
 
-def _title(name: str, task: str, published: str | None) -> str:
-    family, _, way = task.partition("_")
+def _title(name: str, published: str | None, task: str, answers: str | None) -> str:
+    family, _, ending = task.partition("_")  # which said what is answered, before there were other forms of a task
     called = published or (_KINDS.get(family, name) if name == task else name)
-    return f"{called.replace('_', ' ')} {_WAYS.get(way, way)}".strip()
+    return f"{called.replace('_', ' ')} {_WAYS.get(answers or ending, '')}".strip()
 
 
 def _renamed(value: Any) -> Any:

@@ -138,7 +138,7 @@ def panels(run: Run) -> Iterator[Panel]:
         for result in results:
             metric, entry = result.headline, run.comparisons.get((result.name, result.model, result.has_retrieval))
             scores = [points(metric, result.contents["metrics"][metric][key]) for key in ("value", "low", "high")]
-            dots.append(Dot(result.label, *scores, _step(entry, metric, 1), int(result.has_retrieval)))
+            dots.append(Dot(result.label, *scores, step_of(entry, metric, 1), int(result.has_retrieval)))
         words = f"{results[0].questions:,} questions"
         words += "" if results[0].title.startswith(results[0].origin) else f"; {results[0].origin}"
         yield Panel(results[0].title, words, UNITS[results[0].headline], 1, dots, notes(results))
@@ -146,12 +146,12 @@ def panels(run: Run) -> Iterator[Panel]:
         dots, places = [], _decimals(name)
         for model, measured in ((m, r["measures"][name]) for m, r in run.held_out.items() if name in r["measures"]):
             value, error = measured["value"], 1.96 * measured.get("standard_error", math.nan)
-            step = _step(run.comparisons.get((HELD_OUT, model, False)), name, places)
+            step = step_of(run.comparisons.get((HELD_OUT, model, False)), name, places)
             dots.append(Dot(LABELS[model], value, value - error, value + error, step))
         yield Panel(name, "held out", "", places, dots, [])
 
 
-def _step(entry: dict[str, Any] | None, metric: str, places: int) -> str:
+def step_of(entry: dict[str, Any] | None, metric: str, places: int) -> str:
     """ "+9.2, p = 0.0004", or "" without a test."""
     if entry is None or metric not in entry["metrics"]:
         return ""
