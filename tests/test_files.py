@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import tracemalloc
 import zipfile
 from collections import Counter
 from types import GeneratorType
@@ -13,7 +14,7 @@ import zstandard
 from reading import chat, content, pack, read, records, same, source, write_rows
 
 from qilin_med.config.experiment import DataSource
-from qilin_med.data.read.files import HEAD_BYTES, open_parts, share_of_lines
+from qilin_med.data.read.files import HEAD_BYTES, not_text, open_parts, share_of_lines
 from qilin_med.data.read.readers import raw_files, read_chats, read_documents, read_preferences, read_raw
 from qilin_med.data.read.tables import read_rows
 from qilin_med.errors import UserError
@@ -334,6 +335,17 @@ def test_the_share_of_a_files_first_lines(tmp_path):
     data = b"".join(b"%064x\n" % random.Random(n).getrandbits(256) for n in range(20_000))
     plain, packed = pack(tmp_path / "a.txt", data), pack(tmp_path / "a.txt.gz", data)
     assert share_of_lines(plain, 5000) == 0.25 and share_of_lines(packed, 5000) == pytest.approx(0.25, abs=0.1)
+
+
+def test_lines_of_any_length_are_measured_in_pieces(tmp_path):
+    line = "\ufeff头".encode() * 2_000_000
+    path = pack(tmp_path / "a.txt", line + b"\n" + "热".encode()[:2] + b"\n" + line * 3)
+    tracemalloc.start()
+    assert share_of_lines(path, 1) == (len(line) + 1) / path.stat().st_size
+    with pytest.raises(UserError, match=f"line 2, byte {len(line) + 2} of the file: not UTF-8;"):
+        raise not_text(next(open_parts(path, (".txt",), strict=True)))
+    assert tracemalloc.get_traced_memory()[1] < len(line)
+    tracemalloc.stop()
 
 
 def test_stage_files_may_be_parquet(tmp_path):

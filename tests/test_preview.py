@@ -31,6 +31,28 @@ def test_a_preview_shows_random_records_as_the_model_sees_them_or_what_would_hel
         preview_source(settings, "bad", 2)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_preview_ends_behind_a_whole_record(tmp_path, small_tokenizer, capsys, monkeypatch, encoding):
+    monkeypatch.setattr("qilin_med.data.inspection.BEGINNING", 1000)
+    small_tokenizer.save_pretrained(tmp_path / "model")
+    cell = "咳嗽\n" * 40
+    rows = "".join(f'题{n},"{cell}",多喝水\n' for n in range(50))
+    (tmp_path / "rows.csv").write_text(f"title,ask,answer\n{rows}", encoding=encoding)
+    source = {
+        "stage": "sft",
+        "name": "x",
+        "kind": "department_qa",
+        "paths": [str(tmp_path / "rows.csv")],
+        "licence": "-",
+    }
+    preview_source(
+        CorpusSettings(name="x", output_dir="x", tokenizer=str(tmp_path / "model"), sources=[source]), "x", 9
+    )
+    out = capsys.readouterr().out
+    shown = out.count("多喝水</s>⟧")
+    assert 1 < shown < 9 and f"{shown} rows, {shown} records" in out and "no record" not in out
+
+
 def test_sources_that_lose_most_of_their_rows_are_named():
     def source(rows: int, skipped: int, kept: int, rejected: dict[str, int]) -> dict:
         shared = {

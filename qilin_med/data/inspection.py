@@ -13,10 +13,11 @@ from qilin_med.config.experiment import STAGES
 from qilin_med.console.progress import counted, progress
 from qilin_med.data.build import MARKER
 from qilin_med.data.curate import Account, Task, read_clean
-from qilin_med.data.read.files import Span, open_parts
+from qilin_med.data.read.files import open_parts
 from qilin_med.data.read.readers import READERS, raw_files, read_file
 from qilin_med.data.read.tables import ROW_SUFFIXES, read_rows
 from qilin_med.data.render import from_row
+from qilin_med.data.shards import batched
 from qilin_med.errors import UserError
 from qilin_med.model.load import load_tokenizer
 from qilin_med.prompt.template import IGNORED, ChatTemplate, EncodedPreference, encode_texts
@@ -24,9 +25,8 @@ from qilin_med.records import Document, Preference, Skipped, TrainingRecord
 
 OPEN, CLOSE = "⟦", "⟧"  # around what the loss is taken on
 WHOLE = 100_000  # tokens: nothing is cut here
-# What a preview looks at: so many files of a source, and of each so many records, in so many bytes of plain lines.
-FILES, RECORDS, BEGINNING = 5, 2000, 8 << 20
-LINE_SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
+# What a preview looks at: so many files of a source, and of each so many records, of so many characters.
+FILES, RECORDS, BEGINNING = 5, 2000, 1 << 22
 MARKS = f"Trained parts stand between {OPEN} and {CLOSE}; <...> are tokens of the template."
 
 
@@ -69,9 +69,13 @@ def preview_source(settings: CorpusSettings, name: str, count: int) -> None:
         source = settings.sources[number]
         files, account, drawn = raw_files(source), Account(), random.Random(0)
         looked_at = sorted(drawn.sample(files, min(FILES, len(files))))
-        found = [
-            entry for file in looked_at for entry in read_clean(settings, Task(number, file), _beginning(file), account)
-        ]
+        beginnings = (
+            batched(
+                read_clean(settings, Task(number, file), None, account), BEGINNING, lambda entry: len(str(entry[1]))
+            )
+            for file in looked_at
+        )
+        found = [entry for records in beginnings for entry in next(records, [])]
         rows, reasons = account.counts["rows"], account.counts["rejected"]
         print(f"\n===== {source.stage}: {source.name}: the first rows of {len(looked_at)} of {len(files)} files:"
               f" {rows['read']} rows, {len(found)} records")  # fmt: skip
@@ -83,19 +87,9 @@ def preview_source(settings: CorpusSettings, name: str, count: int) -> None:
             print(f"\nno record: {times} times: {reason}")
 
 
-def _beginning(file: Path) -> Span | None:
-    """Of a large file of lines, its first bytes up to the end of a line. Others are read as far as records are wanted."""
-    if file.suffix.lower() not in LINE_SUFFIXES or file.stat().st_size <= BEGINNING:
-        return None
-    with file.open("rb") as stream:
-        stream.seek(BEGINNING)
-        stream.readline(BEGINNING)
-        return Span(0, stream.tell(), 0, is_last=False)
-
-
 def _reasons(source: RawSource, files: list[Path]) -> Counter[str]:
     reader = READERS[source.kind]
-    found = (islice(read_file(file, reader, source, span=_beginning(file)), RECORDS) for file in files)
+    found = (islice(read_file(file, reader, source), RECORDS) for file in files)
     return Counter(record.reason for pairs in found for _, record in pairs if isinstance(record, Skipped))
 
 

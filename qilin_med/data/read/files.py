@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -344,11 +343,22 @@ def read_lines(part: Part) -> Iterator[Line]:
                 yield Line(number, text.rstrip("\r\n"), fault)
 
 
+def read_line(stream: BinaryIO) -> tuple[bytes, int]:
+    """(beginning of a line, or all of it, how many bytes it has), of a line of any length."""
+    line = piece = stream.readline(HEAD_BYTES)
+    length = len(line)
+    while piece and not piece.endswith(b"\n"):
+        piece = stream.readline(HEAD_BYTES)
+        length += len(piece)
+    return line, length
+
+
 def share_of_lines(file: Path, lines: int) -> float:
     """Share of a file's bytes that its first lines take; of a packed file a block is read ahead."""
     with file.open("rb") as stream:
-        for _ in islice(_unpack(file.name, lambda: stream, file.stat().st_size, MAX_EXPANSION), lines):
-            pass
+        unpacked = _unpack(file.name, lambda: stream, file.stat().st_size, MAX_EXPANSION)
+        for _ in range(lines):
+            read_line(unpacked)
         return stream.tell() / file.stat().st_size
 
 
@@ -357,17 +367,18 @@ def not_text(part: Part) -> UserError:
     encoding, _, _ = read_head(part)
     if encoding.startswith(("utf-16", "utf-32")):  # whose lines do not end in the byte 10
         return UserError(f"{part.place}: not {encoding.upper()} throughout, as its first bytes say; save it as UTF-8")
-    before = 0
+    decoder, number, at = codecs.getincrementaldecoder(encoding.removesuffix("-sig"))(), 1, 0
     with part.open_bytes() as stream:
-        for number, line in enumerate(stream, 1):
+        while True:
+            piece, pending = stream.readline(READ_BYTES), len(decoder.getstate()[0])
             try:
-                line.decode(encoding)
+                decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
                 return UserError(
-                    f"{part.place}: line {number}, byte {before + error.start + 1} of the file: not"
+                    f"{part.place}: line {number}, byte {at - pending + error.start + 1} of the file: not"
                     f" {encoding.upper().removesuffix('-SIG')}; expected UTF-8, GB18030 or Big5 throughout: mend the line, or"
                     f" convert the file: iconv -f gb18030 -t utf-8 '{part.place}' > converted{part.suffix}"
                     " (Big5: -f big5)"
                 )
-            before += len(line)
-    raise AssertionError(f"{part.place} is text throughout")
+            assert piece, f"{part.place} is text throughout"
+            number, at = number + piece.endswith(b"\n"), at + len(piece)

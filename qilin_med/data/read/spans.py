@@ -7,10 +7,10 @@ import io
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from qilin_med.config.experiment import DataSource, Kind, RawFiles
-from qilin_med.data.read.files import COMPRESSIONS, Part, Span, open_parts, read_head
+from qilin_med.data.read.files import COMPRESSIONS, Part, Span, open_parts, read_head, read_line
 from qilin_med.data.read.formats.reading import Reader
 from qilin_med.data.read.readers import READERS, as_raw
 from qilin_med.data.read.tables import Elements, csv_cells, holds_lines, parse_json
@@ -71,21 +71,11 @@ def _between_lines(part: Part, encoding: str, targets: list[int], begins: Callab
             while at < target and (block := stream.read(min(READ_BYTES, target - at))):
                 at, number = at + len(block), number + block.count(b"\n")
                 if at == target and not block.endswith(b"\n"):
-                    at, number = at + _read_line(stream)[1], number + 1
-            while (line := _read_line(stream))[1] and not begins(line[0].decode(encoding, "replace").rstrip("\r\n")):
+                    at, number = at + read_line(stream)[1], number + 1
+            while (line := read_line(stream))[1] and not begins(line[0].decode(encoding, "replace").rstrip("\r\n")):
                 at, number = at + line[1], number + 1
             stream.seek(at)
             yield at, number
-
-
-def _read_line(stream: BinaryIO) -> tuple[bytes, int]:
-    """(beginning of a line, or all of it, how many bytes it has), of a line of any length."""
-    line = piece = stream.readline(READ_BYTES)
-    length = len(line)
-    while piece and not piece.endswith(b"\n"):
-        piece = stream.readline(READ_BYTES)
-        length += len(piece)
-    return line, length
 
 
 def _between_rows_of_cells(part: Part, targets: list[int]) -> Iterator[Border]:
@@ -97,7 +87,7 @@ def _between_rows_of_cells(part: Part, targets: list[int]) -> Iterator[Border]:
     with part.open_bytes() as stream:
         for number, cells, fault in csv_cells(part, "\t" if part.suffix == ".tsv" else ","):
             for _ in range(line, number - 1):
-                start, length = _read_line(stream)
+                start, length = read_line(stream)
                 if b"\r" in start.removesuffix(b"\r\n"):
                     return
                 at += length
