@@ -32,12 +32,11 @@ from qilin_med.config.corpus import CorpusSettings, DecontaminationSettings, loa
 from qilin_med.config.experiment import RawFiles, count
 from qilin_med.data.decontaminate import Index, write_index
 from qilin_med.data.folding import fold
-from qilin_med.data.questions import LETTERS
 from qilin_med.data.read.readers import raw_files, read_raw
 from qilin_med.data.render import text_of
 from qilin_med.errors import UserError
 from qilin_med.prompt.wording import option_lines
-from qilin_med.records import AnyRecord, Chat, Document, Message, Question, Skipped
+from qilin_med.records import LETTERS, AnyRecord, Chat, Document, Message, Question, Skipped
 from qilin_med.report.tables import markdown_table
 
 FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}

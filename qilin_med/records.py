@@ -6,6 +6,10 @@ from typing import Literal
 Role = Literal["system", "user", "assistant"]
 
 RAW_CHARACTERS = 2000
+LETTERS = "ABCDEFGHIJ"
+"""Of the options of an exam question."""
+LETTER, MARK = "[A-JＡ-Ｊ]", "[.．、:：)）]"
+"""As regular expressions: a letter as it may be written, and what may stand between it and its option."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,4 +117,6 @@ def test_exams_are_read_from_running_text():
     assert asked.options == ("甲病", "乙病", "丙病", "丁病") and asked.answer == "乙病丁病"
     grades = exam_in("妊娠毒性分级是\nA X级\nB A级\nC C级\nD B级\n答案：D")
     assert grades.options == ("x级", "a级", "c级", "b级") and grades.answer == "b级"
+    ten = exam_in("\n".join(["选一项", *(f"{letter}、第{n}" for n, letter in enumerate("ABCDEFGHIJ")), "答案：J"]))
+    assert len(ten.options) == 10 and ten.answer == "第9"
     assert exam_in("维生素A和维生素B的作用，C反应蛋白") is None

@@ -304,6 +304,12 @@ def test_columns_and_rows_of_odd_shapes(tmp_path):
     keyed = source("chat", tmp_path / "keyed.json").model_copy(update={"rows": "*"})
     found = [content(record) for _, record in read_raw(keyed, tmp_path / "keyed.json")]
     assert found == [("问0", "答0"), ("问1", "答1")]
+    (tmp_path / "listed.jsonl").write_text(
+        json.dumps({"list": [{"q": "甲", "a": ["乙", "丙"]}, {"q": "丁", "a": ["戊", "己"]}]})
+    )
+    listed = source("chat", tmp_path / "listed.jsonl", question="q", answer="a").model_copy(update={"rows": "list"})
+    found = [record.id.rsplit(":")[1] for _, record in read_raw(listed, tmp_path / "listed.jsonl")]
+    assert found == ["1~1", "1~1~2", "1~2", "1~2~2"]
     with pytest.raises(UserError, match=r"columns\.answer is 'b\[', which is no JMESPath expression"):
         raw_files(source("chat", tmp_path, question="a", answer="b["))
 

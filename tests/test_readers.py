@@ -155,7 +155,7 @@ def test_safety_prompts_are_keyed_by_category_or_a_list(tmp_path):
         keyed = {"Insult": rows[:2], "a.b": rows[2:4], "Empty": [], "note": "x", "one": rows[4]}
         path.write_text(json.dumps(keyed, indent=indent))
         *before, empty, note, last = read("safety_prompts", path)
-        places = ("#0", "#0~2", "#1", "#1~2")
+        places = ("#0~1", "#0~2", "#1~1", "#1~2")
         assert before == [(1, Chat(f"{path}{place}", chat(str(n), f"答{n}"))) for n, place in enumerate(places)]
         assert empty == (1, Skipped(f"{path}#2", "no record", '{"Empty": []}'))
         assert note == (1, Skipped(f"{path}#3", "unknown layout", "x"))

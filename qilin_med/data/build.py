@@ -25,7 +25,7 @@ from qilin_med.data.shards import Workspace
 from qilin_med.data.steps import Step, run_steps
 from qilin_med.errors import UserError
 
-CORPUS_FORMAT = 3  # raise it whenever the same inputs and settings give another result
+CORPUS_FORMAT = 4  # raise it whenever the same inputs and settings give another result
 MARKER = "manifest.json"
 WORK_FOLD = 6  # bytes on the disk while a build works, for each byte of raw files
 PART_BYTES = 64 * 2**20  # input bytes for each part of the hash values: bounds the memory of a matching task

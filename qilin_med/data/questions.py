@@ -14,7 +14,7 @@ from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
 from qilin_med.data.folding import fold
-from qilin_med.records import AnyRecord, Chat, Document, Preference, Question
+from qilin_med.records import LETTER, LETTERS, MARK, AnyRecord, Chat, Document, Preference, Question
 
 # Lengths are in folded characters, similarities are Indel ratios (0 to 1) of folded texts.
 NEAR, NEARER = 0.8, 0.9
@@ -40,16 +40,15 @@ SUBJECT = re.compile("[心肝脾肺肾胃肠脑胆胰病炎癌瘤症疮疹毒]|�
 NEVER_SUBJECT = 30
 """Length from which a question tells so much that one word does not make it another."""
 
-LETTERS = "ABCDEFGH"
-LETTER = r"[(（]?([A-HＡ-Ｈ])(?:\s*[.．、:：)）]|\s|(?=[\u4e00-\u9fff]))\s*"
-OPTIONS = (re.compile("^" + LETTER, re.MULTILINE), re.compile(r"(?:^|(?<=[\s_。，、；：？,;:?）)]))" + LETTER))
+START = rf"[(（]?({LETTER})(?:\s*{MARK}|\s|(?=[\u4e00-\u9fff]))\s*"
+OPTIONS = (re.compile("^" + START, re.MULTILINE), re.compile(r"(?:^|(?<=[\s_。，、；：？,;:?）)]))" + START))
 """Before an option, in the order in which they are tried: at the beginnings of lines, after any mark or blank."""
 FEWEST_OPTIONS = 3
 LONGEST_QUESTION = 3000  # characters, with the explanation
 MAY_HAVE_OPTIONS = re.compile("[CＣ]")  # a quick look
 END_OF_OPTION = re.compile(r"\n|答案|注意|$")
-ANSWER = re.compile(r"(?:答案|故选|应选|选择?)\s*[是为]?\s*[:：]?\s*([A-HＡ-Ｈ](?:[、,，\s]?[A-HＡ-Ｈ])*)(?![A-Za-z])")
-BARE_ANSWER = re.compile(r"^\s*([A-HＡ-Ｈ]+)\s*(?:[.．、:：。\s]|$)", re.MULTILINE)
+ANSWER = re.compile(rf"(?:答案|故选|应选|选择?)\s*[是为]?\s*[:：]?\s*({LETTER}(?:[、,，\s]?{LETTER})*)(?![A-Za-z])")
+BARE_ANSWER = re.compile(rf"^\s*({LETTER}+)\s*(?:[.．、:：。\s]|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

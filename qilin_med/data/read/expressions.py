@@ -10,8 +10,7 @@ from jmespath.exceptions import JMESPathError
 
 from qilin_med.data.read.raw import RawRow, UnusableRow
 from qilin_med.errors import UserError
-
-LETTERS = "ABCDEFGHIJ"
+from qilin_med.records import LETTERS
 
 
 class _Functions(functions.Functions):
@@ -97,5 +96,6 @@ def expanded(row: RawRow, expression: str) -> Iterator[RawRow]:
     shared = row.value.items() if isinstance(row.value, dict) else ()
     shared = {name: value for name, value in shared if not isinstance(value, list)}
     for number, record in enumerate(records, 1):
-        id_ = f"{row.id}~{number}" if number > 1 else row.id
+        # A record may have several answers, which are numbered in their turn.
+        id_ = f"{row.id}~{number}" if len(records) > 1 else row.id
         yield RawRow(id_, {**shared, **record} if isinstance(record, dict) else record)

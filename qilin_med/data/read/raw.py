@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 class RawRow(NamedTuple):
     id: str
-    """Its place: "place:line" of lines and tables, "place#index" of arrays and .parquet; "~2" behind it: the second record."""
+    """Its place: "place:line" of lines and tables, "place#index" of arrays and .parquet; "~2" behind it: the second record,
+    or the second answer of one."""
     value: Any
     """JSON: any value; tables: {column: text}; a line of a .txt: {"text": line}."""
     text: str | None = None

@@ -44,7 +44,7 @@ Retrieve = Callable[[list[Asked]], list[tuple[str, list[str], bool]]]
 """For each question: text to set before it, ids of the text's sources, and whether passages were cut for want of room."""
 
 MOST_EXAMPLES = 16  # of a group that are kept, whatever is asked for later
-ROW_NUMBER = re.compile(r"[:#][0-9]+(?:~[0-9]+)?$")
+ROW_NUMBER = re.compile(r"[:#][0-9]+(?:~[0-9]+)*$")
 TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 

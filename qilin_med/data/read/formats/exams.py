@@ -10,18 +10,18 @@ from string import ascii_uppercase
 from typing import Any
 
 from qilin_med.config.corpus import RawFiles
-from qilin_med.data.read.expressions import LETTERS, mapped
+from qilin_med.data.read.expressions import mapped
 from qilin_med.data.read.files import Part
 from qilin_med.data.read.formats.reading import Counted, Fields, Reader, UnusableRow, convert_row, plain_text
 from qilin_med.data.read.tables import read_rows
-from qilin_med.records import Question
+from qilin_med.records import LETTER, LETTERS, MARK, Question
 
 FACETS = ("Disease Group", "Area of Competency", "Clinical Department", "Medical Discipline", "Difficulty level")
 FIELDS = ("question", "options", *LETTERS, "answer", "explanation", *FACETS)
-OPTION = re.compile(r"\s*([A-JＡ-Ｊ])(?:[.．、:：)）]\s*|\s+|$)(.*)")
-MARKED = re.compile(r"\s*([A-JＡ-Ｊ])[.．、:：)）]\s*(.*)", re.DOTALL)
+OPTION = re.compile(rf"\s*({LETTER})(?:{MARK}\s*|\s+|$)(.*)")
+MARKED = re.compile(rf"\s*({LETTER}){MARK}\s*(.*)", re.DOTALL)
 # Several options on a line, at best with something between them.
-INLINE = (re.compile(r"(?:^|[\s;；,，|/])([A-JＡ-Ｊ])[.．、:：)）]"), re.compile(r"([A-JＡ-Ｊ])[.．、:：)）]"))
+INLINE = tuple(re.compile(rf"{before}({LETTER}){MARK}") for before in (r"(?:^|[\s;；,，|/])", ""))
 COLUMN = re.compile(r"(?:op|opt|option|choice|选项)[ _-]?([A-J])|([A-J])", re.IGNORECASE)
 NUMBER = re.compile(r"(\d{1,9})(?:\.0+)?")  # "1.0" in a column of numbers with gaps
 SEPARATORS = re.compile(r"[\s,，、;；.．。/|]+")
