@@ -300,7 +300,7 @@ def describe(job: Job, parameters: int, trainable: int) -> None:
         "stage": f"{job.stage} of {job.experiment.name}",
         "starts from": str(job.parent),
         "data": f"{counts['records']:,} records in {len(counts['files'])} files, {counts['used']:,} used",
-        "rows": f"{counts['rows']:,}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained on",
+        "rows": f"{counts['rows']:,}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} with a loss",
         "steps": f"{schedule.steps:,} of {schedule.global_batch_size} {EXAMPLES[job.stage]} ({schedule.ranks} ranks x"
         f" {schedule.batch_size} x {schedule.accumulation} accumulated), {schedule.epochs:.2f} epochs,"
         f" {counts['tokens'] * schedule.epochs:,.0f} tokens",
