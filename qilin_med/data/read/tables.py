@@ -192,14 +192,14 @@ def _is_broken(text: str) -> bool:
     """Whether no continuation makes JSON of it."""
     try:
         json.loads(text)
+        return False
     except (ValueError, RecursionError) as error:
         return isinstance(error, json.JSONDecodeError) and not _is_cut(error, text)
-    return False
 
 
 def _is_cut(error: Exception, text: str) -> bool:
-    at_end = getattr(error, "pos", 0) >= len(text.rstrip())
-    return at_end or (isinstance(error, json.JSONDecodeError) and error.msg.startswith("Unterminated"))
+    is_syntax = isinstance(error, json.JSONDecodeError)
+    return is_syntax and (error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"))
 
 
 def _end_error(text: str, opening: str) -> json.JSONDecodeError | None:

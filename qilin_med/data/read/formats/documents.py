@@ -14,7 +14,6 @@ from typing import Any
 import orjson
 
 from qilin_med.config.corpus import RawFiles
-from qilin_med.data.read.expressions import mapped
 from qilin_med.data.read.files import Part, read_lines
 from qilin_med.data.read.formats.reading import (
     LONE_SURROGATE,
@@ -22,8 +21,8 @@ from qilin_med.data.read.formats.reading import (
     Fields,
     Reader,
     UnusableRow,
+    convert_row,
     field_text,
-    layout_reason,
     name_of,
     row_reader,
     skipped,
@@ -31,8 +30,8 @@ from qilin_med.data.read.formats.reading import (
 )
 from qilin_med.data.read.raw import RawRow
 from qilin_med.data.read.tables import ROW_SUFFIXES, read_rows
-from qilin_med.data.shards import read_json_lines
-from qilin_med.records import Document
+from qilin_med.data.shards import batched, read_json_lines
+from qilin_med.records import Document, Skipped
 
 Wordings = tuple[str, ...]
 
@@ -64,27 +63,18 @@ def _read_text(part: Part, source: RawFiles) -> Iterator[Counted]:
     if not characters or part.suffix != ".txt" or source.header:
         yield from _text_rows.read(part, source)
         return
-    lines: list[str] = []
-    place, length = "", 0
-    for number, line, fault in read_lines(part):
-        if fault:
-            yield 1, skipped(f"{part.place}:{number}", fault, line)
-            continue
-        place = place or f"{part.place}:{number}"
-        lines.append(line)
-        length += len(line) + 1
-        if length > characters:
-            yield len(lines), Document(place, "\n".join(lines))
-            lines, place, length = [], "", 0
-    if lines:
-        yield len(lines), Document(place, "\n".join(lines))
+    for some in batched(read_lines(part), characters + 1, lambda line: 0 if line.fault else len(line.text) + 1):
+        yield from ((1, skipped(f"{part.place}:{line.number}", line.fault, line.text)) for line in some if line.fault)
+        if whole := [line for line in some if not line.fault]:
+            yield len(whole), Document(f"{part.place}:{whole[0].number}", "\n".join(line.text for line in whole))
 
 
-def _begins(suffix: str, source: RawFiles) -> type[str] | None:
-    return None if suffix == ".txt" and getattr(source, "join_lines", 0) else str
-
-
-TEXT = Reader(_read_text, _text_rows.fields, _text_rows.suffixes, _begins)
+TEXT = Reader(
+    _read_text,
+    _text_rows.fields,
+    _text_rows.suffixes,
+    lambda suffix, source: None if suffix == ".txt" and getattr(source, "join_lines", 0) else str,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- graphs
@@ -126,16 +116,11 @@ def _read_triples(part: Part, source: RawFiles) -> Iterator[Counted]:
         with ExitStack() as stack:
             streams = [stack.enter_context(file.open("wb")) for file in files]
             for row in _triple_rows(part, source):
-                try:
-                    if row.fault:
-                        raise UnusableRow(row.fault)
-                    head, *others = _triple(mapped(row.value, source.columns))
-                except UnusableRow as error:
-                    reason = str(error)
-                    if reason == "unknown layout":
-                        reason = layout_reason(reason, row.value, TRIPLE_FIELDS)
-                    yield 1, skipped(row.id, reason, row.value if row.text is None else row.text)
+                [(_, triple)] = convert_row(row, (source.columns,), _triple, TRIPLE_FIELDS, objects=False)
+                if isinstance(triple, Skipped):
+                    yield 1, triple
                 else:
+                    head, *others = triple
                     stream = streams[zlib.crc32(head.encode()) % len(streams)]
                     stream.write(orjson.dumps([head, row.id[len(part.place) :], *others]) + b"\n")
         for file in files:
@@ -165,7 +150,7 @@ def _triple_rows(part: Part, source: RawFiles) -> Iterator[RawRow]:
         yield RawRow(f"{part.place}:{number}", dict(zip(columns, cells, strict=False)), line, fault)
 
 
-def _triple(row: Any) -> tuple[str, str, str, str]:
+def _triple(_: str, row: Any) -> tuple[str, str, str, str]:
     """(head, its type, relation, tail)."""
     if not isinstance(row, dict) or not {"head", "relation", "tail"} <= row.keys():
         raise UnusableRow("unknown layout")

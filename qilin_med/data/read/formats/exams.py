@@ -45,10 +45,9 @@ def _survey(part: Part, source: RawFiles) -> tuple[bool, int | None]:
     for row in read_rows(part, source.rows, source.header):
         with suppress(UnusableRow, RecursionError):
             fields = mapped(row.value, source.columns)
-            if row.fault or not isinstance(fields, dict) or (answer := _answer_of(fields)) in ("", []):
+            if row.fault or not isinstance(fields, dict) or not (answer := _answer_of(fields)):
                 continue
-            answered = True
-            told = [NUMBER.fullmatch(_cell(part)) for part in (answer if isinstance(answer, list) else [answer])]
+            answered, told = True, [NUMBER.fullmatch(_cell(part)) for part in answer]
             if not all(told):
                 return True, None
             numbers = {int(number[1]) for number in told}
@@ -70,7 +69,7 @@ def _question(answered: bool, first: int | None, names: list[str], id_: str, row
         is_named = any(key.lower() in ("question", "problem_text") for key in row)
         raise UnusableRow("no stem" if is_named else "unknown layout")
     options = _options(row)
-    answer = _letters(_answer_of(row), options, first)
+    answer = "".join(sorted({letter for part in _answer_of(row) for letter in _letters_of(part, options, first)}))
     if answered and not answer:
         raise UnusableRow("no answer")
     if not set(answer) <= {letter for letter, _, _ in options}:
@@ -175,21 +174,17 @@ def _in_text(text: str) -> Options:
     return [(letter, text, letter) for letter, text in options]
 
 
-def _answer_of(row: Fields) -> Any:
-    """The cell or list, or what stands for no answer: "" or []."""
+def _answer_of(row: Fields) -> list[Any]:
+    """The cells that tell it, none where it is not told."""
     value = _value(row, "answer")
     if isinstance(value, list):
         return [part for part in value if part not in (None, "")]
-    return "" if value is None or str(value).strip().lower() in ("", "nan") else value
-
-
-def _letters(answer: Any, options: Options, first: int | None) -> str:
-    """The letters of an answer that is given as letters, by number, or as the text or the name of options."""
-    parts = answer if isinstance(answer, list) else [answer]
-    return "".join(sorted({letter for part in parts for letter in _letters_of(part, options, first)}))
+    return [] if value is None or str(value).strip().lower() in ("", "nan") else [value]
 
 
 def _letters_of(part: Any, options: Options, first: int | None) -> str:
+    """The letters of an answer, or of a part of one, that is given as letters, by number, or as the text or the name of
+    options."""
     if not isinstance(part, str | int | float) or isinstance(part, bool):
         raise UnusableRow("unknown layout")
     text = _cell(part)
