@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import add_shared_arguments, describe_moment, write_result
-from qilin_med.config.experiment import KINDS, DataSource, Experiment, RawFiles, RetrievalConfig, count, load_experiment
+from qilin_med.config.experiment import KINDS, DataSource, Experiment, RawFiles, RetrievalConfig, load_experiment
 from qilin_med.console.progress import progress
 from qilin_med.console.quiet import quiet_libraries
 from qilin_med.data.read.readers import raw_files, read_raw
@@ -38,7 +38,6 @@ Pairs = list[tuple[str, str]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pairs", type=Path, help="file of questions and answers")
     parser.add_argument("--kind", choices=KINDS, default="huatuo", help="its format (default: %(default)s)")
-    parser.add_argument("--limit", type=count, help="of the pairs (default: all)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of retrieval.json")
     add_shared_arguments(parser)
 
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
     experiment = load_experiment(Path(__file__).with_suffix(".json"), arguments.overrides)
-    pairs, encoder = read_pairs(arguments.pairs, arguments.kind)[: arguments.limit], None
+    pairs, encoder = read_pairs(arguments.pairs, arguments.kind), None
     if experiment.retrieval.dense:
         encoder = Encoder(experiment.retrieval.dense)
         encoder.questions, encoder.passages = remember(encoder.questions), remember(encoder.passages)
@@ -60,14 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
         with progress(way), tempfile.TemporaryDirectory(prefix="qilin-med-benchmark-") as folder:
             cells, first[way] = measure(experiment, settings, pairs, encoder, Path(folder))
         rows.append({"retriever": way, **cells})
-    left_out = len(pairs) - len(first[way])
+    asked = len(first[way])
     notes = [
-        f"{arguments.pairs}: {len(first[way])} questions; {left_out} left out, whose answers the index does not hold"
+        f"{asked} questions; {len(pairs) - asked} left out, whose answers the index does not hold",
+        describe_moment(),
     ]
     if encoder:
         both = zip(first["dense, flat"], first["dense, hnsw"], strict=True)
-        notes.append(f"HNSW finds {np.mean([np.isin(a, b).mean() for a, b in both]):.1%} of flat's first 5 chunks")
-    notes.append(describe_moment())
+        notes.insert(1, f"HNSW finds {np.mean([np.isin(a, b).mean() for a, b in both]):.1%} of flat's first 5 chunks")
     print(f"{markdown_table(rows)}\n\n{'; '.join(notes)}")
     write_result(arguments, rows=rows, notes=notes)
 

@@ -108,7 +108,7 @@ def build(experiment: Experiment, restart: bool = False, encoder: Encoder | None
                     build_bm25(counted(texts, advance), settings.bm25_unit, unfinished)
             else:
                 model = encoder or Encoder(settings.dense)
-                index.facts["cut_by_model"] = say_what_is_cut(out / CHUNKS, model, index.facts["chunks"])
+                say_what_is_cut((chunk["text"] for chunk in read_json_lines(out / CHUNKS)), model)
                 with progress("embedding", index.facts["chunks"], "chunks") as advance:
                     build_dense(texts, model, settings.dense.index, index.work / "vectors", unfinished, advance)
             unfinished.rename(out / kind)
@@ -116,15 +116,11 @@ def build(experiment: Experiment, restart: bool = False, encoder: Encoder | None
     return True
 
 
-def say_what_is_cut(chunks: Path, model: Encoder, number: int) -> int:
-    """How many chunks are longer than the embedding model reads; said before hours are spent on it."""
-    with progress("counting the model's tokens", number, "chunks") as advance:
-        texts = (chunk["text"] for chunk in counted(read_json_lines(chunks), advance))
-        cut = sum(map(model.count_cut, batched(texts, TOGETHER)))
-    if cut:
-        print(f"{cut:,} of {number:,} chunks are longer than the {model.most_tokens:g} tokens that the embedding model reads:"
-              " their ends cannot be found by it; lower retrieval.chunk_tokens")  # fmt: skip
-    return cut
+def say_what_is_cut(texts: Iterator[str], model: Encoder) -> None:
+    """Before hours are spent on embedding them."""
+    if cut := sum(map(model.count_cut, batched(texts, TOGETHER))):
+        print(f"{cut:,} chunks are longer than the {model.most_tokens:g} tokens that the embedding model reads: their ends cannot"
+              " be found by it; lower retrieval.chunk_tokens")  # fmt: skip
 
 
 def verify_index(experiment: Experiment) -> dict[str, Any]:

@@ -86,21 +86,22 @@ class Retriever:
         """As `search`, the numbers of the chunks alone. With a reranker at most its candidates."""
         if not questions:
             return []
-        if self._reranker is None:
-            return self._find(questions, k)
-        found, reranked = self._find(questions, self.settings.reranker.candidates), []
+        wanted = self.settings.reranker.candidates if self._reranker else k
+        if len(self._indexes) == 1:
+            found = self._indexes[0].search(questions, wanted, self._allowed)
+        else:
+            rankings = [index.search(questions, max(wanted, POOL), self._allowed) for index in self._indexes]
+            found = [fuse(both, wanted) for both in zip(*rankings, strict=True)]
+        return self._rerank(questions, found, k) if self._reranker else found
+
+    def _rerank(self, questions: list[str], found: list[Ranking], k: int) -> list[Ranking]:
+        reranked = []
         with progress("reranking", len(questions), "questions") as advance:
             for question, (numbers, _) in zip(counted(questions, advance), found, strict=True):
                 scores = self._reranker.score(question, [self.chunks[number]["text"] for number in numbers])
                 best = np.argsort(-scores, kind="stable")[:k]
                 reranked.append((numbers[best], scores[best]))
         return reranked
-
-    def _find(self, questions: list[str], k: int) -> list[Ranking]:
-        if len(self._indexes) == 1:
-            return self._indexes[0].search(questions, k, self._allowed)
-        rankings = [index.search(questions, max(k, POOL), self._allowed) for index in self._indexes]
-        return [fuse(both, k) for both in zip(*rankings, strict=True)]
 
     def search(self, questions: list[str], k: int | None = None) -> list[list[Passage]]:
         """The k (None: `passages` of the config) best passages of each question, the best first. With BM25, fewer than

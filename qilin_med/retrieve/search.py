@@ -190,9 +190,6 @@ class Dense:
 
     def search(self, questions: list[str], k: int, allowed: np.ndarray | None = None) -> list[Ranking]:
         """The k most similar chunks of each question, of those `allowed` (bool for each chunk)."""
-        return self.nearest(self._encoder.questions(questions), k, allowed)
-
-    def nearest(self, vectors: np.ndarray, k: int, allowed: np.ndarray | None = None) -> list[Ranking]:
         import faiss
 
         chosen = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
@@ -202,6 +199,6 @@ class Dense:
             parameters = faiss.SearchParametersIVF(nprobe=max(8, self._index.nlist // 16), **chosen)
         else:
             parameters = faiss.SearchParameters(**chosen)
-        scores, numbers = self._index.search(vectors, k, params=parameters)
+        scores, numbers = self._index.search(self._encoder.questions(questions), k, params=parameters)
         found = numbers >= 0  # FAISS fills up with -1
-        return [(numbers[row][found[row]], scores[row][found[row]]) for row in range(len(vectors))]
+        return [(numbers[row][found[row]], scores[row][found[row]]) for row in range(len(questions))]
