@@ -172,10 +172,10 @@ def run_task(
 @cache
 def task_configs() -> dict[str, dict[str, Any]]:
     """The files of configs/tasks by task, with what they include."""
-    return {name: entry.cfg for name, entry in _manager().task_index.items()}
+    return {name: entry.cfg for name, entry in _manager({}).task_index.items()}
 
 
-def _manager(**metadata: Any) -> Any:
+def _manager(metadata: dict[str, Any]) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
@@ -239,7 +239,8 @@ def load_task(name: str, inputs: dict[str, Any], retrieve: Retrieve | None = Non
     UserError: no usable question, or too few worked examples."""
     files = {kind: list(paths) for kind, paths in inputs["files"].items()}
     form, shots = f"exam_{inputs['answers']}", inputs["shots"]
-    task = _manager(**inputs["questions"], **files, shots=shots, retrieve=retrieve).load([form])["tasks"][form]
+    metadata = {**inputs["questions"], **files, "shots": shots, "retrieve": retrieve}
+    task = _manager(metadata).load([form])["tasks"][form]
     found = Counter(row["group"] for row in task.sampler.df)
     if few := [group for group in {row["group"] for row in task.eval_docs} if found[group] < shots]:
         of = f" of {few[0]}" if few[0] else ""
