@@ -128,6 +128,22 @@ def update(rounds: list[Round]) -> tuple[Any, ...]:
     return *chats, rounds, told, fold, f"<ol class=passages>{''.join(items)}</ol>"
 
 
+def take_back(rounds: list[Round], temperature: float, seed: int) -> tuple[Any, ...]:
+    """The last question is back in its box; the next seed."""
+    return rounds[-1]["question"], seed + bool(temperature), *update(rounds[:-1])
+
+
+def add_controls(manner: Manner) -> list[gr.components.Component]:
+    """What `Manner` holds, in its order."""
+    with gr.Accordion(LABELS("manner"), open=manner != GREEDY), gr.Row():
+        return [
+            gr.Textbox(manner.system, label=LABELS("system")),
+            gr.Slider(0, 2, manner.temperature, step=0.05, label=LABELS("temperature")),
+            gr.Slider(0.05, 1, manner.top_p, step=0.05, label=LABELS("top_p")),
+            gr.Number(manner.seed, precision=0, label=LABELS("seed")),
+        ]
+
+
 def build_page(models: Models, name: str, manner: Manner = GREEDY) -> gr.Blocks:
     """Starts with the model `name` on the right and the one before it on the left, both loaded now, and with `manner`.
 
@@ -141,10 +157,6 @@ def build_page(models: Models, name: str, manner: Manner = GREEDY) -> gr.Blocks:
         kept = rounds if rounds and all(answer["model"] in names for answer in rounds[-1]["answers"]) else []
         last = kept[-1] if kept else {"answers": [{"model": name} for name in shown], **asdict(manner)}
         return *(answer["model"] for answer in last["answers"]), *(last[key] for key in asdict(manner)), *update(kept)
-
-    def take_back(rounds: list[Round], temperature: float, seed: int) -> tuple[Any, ...]:
-        """The last question is back in its box; the next seed."""
-        return rounds[-1]["question"], seed + bool(temperature), *update(rounds[:-1])
 
     with gr.Blocks(title=f"{run} · Qilin-Med", analytics_enabled=False) as page:
         gr.Markdown(f"# Qilin-Med · {escape(run)}")
@@ -166,23 +178,18 @@ def build_page(models: Models, name: str, manner: Manner = GREEDY) -> gr.Blocks:
             labels = map(LABELS, ("stop_answer", "anew", "export"))
             stop, new, export = (gr.Button(label, size="sm", min_width=90) for label in labels)
         gr.Examples(EXAMPLES, question, label=LABELS("examples"))
-        with gr.Accordion(LABELS("manner"), open=manner != GREEDY), gr.Row():
-            system = gr.Textbox(manner.system, label=LABELS("system"))
-            temperature = gr.Slider(0, 2, manner.temperature, step=0.05, label=LABELS("temperature"))
-            top_p = gr.Slider(0.05, 1, manner.top_p, step=0.05, label=LABELS("top_p"))
-            seed = gr.Number(manner.seed, precision=0, label=LABELS("seed"))
+        controls = add_controls(manner)
         with gr.Accordion(LABELS("passages"), open=False, visible=models.retriever is not None) as fold:
             passages = gr.HTML()
-        controls, outputs = [system, temperature, top_p, seed], [*chats, kept, note, fold, passages]
+        outputs = [*chats, kept, note, fold, passages]
         hidden = {"api_visibility": "private", "show_progress": "minimal"}
         page.load(restore, kept, [*choices, *controls, *outputs], **hidden)
         inputs = [question, *choices, kept, *controls]
         asking = question.submit(models.ask, inputs, [question, *outputs], **hidden)
-        retries = [chat.retry for chat in chats]
+        retries, (_, temperature, _, seed) = [chat.retry for chat in chats], controls
         back = gr.on(retries, take_back, [kept, temperature, seed], [question, seed, *outputs], **hidden)
         asking_again = back.then(models.ask, inputs, [question, *outputs], **hidden)
-        running = [asking, asking_again]
-        stop.click(None, cancels=running)
+        stop.click(None, cancels=(running := [asking, asking_again]))
         export.click(None, kept, js=EXPORT, **hidden)
         anew = [new.click, *(chat.clear for chat in chats), *(choice.input for choice in choices)]
         gr.on(anew, lambda: update([]), None, outputs, cancels=running, **hidden)

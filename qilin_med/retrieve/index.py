@@ -184,10 +184,8 @@ def cut_corpus(experiment: Experiment, work: Path, out: Path) -> dict[str, Any]:
     documents.update(left_out=len(left_out), skipped=len(skipped))
     assert 2 * documents["read"] == documents.total(), documents
     if not sources:
-        raise UserError(
-            f"retrieval.corpus holds nothing to index: of {documents['read']} documents {documents['left_out']} repeat"
-            f" evaluation questions and {documents['skipped']} are unusable; name other files"
-        )
+        raise UserError(f"retrieval.corpus holds nothing to index: of {documents['read']} documents {documents['left_out']}"
+                        f" repeat evaluation questions and {documents['skipped']} are unusable; name other files")  # fmt: skip
     save(out / OFFSETS, np.array(offsets, np.uint64))
     by_source = Counter(sources)
     numbers = {name: number for number, name in enumerate(by_source)}
