@@ -226,7 +226,7 @@ def test_sets_have_human_names_and_the_demos_are_called_invented(run, tmp_path):
     named = {result.name: (result.title, result.origin) for result in run.results if result.model == "sft"}
     assert named["ceval_letters"] == ("exam in subjects by letters", "not known as a published set")
     assert named["told"] == ("CMExam test as text", "CMExam test")
-    columns = list(score_table(run)[2])  # of SFT
+    columns = list(score_table(panels(run))[2])  # of SFT
     assert columns[:3] == ["model", "exam by options, % right", "C-Eval test by letters, % right, mean of subjects"]
     write(tmp_path / "demo/manifest.json", {"planted": {}})
     files = {"test": {str(tmp_path / "demo/raw/exams/test.csv"): "0" * 64}}
@@ -486,11 +486,12 @@ def test_runs_are_compared_with_the_first_and_seeds_have_their_spread(tmp_path):
     command = [sys.executable, "scripts/compare.py", *(str(tmp_path / n) for n in ("whole", "seed2", "without_cpt"))]
     subprocess.run([*command, "--out", str(tmp_path / "all")], cwd=ROOT, check=True, capture_output=True)
     rows = rows_of(tmp_path / "all/report.html")
-    same = ["exam by options", "SFT"]
-    assert [*same, "whole", "20", "60.0 [55.0, 65.0]", "", "", "", ""] in rows
-    assert [*same, "seed2", "20", "70.0 [65.0, 75.0]", "+10.0", "p = 0.5", "2 / 0", "20"] in rows
-    assert [*same, "without_cpt", "20", "15.0 [10.0, 20.0]", "-45.0", "p = 0.0039", "0 / 9", "20"] in rows
-    assert [*same, "whole, seed2", "2", "65.0", "7.1", "60.0", "70.0"] in rows  # (70 - 60) / sqrt(2)
+    assert rows[0] == ["model", "exam by options, SFT, % right"]
+    assert ["seed2", "70.0 [65.0, 75.0]"] in rows and ["seed2", "+10.0, p = 0.5"] in rows
+    assert ["without_cpt", "15.0 [10.0, 20.0]"] in rows and ["without_cpt", "-45.0, p = 0.0039"] in rows
+    assert ["exam by options, SFT", "whole, seed2", "2", "65.0", "7.1", "60.0", "70.0"] in rows  # (70 - 60) / sqrt(2)
+    html = (tmp_path / "all/report.html").read_text(encoding="utf-8")
+    assert "seed2: 20 questions, 20 of them in common with the first run" in html
     assert not any("base" in row for row in rows)  # one and the same model in all
     assert ["seed2", "seed", "42 -> 2"] in rows and ["without_cpt", "pretraining.epochs", "4.0 -> none"] in rows
     (tmp_path / "none").mkdir()

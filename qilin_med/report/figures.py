@@ -85,17 +85,19 @@ def draw_scores(dots: list[Dot], unit: str, places: int = 1) -> Markup:
 
 
 @style
-def draw_bars(values: list[str], bars: dict[str, list[float | None]], unit: str) -> Markup:
-    """Of each value of a facet, a bar for each of the named models; None: no such question."""
-    labels, thick = [_folded(value) for value in values], 0.84 / len(bars)
-    height = max(len(bars) * 9 + 8, max(label.count("\n") + 1 for label in labels) * LINE + 4)
-    axes = _panel(len(values) * height, _width(labels), 16, below=46 + LINE * math.ceil(len(bars) / 2))
-    for number, (name, shares) in enumerate(bars.items()):
-        places = [y + (number - (len(bars) - 1) / 2) * thick for y in range(len(values))]
-        axes.barh(places, [share or 0 for share in shares], thick, color=COLOUR[f"line{number % SERIES}"], label=name)
+def draw_bars(table: list[Row]) -> Markup:
+    """Of each row of a table of scores, a bar for each model; its first two columns name the row and count questions."""
+    name, _, *models = table[0]
+    labels, thick = [_folded(row[name]) for row in table], 0.84 / len(models)
+    height = max(len(models) * 9 + 8, max(label.count("\n") + 1 for label in labels) * LINE + 4)
+    axes = _panel(len(table) * height, _width(labels), 16, below=46 + LINE * math.ceil(len(models) / 2))
+    for number, model in enumerate(models):
+        places = [y + (number - (len(models) - 1) / 2) * thick for y in range(len(table))]
+        shares = [float(row.get(model, "0").split()[0]) for row in table]
+        axes.barh(places, shares, thick, color=COLOUR[f"line{number % SERIES}"], label=model)
     axes.set_xlim(0, 100)
     axes.figure.legend(ncols=2)
-    return _svg(_with_rows(axes, labels), unit, ", ".join(bars))
+    return _svg(_with_rows(axes, labels), "% right", ", ".join(models))
 
 
 @style

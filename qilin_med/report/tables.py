@@ -215,14 +215,14 @@ def pivot(first: str, cells: Iterable[tuple[str, str, Any]]) -> Table:
     return list(rows.values())
 
 
-def score_table(run: Run) -> Table:
-    """The numbers of all `panels`."""
+def score_table(shown: Iterable[Panel]) -> Table:
+    """The numbers of these panels."""
     cells = []
-    for panel in panels(run):
+    for panel in shown:
         for dot in panel.dots:
             value, low, high = (f"{number:,.{panel.places}f}" for number in dot[1:4])
             span = "" if math.isnan(dot.low) else f" [{low}, {high}]"
-            cells.append((dot.label, f"{panel.title}, {panel.unit}", value + span))
+            cells.append((dot.label, f"{panel.title}, {panel.unit}".strip(", "), value + span))
     return pivot("model", cells)
 
 
@@ -302,12 +302,6 @@ def facet_tables(results: list[Result]) -> Iterator[tuple[str, Table]]:
                 cells.append((value, "questions", measured["questions"]))
                 cells.append((value, result.label, score("accuracy", {"accuracy": measured})))
         yield facet, pivot(facet, cells)
-
-
-def facet_bars(table: Table) -> dict[str, list[float | None]]:
-    """The shares of a `facet_tables` by model, in the order of its rows."""
-    _, _, *models = table[0]
-    return {m: [float(cells[m].split()[0]) if cells.get(m) else None for cells in table] for m in models}
 
 
 def paper_tables(run: Run) -> Iterator[tuple[str, Table]]:
