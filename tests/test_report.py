@@ -184,7 +184,7 @@ def test_the_picture_and_the_verdict_say_what_changed_by_how_much_and_how_sure(r
 def test_what_changed_is_a_table_of_the_headlines(run):
     rows = rows_of(write_report(run, "c.json", []))
     exact = ["60 / 20", "McNemar, exact"]
-    assert ["exam by options", "accuracy", "CPT → SFT", "+9.2", *exact, "0.0004", "432"] in rows
+    assert rows.count(["exam by options", "accuracy", "CPT → SFT", "+9.2", *exact, "0.0004", "432"]) == 1
     assert ["exam by options", "accuracy", "SFT → SFT + retrieval", "+1.9", *exact, "0.31", "432"] in rows
     assert ["held out", "preference accuracy", "base → CPT", "-22.0", *exact, "1e-05", "432"] in rows
 
