@@ -463,7 +463,7 @@ def test_scripts_tell_what_is_missing_and_print_differences(tmp_path):
 
 
 def test_runs_are_compared_with_the_first_and_seeds_have_their_spread(tmp_path):
-    def make(name: str, right: int, *overrides: str) -> None:
+    def make(name: str, right: int, *overrides: str, asked: range = range(20)) -> None:
         folder = tmp_path / name
         experiment = load_experiment(
             ROOT / "configs/demo.json", [f"output_dir={folder}", "model.path=base", *overrides]
@@ -474,7 +474,7 @@ def test_runs_are_compared_with_the_first_and_seeds_have_their_spread(tmp_path):
         inputs = {"task": "exam_options", "shots": 0, "chat": False, "retrieval": None}
         for model, known in (("base", 1), ("sft", right)):
             samples = [{"id": str(n), "gold": "A", "answer": "AB"[n >= known], "score": {"accuracy": int(n < known)},
-                        "prompt": "", "output": "", "sources": []} for n in range(20)]  # fmt: skip
+                        "prompt": "", "output": "", "sources": []} for n in asked]  # fmt: skip
             scores = {"counts": {"questions": 20, "without_gold": 0, "unparsed": known}, "by_facet": {},
                       "metrics": {"accuracy": measure(known / 20)}}  # fmt: skip
             made_of = inputs | {"model": {"name": model, "fingerprint": prints[model] if model == "base" else name}}
@@ -482,18 +482,18 @@ def test_runs_are_compared_with_the_first_and_seeds_have_their_spread(tmp_path):
 
     make("whole", 12)
     make("seed2", 14, "seed=2")
-    make("without_cpt", 3, "pretraining=null")
+    make("without_cpt", 3, "pretraining=null", asked=range(2, 20))
     command = [sys.executable, "scripts/compare.py", *(str(tmp_path / n) for n in ("whole", "seed2", "without_cpt"))]
     subprocess.run([*command, "--out", str(tmp_path / "all")], cwd=ROOT, check=True, capture_output=True)
     rows = rows_of(tmp_path / "all/report.html")
     assert rows[0] == ["model", "exam by options, SFT, % right"]
     assert ["seed2", "70.0 [65.0, 75.0]"] in rows and ["seed2", "+10.0, p = 0.5"] in rows
-    assert ["without_cpt", "15.0 [10.0, 20.0]"] in rows and ["without_cpt", "-45.0, p = 0.0039"] in rows
+    assert ["without_cpt", "15.0 [10.0, 20.0]"] in rows and ["without_cpt", "-50.0, p = 0.0039"] in rows
     assert ["exam by options, SFT", "whole, seed2", "2", "65.0", "7.1", "60.0", "70.0"] in rows  # (70 - 60) / sqrt(2)
     html = (tmp_path / "all/report.html").read_text(encoding="utf-8")
-    assert "seed2: 20 questions, 20 of them in common with the first run" in html
+    assert "<p>without_cpt: compared on 18 questions that the first run was asked, too</p>" in html
     assert not any("base" in row for row in rows)  # one and the same model in all
-    assert ["seed2", "seed", "42 -> 2"] in rows and ["without_cpt", "pretraining.epochs", "4.0 -> none"] in rows
+    assert ["seed2", "seed", "42 -> 2"] in rows and ["without_cpt", "pretraining", "trained -> left out"] in rows
     (tmp_path / "none").mkdir()
     ended = subprocess.run([*command, str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2 and "config.json: not found" in ended.stderr

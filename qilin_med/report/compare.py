@@ -44,13 +44,18 @@ def write_comparison(runs: Runs, folder: Path) -> Path:
         raise UserError(
             f"{', '.join(runs)}: no set of questions that the same stage of two runs answered; evaluate them"
         )
-    changes = [(n, c.split(": ", 1)) for n in runs for c in changes_between(next(iter(trained.values())), trained[n])]
+    first, changes = next(iter(trained.values())), []
+    for name, settings in trained.items():
+        old, new = dict(first), dict(settings)
+        for stage in [stage for stage in STAGES if not (old[stage] and new[stage])]:
+            old[stage], new[stage] = ("trained" if side[stage] else "left out" for side in (old, new))
+        changes += [(name, *change.split(": ", 1)) for change in changes_between(old, new)]
     contents = {
         "runs": list(runs), "now": time.strftime("%Y-%m-%d %H:%M %z"), "panels": panels,
         "is_invented": any(run.is_invented for run in runs.values()),
         "tests": pivot("run", ((dot.label, panel.title, dot.note) for panel in panels for dot in panel.dots)),
         "seeds": [row for panel in panels for row in spread(panel)],
-        "settings": [{"run": name, "setting": key, "first -> this run": values} for name, (key, values) in changes],
+        "settings": [{"run": name, "setting": key, "first -> this run": values} for name, key, values in changes],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return write_pages("comparison.md.jinja", contents, folder)
@@ -70,9 +75,11 @@ def compare(runs: Runs, series: dict[str, int]) -> Iterator[Panel]:
             measured = result.contents["metrics"][result.headline]
             scores = [points(result.headline, measured[key]) for key in ("value", "low", "high")]
             dots.append(Dot(run, *scores, step_of(test, result.headline, 1), series[run]))
-            shared = f", {test['questions']:,} of them in common with the first run" if test else ""
-            said += [f"{run}: {note}" for note in (f"{result.questions:,} questions{shared}", *asides(result))]
-        yield Panel(f"{first.title}, {first.label}", first.origin, UNITS[first.headline], 1, dots, said)
+            if test and test["questions"] < result.questions:
+                said.append(f"{run}: compared on {test['questions']:,} questions that the first run was asked, too")
+            said += [f"{run}: {note}" for note in asides(result)]
+        words = f"{first.questions:,} questions; {first.origin}"
+        yield Panel(f"{first.title}, {first.label}", words, UNITS[first.headline], 1, dots, said)
 
 
 def spread(panel: Panel) -> Table:
