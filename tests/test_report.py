@@ -486,9 +486,10 @@ def test_runs_are_compared_with_the_first_and_seeds_have_their_spread(tmp_path):
     command = [sys.executable, "scripts/compare.py", *(str(tmp_path / n) for n in ("whole", "seed2", "without_cpt"))]
     subprocess.run([*command, "--out", str(tmp_path / "all")], cwd=ROOT, check=True, capture_output=True)
     rows = rows_of(tmp_path / "all/report.html")
-    assert rows[0] == ["model", "exam by options, SFT, % right"]
-    assert ["seed2", "70.0 [65.0, 75.0]"] in rows and ["seed2", "+10.0, p = 0.5"] in rows
-    assert ["without_cpt", "15.0 [10.0, 20.0]"] in rows and ["without_cpt", "-50.0, p = 0.0039"] in rows
+    scores = ["60.0 [55.0, 65.0]", "70.0 [65.0, 75.0]", "15.0 [10.0, 20.0]"]
+    assert rows[0] == ["set and model", "whole", "seed2", "without_cpt"]
+    assert ["exam by options, SFT, % right", *scores] in rows
+    assert ["exam by options, SFT", "+10.0, p = 0.5", "-50.0, p = 0.0039"] in rows
     assert ["exam by options, SFT", "whole, seed2", "2", "65.0", "7.1", "60.0", "70.0"] in rows  # (70 - 60) / sqrt(2)
     html = (tmp_path / "all/report.html").read_text(encoding="utf-8")
     assert "<p>without_cpt: compared on 18 questions that the first run was asked, too</p>" in html

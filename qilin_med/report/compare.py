@@ -14,7 +14,7 @@ from qilin_med.evaluate.results import result_folder
 from qilin_med.report.collect import Run, collect_run
 from qilin_med.report.figures import Dot
 from qilin_med.report.pages import write_pages
-from qilin_med.report.tables import UNITS, Panel, Table, asides, pivot, points, step_of
+from qilin_med.report.tables import UNITS, Panel, Table, asides, pivot, points, score_table, step_of
 
 Runs = dict[str, Run]
 """By the name of their folders; the first is what the others are compared with."""
@@ -50,10 +50,12 @@ def write_comparison(runs: Runs, folder: Path) -> Path:
         for stage in [stage for stage in STAGES if not (old[stage] and new[stage])]:
             old[stage], new[stage] = ("trained" if side[stage] else "left out" for side in (old, new))
         changes += [(name, *change.split(": ", 1)) for change in changes_between(old, new)]
+    scores = [(column, row["model"], row[column]) for row in score_table(panels) for column in list(row)[1:]]
     contents = {
         "runs": list(runs), "now": time.strftime("%Y-%m-%d %H:%M %z"), "panels": panels,
         "is_invented": any(run.is_invented for run in runs.values()),
-        "tests": pivot("run", ((dot.label, panel.title, dot.note) for panel in panels for dot in panel.dots)),
+        "scores": pivot("set and model", scores),
+        "tests": pivot("set and model", ((panel.title, dot.label, dot.note) for panel in panels for dot in panel.dots[1:])),
         "seeds": [row for panel in panels for row in spread(panel)],
         "settings": [{"run": name, "setting": key, "first -> this run": values} for name, key, values in changes],
     }  # fmt: skip
