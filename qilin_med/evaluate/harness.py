@@ -1,6 +1,6 @@
 """The exam and text tasks of configs/tasks on the models of an experiment, by lm-evaluation-harness.
 
-Every answer goes into a cache on disk as soon as it is given, keyed by model, template and number format, so that an
+Every answer goes into a cache on disk as soon as it is given, keyed by model, prompt and number format, so that an
 interrupted run asks no question twice; results are computed from the answers, and samples keep what made them.
 """
 
