@@ -58,6 +58,7 @@ def ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], subm
     with progress("loading libraries"):
         from qilin_med.evaluate import harness
         from qilin_med.evaluate.comparison import compare_models
+        from qilin_med.report.tables import asides
 
     split = {"split": "test"} if submission else {}
     settings = {task: experiment.evaluation.tasks.get(task, TaskSettings()).model_copy(update=split) for task in tasks}
@@ -76,7 +77,10 @@ def ask(experiment: Experiment, folders: dict[str, Path], tasks: list[str], subm
                 shown = list(result["metrics"].items())[:4]
                 scores = ", ".join(f"{name} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in shown)
                 questions = result["counts"]["questions"]
-                print(f"{name} {task}{suffix}: {questions} questions; {scores or 'answers unknown'}", flush=True)
+                beside = "".join(f"; {aside}" for aside in asides(result["counts"]))
+                print(
+                    f"{name} {task}{suffix}: {questions} questions; {scores or 'answers unknown'}{beside}", flush=True
+                )
                 if is_submitted:
                     print(f"submission: {harness.write_submission(model, task + suffix)}")
     if IS_FIRST_RANK:

@@ -542,6 +542,7 @@ def test_the_command(world, results, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines()[-1].startswith("base cmexam_letters: 18 questions; accuracy ")  # behind progress
+    assert "; 5 questions with several" in run.stdout.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------ exams by config

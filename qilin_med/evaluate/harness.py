@@ -195,10 +195,12 @@ def configure_task(name: str, settings: TaskSettings) -> dict[str, Any]:
                         " options; leave it out")  # fmt: skip
     answers = settings.answers or own
     generation = (config if answers == own else configs[f"exam_{answers}"]).get("generation_kwargs")
+    questions = config.get("dataset_kwargs", {}) | config["metadata"] | settings.questions()
+    questions.pop("shots", None)  # for lm_eval, which does not hand num_fewshot on
     return {
         "task": task,
         "answers": answers,
-        "questions": config.get("dataset_kwargs", {}) | config["metadata"] | settings.questions(),
+        "questions": questions,
         "shots": config["num_fewshot"] if settings.shots is None else settings.shots,
         "max_new_tokens": (settings.max_new_tokens or generation["max_gen_toks"]) if generation else None,
     }

@@ -79,7 +79,7 @@ def compare(runs: Runs, series: dict[str, int]) -> Iterator[Panel]:
             dots.append(Dot(run, *scores, step_of(test, result.headline, 1), series[run]))
             if test and test["questions"] < result.questions:
                 said.append(f"{run}: compared on {test['questions']:,} questions that the first run was asked, too")
-            said += [f"{run}: {note}" for note in asides(result)]
+            said += [f"{run}: {note}" for note in asides(result.contents["counts"])]
         words = f"{first.questions:,} questions; {first.origin}"
         yield Panel(f"{first.title}, {first.label}", words, UNITS[first.headline], 1, dots, said)
 

@@ -186,15 +186,14 @@ def notes(results: list[Result]) -> list[str]:
     """What must stand beside the scores of a set: what was left out, cut or not understood, and of whom."""
     said: dict[str, list[str]] = {}
     for result in results:
-        for aside in asides(result):
+        for aside in asides(result.contents["counts"]):
             said.setdefault(aside, []).append(result.label)
     everyone = [result.label for result in results]
     return [aside if labels == everyone else f"{', '.join(labels)}: {aside}" for aside, labels in said.items()]
 
 
-def asides(result: Result) -> list[str]:
+def asides(counts: dict[str, Any]) -> list[str]:
     """Of one score; counts that a result of an earlier version lacks are passed over."""
-    counts = result.contents["counts"]
     skipped, favourite = counts.get("skipped") or {}, counts.get("favourite") or {"share": 0}
     total = counts["questions"] + sum(skipped.values())
     said = [f"{number:,} of {total:,} questions skipped: {reason}" for reason, number in skipped.items()]
@@ -255,7 +254,11 @@ def metric_table(results: list[Result]) -> Table:
     """All metrics of one set of questions, a column for each model, and what stands beside them."""
     cells = [(name, r.label, score(name, r.contents["metrics"])) for r in results for name in r.contents["metrics"]]
     cells += [("questions", result.label, result.questions) for result in results]
-    cells += [("left out, cut or unread", r.label, "; ".join(asides(r))) for r in results if asides(r)]
+    cells += [
+        ("left out, cut or unread", r.label, "; ".join(asides(r.contents["counts"])))
+        for r in results
+        if asides(r.contents["counts"])
+    ]
     return pivot("metric", cells)
 
 
@@ -325,7 +328,7 @@ def _our_rows(run: Run, origin: str, columns: list[str]) -> Table:
     for result in [result for result in run.results if result.origin == origin]:
         c, cells = result.contents, {column: score(name, result.contents["metrics"]) for column, name in names.items()}
         protocol = [result.title, f"{result.questions:,} questions", f"{c['shots']} examples",
-                    "chat template" if c["chat"] else "plain text", *asides(result)]  # fmt: skip
+                    "chat template" if c["chat"] else "plain text", *asides(result.contents["counts"])]  # fmt: skip
         rows += (
             [{"model": f"ours: {result.label}", **cells, "protocol": "; ".join(protocol)}]
             if any(cells.values())
