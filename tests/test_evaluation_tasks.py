@@ -41,7 +41,7 @@ from qilin_med.evaluate.harness import (
 )
 from qilin_med.evaluate.held_out import held_out_sets, measure_held_out
 from qilin_med.evaluate.lm import SharedPrefixLM
-from qilin_med.evaluate.protocols import protocols_of, run_protocols, summarise_protocols
+from qilin_med.evaluate.protocols import folder_name, protocols_of, run_protocols, summarise_protocols
 from qilin_med.evaluate.results import read_samples, write_result
 from qilin_med.evaluate.tasks.questions import load_questions
 from qilin_med.evaluate.tasks.scoring import favourite
@@ -654,7 +654,7 @@ def test_a_favourite_letter_is_told():
 # ------------------------------------------------------------------------------------------------------- protocols
 
 
-def test_one_exam_in_several_ways(world, models):
+def test_one_exam_in_several_ways(results, world, models):
     questions = world.evaluation.tasks["cmexam_letters"].model_copy(update={"max_new_tokens": 12})
     settings = ProtocolSettings(
         questions=questions, answers=["letters", "options", "generate"], shots=[0, 1], prompts={"ours": "{{ exam_prompt }}\n",
@@ -673,7 +673,7 @@ def test_one_exam_in_several_ways(world, models):
         first["accuracy"]["value"] == sum(s["score"]["accuracy"] for s in plain.values()) / 18 and first["flips"] == 0
     )
     [rotated] = [way for way in ways if "rotate 1" in way]
-    folder = f"protocols/cmexam_letters/{rotated.replace(', ', '-').replace(' ', '_')}"
+    folder = f"protocols/cmexam_letters/{folder_name(rotated)}"
     flips = 0
     for sample in samples_of(models["sft"], folder):
         texts = dict(line.split(" ", 1) for line in sample["question"].splitlines()[1:])

@@ -4,6 +4,7 @@ Why: scores of the same model differ by more between protocols than between mode
 when options are only shuffled (Pezeshkpour and Hruschka 2023; Zheng et al. 2024 on the liking for a place).
 """
 
+import re
 from collections import Counter
 from itertools import product
 from typing import Any
@@ -46,15 +47,20 @@ def run_protocols(model: ModelUnderTest, name: str, settings: ProtocolSettings) 
     Each way is a result of its own below the folder of that name. {} on all ranks but the first."""
     asked = {}
     for way, questions in protocols_of(name, settings).items():
-        folder = f"{PROTOCOLS}/{name}/{way.replace(', ', '-').replace(' ', '_')}"
+        folder = f"{PROTOCOLS}/{folder_name(name)}/{folder_name(way)}"
         with progress(f"{name}: {way}"):
             if run_task(model, folder, questions):
                 asked[way] = {sample["id"]: sample for sample in read_samples(model.results / folder)}
     if not asked:
         return {}
     summary = summarise_protocols(asked)
-    write_json(model.results / PROTOCOLS / f"{name}.json", summary)
+    write_json(model.results / PROTOCOLS / f"{folder_name(name)}.json", summary)
     return summary
+
+
+def folder_name(way: str) -> str:
+    """A way's name with nothing in it that a path or a shell would read otherwise."""
+    return re.sub(r"[^\w.]+", "_", way)
 
 
 def summarise_protocols(asked: dict[str, dict[str, Sample]]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def collect_run(experiment: Experiment) -> Run:
         settings=experiment.model_dump(mode="json") | trained,
         ranks={stage: manifest["ranks"] for stage, manifest in manifests.items()},
     )
-    if not (run.manifests or run.held_out or run.results):
+    if not (run.manifests or run.held_out or run.results or run.protocols):
         raise UserError(f"{folder}: no finished stage and no results; run a stage and scripts/evaluate.py first")
     return run
 
