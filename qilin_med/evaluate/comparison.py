@@ -40,11 +40,16 @@ def compare_models(experiment: Experiment) -> list[dict[str, Any]]:
             pairs += [(model, f"{model} with retrieval", (model, plain), (model, task)) for model in asked]
         for first, second, *places in pairs:
             folders = [result_folder(experiment, *place) for place in places]
-            tests = compare_samples(*folders, results[holders[0]][task].get("questions", {}).get("averages", {}))
+            tests = compare_samples(*folders, averages_of(results[holders[0]][task]))
             found.append({"task": task, "first": first, "second": second, **tests})
     if (folder := Path(experiment.output_dir) / "eval").is_dir():
         write_json(folder / "comparisons.json", found)
     return found
+
+
+def averages_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The averages that a result's task names; results of earlier versions tell none."""
+    return result.get("questions", {}).get("averages", {})
 
 
 def compare_samples(first: Path, second: Path, averages: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from qilin_med.artifact import differences as changes_between
 from qilin_med.config.experiment import STAGES, load_experiment
 from qilin_med.errors import UserError
-from qilin_med.evaluate.comparison import compare_samples
+from qilin_med.evaluate.comparison import averages_of, compare_samples
 from qilin_med.evaluate.results import result_folder
 from qilin_med.report.collect import Run, collect_run
 from qilin_med.report.figures import Dot
@@ -72,8 +72,7 @@ def compare(runs: Runs, series: dict[str, int]) -> Iterator[Panel]:
         folders = [result_folder(runs[n].experiment, r.model, r.name) for n, r in results.items()]
         first, dots, said = next(iter(results.values())), [], []
         for (run, result), folder in zip(results.items(), folders, strict=True):
-            averages = first.contents.get("questions", {}).get("averages", {})
-            test = compare_samples(folders[0], folder, averages) if result is not first else None
+            test = compare_samples(folders[0], folder, averages_of(first.contents)) if result is not first else None
             measured = result.contents["metrics"][result.headline]
             scores = [points(result.headline, measured[key]) for key in ("value", "low", "high")]
             dots.append(Dot(run, *scores, step_of(test, result.headline, 1), series[run]))

@@ -196,12 +196,14 @@ def write_prompt(row: Row, settings: QuestionSettings, answers: Form) -> Row:
         "right_texts": "，".join(text for letter, text in options if letter in right),
         "exam_prompt": exam_prompt(row["stem"], options), "exam_answer": exam_answer(right, row["explanation"]),
     }  # fmt: skip
-    has_options = answers != "options" and bool(options)
-    solution = settings.solution if has_options else values["right_texts"] if options else row["explanation"]
+    if options and answers != "options":
+        prompt, solution = settings.prompt, fill(settings.solution, values)
+    else:
+        prompt, solution = settings.stem_prompt, values["right_texts"] if options else row["explanation"]
     return {
         "system": fill(settings.system, values),
-        "prompt": fill(settings.prompt if has_options else settings.stem_prompt, values),
-        "solution": fill(solution, values) if has_options else solution,
+        "prompt": fill(prompt, values),
+        "solution": solution,
         "prefix": settings.prefix if answers == "letters" else "",
         "rule": settings.rule,
     }

@@ -22,6 +22,7 @@ from qilin_med.evaluate.metrics.statistics import (
 )
 from qilin_med.evaluate.metrics.text import score_text, text_scores
 from qilin_med.evaluate.tasks.questions import Row, lettered
+from qilin_med.prompt.wording import option_lines
 
 Results = list[Any]
 Sample = dict[str, Any]
@@ -79,7 +80,7 @@ def make_sample(raw: dict[str, Any]) -> Sample:
         "id": row["id"],
         "number": row["number"],
         # As a person reads it: without instructions, examples and passages, with its options.
-        "question": "\n".join([row["stem"], *(f"{letter} {text}" for letter, text in lettered(row))]),
+        "question": "\n".join([row["stem"], *([option_lines(lettered(row))] if row["options"] else [])]),
         "prompt": raw["arguments"][0][0],
         "output": output[0] if isinstance(output[0], str) else told,
         "answer": (chosen_letters if is_exam else written_text)(row, output),
